@@ -1,0 +1,41 @@
+"""What every recipe needs: Hydra with one clear line for a wrong option, and the device."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import hydra
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from torchrl_spar import InputError
+
+RECIPES = Path(__file__).resolve().parent
+
+
+def run_recipe(main: Callable[[DictConfig], None], config_name: str) -> None:
+    """Runs `main` under Hydra; an `InputError` ends in one line and exit code 2."""
+    OmegaConf.register_new_resolver("recipe_dir", lambda name: str(RECIPES / name), replace=True)
+
+    def guarded(cfg: DictConfig) -> None:
+        try:
+            main(cfg)
+        except InputError as err:
+            print(f"error: {err}", file=sys.stderr)
+            sys.exit(2)
+
+    # Hydra's own log files and output directory are not used: each recipe owns its output.
+    sys.argv += ["hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none"]
+    hydra.main(version_base=None, config_path=str(RECIPES / "config"), config_name=config_name)(guarded)()
+
+
+def best_device(name: str | None) -> torch.device:
+    """The named device, or cuda if there is one, else cpu."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as err:
+        raise InputError(f"device={name}: not available here ({str(err).splitlines()[0]})") from None
+    return device

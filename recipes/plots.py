@@ -1,0 +1,33 @@
+"""Figures of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+# Okabe and Ito's colours: told apart by colour-blind readers, too.
+BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#666666"
+
+
+def plot_learning_curve(path: Path, curve: list[dict[str, float]], results: dict[str, Any]) -> None:
+    """Score over updates, beside the anchor's and the data's."""
+    name = "normalized" if results["spar"]["normalized"] is not None else "return_mean"
+    figure, axes = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
+    steps = [row["step"] for row in curve]
+    axes.plot(steps, [row[name] for row in curve], "-o", color=BLUE, markersize=4, label="SPAR (during training)")
+    axes.plot(steps[-1:], [results["spar"][name]], "*", color=BLUE, markersize=14, label="SPAR (final evaluation)")
+    axes.axhline(results["anchor"][name], color=ORANGE, linestyle="--", label="anchor (behaviour cloning)")
+    axes.axhline(results["data"][name], color=GREY, linestyle=":", label="data")
+    axes.set_xlabel("updates")
+    axes.set_ylabel("D4RL-normalised score" if name == "normalized" else "return")
+    axes.set_title(f"{results['env']}, {results['dataset']}, seed {results['seed']}", fontsize=10)
+    axes.set_ylim(bottom=min(0, *axes.get_ylim()))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8, loc="lower right")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)

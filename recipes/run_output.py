@@ -1,0 +1,66 @@
+"""The files of one run: its directory, metrics.csv, results.json, all written whole or not at all."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from torchrl.record.loggers import get_logger
+
+from torchrl_spar import InputError
+
+BACKENDS = ("csv", "tensorboard", "wandb", "mlflow", "trackio")
+
+
+def check_unused(out: Path) -> None:
+    """Refuses a directory that holds anything."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"out={out}: exists and is not empty; give another directory or remove it")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file that appears whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text)
+    os.replace(partial, path)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+class MetricLog:
+    """One row a call in metrics.csv, and the same numbers to a TorchRL logger if one is asked for."""
+
+    def __init__(self, out: Path, backend: str, columns: Iterable[str]) -> None:
+        if backend not in BACKENDS:
+            raise InputError(f"logger.backend={backend}: must be one of {', '.join(BACKENDS)}")
+        self.logger = None
+        if backend != "csv":
+            try:
+                self.logger = get_logger(backend, logger_name=str(out), experiment_name="log")
+            except ImportError as err:
+                raise InputError(f"logger.backend={backend}: {err}; install it first") from None
+        self.file = (out / "metrics.csv").open("w", newline="")
+        self.writer = csv.DictWriter(self.file, ["phase", "step", *columns], restval="")
+        self.writer.writeheader()
+
+    def write(self, phase: str, step: int, metrics: dict[str, Any]) -> None:
+        numbers = {name: float(value) for name, value in metrics.items()}
+        self.writer.writerow({"phase": phase, "step": step, **{name: f"{x:.6g}" for name, x in numbers.items()}})
+        self.file.flush()
+        if self.logger is not None:
+            for name, number in numbers.items():
+                self.logger.log_scalar(f"{phase}/{name}", number, step=step)
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def save_config(out: Path, cfg: DictConfig) -> None:
+    write_text(out / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))

@@ -1,0 +1,92 @@
+"""The frozen behaviour-cloning policy that SPAR rectifies."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+
+import torch
+from tensordict import NestedKey, TensorDict, TensorDictBase
+from tensordict.nn import TensorDictModuleBase, dispatch
+from torch import nn
+from torchrl.envs.utils import ExplorationType, set_exploration_type
+
+from torchrl_spar.errors import InputError
+
+
+class FrozenAnchor(TensorDictModuleBase):
+    """Any actor, never trained again: the anchor ``pi_b(s)``.
+
+    The actor is copied, then its parameters become buffers: they carry no gradient, no
+    optimiser or target updater finds them, and they are saved in the state dict under the
+    actor's own names. Resets leave them alone and the module stays in eval mode. A
+    probabilistic actor answers with its mode.
+
+    Args:
+        actor: reads its ``in_keys``, writes ``action_key``; the caller's actor is not touched.
+        action_key: where the actor writes its action ``[*B, action_dim]``.
+
+    Raises:
+        InputError: if ``actor`` is not a TensorDictModule or does not write ``action_key``.
+
+    Source: the frozen pure behaviour-cloning policy is the paper's; buffers are ours.
+
+    Examples:
+        >>> import torch
+        >>> from tensordict import TensorDict
+        >>> from tensordict.nn import TensorDictModule
+        >>> from torchrl_spar import FrozenAnchor
+        >>> anchor = FrozenAnchor(TensorDictModule(torch.nn.Linear(3, 2), ["observation"], ["action"]))
+        >>> anchor(TensorDict({"observation": torch.zeros(5, 3)}, [5]))["action"].shape
+        torch.Size([5, 2])
+        >>> list(anchor.parameters()), anchor.train().training
+        ([], False)
+    """
+
+    def __init__(self, actor: TensorDictModuleBase, *, action_key: NestedKey = "action") -> None:
+        super().__init__()
+        if not isinstance(actor, TensorDictModuleBase):
+            raise InputError(f"the anchor must be a TensorDictModule, not {type(actor).__name__}: wrap it in one")
+        if action_key not in actor.out_keys:
+            raise InputError(f"the anchor must write {action_key!r}; its out_keys are {actor.out_keys}")
+        self.in_keys = list(actor.in_keys)
+        self.out_keys = [action_key]
+        self.action_key = action_key
+        self.actor = _freeze(deepcopy(actor))
+        self.train(False)
+
+    @dispatch(auto_batch_size=False)
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Writes the anchor's action, without gradient."""
+        scratch = tensordict.select(*self.in_keys)
+        with torch.no_grad(), set_exploration_type(ExplorationType.DETERMINISTIC):
+            action = self.actor(scratch).get(self.action_key)
+        return tensordict.set(self.action_key, action)
+
+    def train(self, mode: bool = True) -> FrozenAnchor:
+        """Stays in eval mode whatever is asked."""
+        return super().train(False)
+
+    def reset_parameters_recursive(self, parameters: TensorDictBase | None = None) -> TensorDictBase | None:
+        """Leaves the anchor as it is."""
+        return parameters
+
+
+def _keep_parameters() -> None:
+    """Stands in for ``reset_parameters`` of every frozen layer."""
+
+
+def _freeze(module: nn.Module) -> nn.Module:
+    """Turns the parameters of a module into buffers, in place, tied ones kept tied."""
+    frozen: dict[int, torch.Tensor] = {}
+    for layer in module.modules():
+        for name, parameter in list(layer._parameters.items()):
+            if parameter is None:
+                continue
+            if isinstance(parameter, nn.parameter.UninitializedParameter):
+                raise InputError(f"the anchor's parameter {name!r} is lazy: call the actor once before freezing it")
+            del layer._parameters[name]
+            layer.register_buffer(name, frozen.setdefault(id(parameter), parameter.detach().clone()))
+        if hasattr(layer, "reset_parameters"):
+            # Parents reset their children one by one; only the layer itself can refuse.
+            layer.reset_parameters = _keep_parameters
+    return module

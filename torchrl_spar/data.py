@@ -1,0 +1,254 @@
+"""Offline data, checked, as a TorchRL replay buffer in TED form (a row a step, the outcome under "next")."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tensordict import TensorDict, TensorDictBase, is_tensor_collection
+from torchrl.data import Bounded, ImmutableDatasetWriter, TensorDictReplayBuffer, TensorSpec, TensorStorage
+
+from torchrl_spar.errors import InputError
+from torchrl_spar.readers import Steps, find_minari, read_file, read_minari, read_tensordict
+
+# Float32 rounding and simulators leave actions this far outside their bounds.
+ACTION_TOLERANCE = 1e-6
+# A spread below this, relative to max(1, |mean|), is float32 rounding: the dimension is constant.
+SCALE_FLOOR = 1e-6
+
+
+class OfflineReplayBuffer(TensorDictReplayBuffer):
+    """A whole data set as a read-only :class:`~torchrl.data.TensorDictReplayBuffer`.
+
+    Made by :func:`load_offline_dataset`. ``buffer[:]`` is the data set, ``buffer.sample()`` a
+    uniform batch (with TorchRL's ``"index"`` of the sampled rows), and
+    ``buffer.set_sampler(SliceSampler(traj_key="episode", slice_len=...))`` samples sequences.
+
+    Args:
+        data: ``[N]`` rows in TED form, see :func:`load_offline_dataset`.
+        action_spec: the actions' finite bounds, float32 ``[action_dim]``.
+        episode_returns: undiscounted return of every episode, float64 ``[episodes]``.
+        name: where the data comes from.
+        env_id: the Gymnasium environment that the data comes from, if known.
+        device: where data and statistics live; the CPU by default.
+        **kwargs: passed to ``TensorDictReplayBuffer``, such as ``batch_size``.
+
+    Attributes:
+        observation_loc: mean of ``"observation"`` over the rows, float32 ``[observation_dim]``,
+            computed in float64.
+        observation_scale: standard deviation (divided by N), likewise. It is 1 where it is
+            below ``1e-6 max(1, |mean|)``, so that constant dimensions are not blown up.
+        action_spec, episode_returns, name, env_id: as given; ``"episode"`` indexes ``episode_returns``.
+
+    Source: ours.
+
+    Examples:
+        >>> from torchrl.data import SliceSampler
+        >>> flag = torch.zeros(6, 1, dtype=torch.bool)
+        >>> data = TensorDict({
+        ...     "observation": torch.rand(6, 3), "action": torch.rand(6, 2), "episode": torch.arange(6) // 3,
+        ...     "next": {"observation": torch.rand(6, 3), "reward": torch.ones(6, 1), "done": flag,
+        ...              "terminated": flag, "truncated": flag},
+        ... }, [6])
+        >>> buffer = OfflineReplayBuffer(
+        ...     data, action_spec=Bounded(-1, 1, (2,)), episode_returns=torch.full((2,), 3.0), name="toy", batch_size=4
+        ... )
+        >>> sampler = buffer.set_sampler(SliceSampler(slice_len=2, traj_key="episode"))
+        >>> buffer.sample().shape
+        torch.Size([4])
+    """
+
+    def __init__(
+        self,
+        data: TensorDictBase,
+        *,
+        action_spec: Bounded,
+        episode_returns: torch.Tensor,
+        name: str,
+        env_id: str | None = None,
+        device: torch.device | str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        device = torch.device(device or "cpu")
+        storage = TensorStorage(data.to(device), device=device)
+        super().__init__(storage=storage, writer=ImmutableDatasetWriter(), **kwargs)
+        loc, scale = _observation_statistics(data["observation"])
+        self.observation_loc, self.observation_scale = loc.to(device), scale.to(device)
+        self.action_spec = action_spec.to(device)
+        self.episode_returns = episode_returns
+        self.env_id = env_id
+        self.name = name
+
+
+def load_offline_dataset(
+    source: str | os.PathLike[str] | TensorDictBase,
+    *,
+    batch_size: int = 256,
+    device: torch.device | str | None = None,
+    root: str | os.PathLike[str] | None = None,
+    action_spec: TensorSpec | None = None,
+) -> OfflineReplayBuffer:
+    """Reads and checks a data set, whole, into a replay buffer.
+
+    Args:
+        source: one of
+
+            - ``"minari:<id>"``: looked up under ``root``, downloaded when it is not there;
+            - the directory of a Minari data set (it holds ``data/metadata.json``);
+            - a ``.hdf5``, ``.h5`` or ``.npz`` file with D4RL's arrays: ``observations [n, d]``,
+              ``actions [n, a]``, ``rewards [n]``, ``terminals [n]``, if there are any
+              ``timeouts [n]`` and ``next_observations [n, d]``. ``terminations`` and
+              ``truncations`` do as well;
+            - a TensorDict ``[n]`` or ``[B, T]`` with ``observation``, ``action`` and, under
+              ``"next"``, ``observation``, ``reward``, ``terminated``, if there are any ``truncated``
+              and ``done``; a change of the integer ``episode``, if given, ends an episode too.
+        batch_size: rows that ``sample()`` returns.
+        device: where the data set lives; the CPU by default.
+        root: Minari's directory; by default ``MINARI_DATASETS_PATH``, else ``~/.minari/datasets``.
+        action_spec: the actions' bounds, a ``Bounded [a]``. By default Minari's action space, and
+            -1 to 1 for files and TensorDicts.
+
+    Returns:
+        A buffer of N rows, raw units: ``observation [N, d]``, ``action [N, a]``,
+        ``("next", "observation") [N, d]`` and ``("next", "reward") [N, 1]`` in float32; ``done``,
+        ``terminated`` and ``truncated`` ``[N, 1]`` in bool, under ``"next"`` as recorded with
+        ``done = terminated | truncated``, at the root False; ``episode [N]`` in int64, the
+        source's episodes in order, those without a step left out.
+
+        Only ``terminated`` masks bootstrapping. Where a file has no ``next_observations``, the next
+        row of the same episode gives it: a terminal row keeps its own observation there (masked),
+        and any other last row of an episode is dropped, though its reward counts in
+        ``episode_returns``. The row before it is then the episode's last without being ``done``:
+        tell episodes apart by ``"episode"``. A file without ``timeouts`` ends its episodes at ``terminals`` alone
+        (a warning says so when that decides the next observations).
+
+        Dictionary observations of Minari are joined by :func:`flatten_observation`.
+
+    Raises:
+        InputError: if the source is missing, damaged or of no known form, an array is missing, has
+            the wrong shape, length or type, holds NaN or infinity (also after the cast to float32),
+            all observations or all actions are zero, actions leave their bounds by more than 1e-6,
+            a download fails, or h5py or minari is not installed.
+
+    Source: Minari's episodes and D4RL's (https://arxiv.org/abs/2004.07219) arrays; which rows are
+    dropped, the checks and the default bounds are ours.
+
+    Examples:
+        >>> data = TensorDict({
+        ...     "observation": torch.rand(4, 3), "action": torch.rand(4, 2),
+        ...     "next": {"observation": torch.rand(4, 3), "reward": torch.ones(4, 1),
+        ...              "terminated": torch.tensor([0, 1, 0, 0]).bool()},
+        ... }, [4])
+        >>> buffer = load_offline_dataset(data, batch_size=2)
+        >>> buffer[:]["episode"], buffer.episode_returns
+        (tensor([0, 0, 1, 1]), tensor([2., 2.], dtype=torch.float64))
+        >>> buffer.sample()["next", "reward"].shape
+        torch.Size([2, 1])
+    """
+    if batch_size < 1:
+        raise InputError(f"batch_size={batch_size}: at least one row is needed")
+    name = "TensorDict" if is_tensor_collection(source) else str(source)
+    try:
+        steps = _read(source, root)
+        spec = _action_spec(steps, action_spec)
+        _check_actions(steps, spec)
+        data = _to_ted(steps)
+    except InputError as err:
+        raise InputError(f"{name}: {err}") from err.__cause__
+    # bincount sums in float64 whatever the rewards' type
+    returns = torch.from_numpy(np.bincount(steps.episode, weights=steps.reward))
+    return OfflineReplayBuffer(
+        data,
+        action_spec=spec,
+        episode_returns=returns,
+        name=name,
+        env_id=steps.env_id,
+        device=device,
+        batch_size=batch_size,
+    )
+
+
+def _read(source: Any, root: str | os.PathLike[str] | None) -> Steps:
+    if is_tensor_collection(source):
+        return read_tensordict(source)
+    if isinstance(source, str) and source.startswith("minari:"):
+        return read_minari(find_minari(source.removeprefix("minari:"), root))
+    if isinstance(source, str) and source.startswith("d4rl:"):
+        raise InputError("D4RL's ids are not downloaded: give the path of the data set's .hdf5 file instead")
+    if isinstance(source, (str, os.PathLike)):
+        path = Path(source).expanduser()
+        if path.is_dir():
+            return read_minari(path)
+        if path.suffix.lower() in (".hdf5", ".h5", ".npz"):
+            return read_file(path)
+    raise InputError(
+        "no such directory, or no known form of source. Accepted are 'minari:<id>', the directory of a Minari data "
+        "set, a .hdf5, .h5 or .npz file with D4RL's arrays, and a TensorDict in TED form"
+    )
+
+
+def _action_spec(steps: Steps, given: TensorSpec | None) -> Bounded:
+    """The given bounds or the source's, as float32 ``[action_dim]``."""
+    if given is None:
+        low, high = (torch.as_tensor(bound, dtype=torch.float32) for bound in steps.action_bounds)
+    elif isinstance(given, Bounded):
+        low, high = (torch.as_tensor(bound).float().cpu() for bound in (given.space.low, given.space.high))
+    else:
+        raise InputError(f"action_spec must be a torchrl.data.Bounded, not {type(given).__name__}")
+    shape = torch.Size(steps.action.shape[1:])
+    if low.shape != shape:
+        raise InputError(f"actions are of shape {tuple(shape)}, their bounds of shape {tuple(low.shape)}")
+    if not (low.isfinite().all() and high.isfinite().all()):
+        raise InputError("the action space has no finite bounds: give them as action_spec=Bounded(low, high, shape)")
+    return Bounded(low, high, shape, dtype=torch.float32)
+
+
+def _check_actions(steps: Steps, spec: Bounded) -> None:
+    low, high = spec.space.low.numpy(), spec.space.high.numpy()
+    outside = np.maximum(low - steps.action, steps.action - high) > ACTION_TOLERANCE
+    if outside.any():
+        row, column = np.argwhere(outside)[0]
+        raise InputError(
+            f"{outside.any(axis=1).sum()} of {len(outside)} actions leave their bounds, the first in row {row}: "
+            f"component {column} is {steps.action[row, column]:.6g}, its bounds are {low[column]:.6g} to "
+            f"{high[column]:.6g}. Clip the actions, or give the true bounds as action_spec=Bounded(low, high, shape)"
+        )
+
+
+def _to_ted(steps: Steps) -> TensorDict:
+    if not steps.known.any():
+        raise InputError("no step has a known next observation, so no row is left")
+
+    def column(array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(array[steps.known]).unsqueeze(-1)  # a mask copies: the source's memory stays its own
+
+    rows = [int(steps.known.sum())]
+    root = {flag: torch.zeros(*rows, 1, dtype=torch.bool) for flag in ("done", "terminated", "truncated")}
+    outcome = {
+        "observation": torch.from_numpy(steps.next_observation[steps.known]),
+        "reward": column(steps.reward).float(),
+        "done": column(steps.terminated | steps.truncated),
+        "terminated": column(steps.terminated),
+        "truncated": column(steps.truncated),
+    }
+    return TensorDict(
+        {
+            "observation": torch.from_numpy(steps.observation[steps.known]),
+            "action": torch.from_numpy(steps.action[steps.known]),
+            "episode": torch.from_numpy(steps.episode[steps.known]),
+            **root,
+            "next": TensorDict(outcome, rows),
+        },
+        rows,
+    )
+
+
+def _observation_statistics(observation: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    # A dimension at a time: a float64 copy of all of a large set would cost more than the set.
+    moments = [torch.std_mean(column.double(), correction=0) for column in observation.unbind(-1)]
+    scale, loc = (torch.stack(values) for values in zip(*moments))
+    scale = torch.where(scale < SCALE_FLOOR * loc.abs().clamp(min=1), 1.0, scale)
+    return loc.float(), scale.float()

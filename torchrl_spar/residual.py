@@ -1,0 +1,249 @@
+"""The residual on the anchor: its data manifold (a VAE), the head that learns it, the actor that plays it."""
+
+from __future__ import annotations
+
+import torch
+from tensordict import NestedKey, TensorDictBase
+from tensordict.nn import TensorDictModule, TensorDictModuleBase, dispatch
+from torch import nn
+from torchrl.data import Bounded, Composite, TensorSpec
+
+from torchrl_spar.anchor import FrozenAnchor
+from torchrl_spar.errors import InputError
+
+LOG_STD_RANGE = (-4.0, 4.0)
+
+
+class GaussianEncoder(nn.Module):
+    """Splits a network's output into a mean and a clamped log standard deviation.
+
+    Args:
+        network: maps its inputs to ``[*B, 2 * latent_dim]``.
+
+    Source: ours; the clamp keeps the KL finite.
+
+    Examples:
+        >>> import torch
+        >>> loc, log_std = GaussianEncoder(torch.nn.Linear(3, 8))(torch.zeros(5, 3))
+        >>> loc.shape, log_std.shape
+        (torch.Size([5, 4]), torch.Size([5, 4]))
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        loc, log_std = self.network(*inputs).chunk(2, -1)
+        return loc, log_std.clamp(*LOG_STD_RANGE)
+
+
+class ResidualVAE(TensorDictModuleBase):
+    """A conditional VAE over scaled residuals: the data's manifold of corrections to the anchor.
+
+    Args:
+        encoder: ``q(z | s, a_b, r)``: writes the mean and the log standard deviation of the
+            latent, by default ``(observation, anchor_action, residual) -> (latent_loc, latent_log_std)``.
+        decoder: ``g(s, a_b, z)``: by default ``(observation, anchor_action, latent) -> residual``.
+        latent_key: where the latent ``[*B, latent_dim]`` lies.
+
+    Source: that residuals are sampled in a latent space is the paper's; the VAE is ours.
+
+    Examples:
+        >>> import torch
+        >>> from tensordict import TensorDict
+        >>> from torchrl.data import Bounded
+        >>> from torchrl_spar import make_spar_loss
+        >>> vae = make_spar_loss(3, Bounded(-1, 1, (2,))).residual_vae
+        >>> td = TensorDict({k: torch.zeros(5, n) for k, n in [("observation", 3), ("anchor_action", 2), ("residual", 2)]}, [5])
+        >>> vae(td)["latent"].shape
+        torch.Size([5, 4])
+    """
+
+    def __init__(
+        self, encoder: TensorDictModuleBase, decoder: TensorDictModuleBase, *, latent_key: NestedKey = "latent"
+    ) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.decoder = decoder
+        self.latent_key = latent_key
+        self.in_keys = list(encoder.in_keys)
+        self.out_keys = [*encoder.out_keys, latent_key, *decoder.out_keys]
+
+    @dispatch(auto_batch_size=False)
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Encodes, samples the latent, and overwrites the residual with its reconstruction."""
+        tensordict = self.encoder(tensordict)
+        loc, log_std = (tensordict.get(key) for key in self.encoder.out_keys[:2])
+        tensordict.set(self.latent_key, loc + log_std.exp() * torch.randn_like(loc))
+        return self.decoder(tensordict)
+
+
+class ResidualHead(TensorDictModule):
+    """The learned rectification ``Delta(s, a_b)``, starting at (almost) zero.
+
+    Head A, the default, writes the scaled residual itself. Head B writes a latent that the
+    VAE's decoder turns into the residual, so that the policy stays on the decoder's image.
+
+    Args:
+        network: maps (observation, anchor action) to ``[*B, action_dim]`` (A) or ``[*B, latent_dim]`` (B).
+        in_keys: what the network reads, in order.
+        out_keys: one key: ``["residual"]`` (A) or ``["latent"]`` (B).
+        init_scale: factor on the last linear layer, at construction and at every reset.
+
+    Source: the residual on the anchor is the paper's; heads A and B and the small start are ours.
+
+    Examples:
+        >>> import torch
+        >>> from torchrl_spar import ResidualHead
+        >>> net = torch.nn.Sequential(torch.nn.Linear(5, 2))
+        >>> head = ResidualHead(net, in_keys=["state_and_anchor"], out_keys=["residual"])
+        >>> bool(head(state_and_anchor=torch.ones(1, 5)).abs().max() < 0.1)
+        True
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        in_keys: list[NestedKey] | None = None,
+        out_keys: list[NestedKey] | None = None,
+        *,
+        init_scale: float = 0.01,
+    ) -> None:
+        super().__init__(network, in_keys or ["observation", "anchor_action"], out_keys or ["residual"])
+        self.init_scale = init_scale
+        self._shrink()
+
+    def _shrink(self) -> None:
+        last = [layer for layer in self.module.modules() if isinstance(layer, nn.Linear)][-1:]
+        with torch.no_grad():
+            for layer in last:
+                layer.weight.mul_(self.init_scale)
+                if layer.bias is not None:
+                    layer.bias.mul_(self.init_scale)
+
+    def reset_parameters(self) -> None:
+        """Draws new weights and shrinks the last layer again."""
+        super().reset_parameters_recursive()
+        self._shrink()
+
+    def reset_parameters_recursive(self, parameters: TensorDictBase | None = None) -> TensorDictBase | None:
+        """See :meth:`reset_parameters`."""
+        if parameters is not None:
+            raise InputError("ResidualHead resets its own parameters: call it without 'parameters'")
+        return self.reset_parameters()
+
+
+class SPARActor(TensorDictModuleBase):
+    """The policy ``pi(s) = clamp(a_b + rho * Delta(s, a_b), low, high)`` with ``a_b = pi_b(s)``.
+
+    Reads the observation, writes the action alone, so it serves as the ``policy`` of any
+    TorchRL collector. The residual is in units of ``rho``, the data's residual scale.
+
+    Args:
+        anchor: the frozen behaviour policy; any other actor is wrapped in :class:`FrozenAnchor`.
+        head: writes ``residual_key`` (head A), or the decoder's latent (head B).
+        action_spec: the action bounds, ``[action_dim]``; a Composite is read at the anchor's action key.
+        decoder: the VAE's decoder, with head B only.
+        residual_scale: ``rho`` ``[action_dim]`` in action units; ones by default, set by
+            :func:`~torchrl_spar.fit_residual`.
+        anchor_action_key: where the head reads ``a_b``.
+        residual_key: where the head (A) or the decoder (B) writes ``Delta``.
+
+    Raises:
+        InputError: if the spec is not bounded, or the head does not write what it must.
+
+    Source: the policy's form is the paper's; scale and clamp are ours.
+
+    Examples:
+        >>> import torch
+        >>> from tensordict.nn import TensorDictModule
+        >>> from torchrl.data import Bounded
+        >>> from torchrl_spar import ResidualHead, SPARActor
+        >>> class Head(torch.nn.Linear):
+        ...     def forward(self, observation, anchor_action):
+        ...         return super().forward(torch.cat([observation, anchor_action], -1))
+        >>> behaviour = TensorDictModule(torch.nn.Linear(3, 2), ["observation"], ["action"])
+        >>> actor = SPARActor(behaviour, ResidualHead(Head(5, 2)), action_spec=Bounded(-1, 1, (2,)))
+        >>> actor(observation=torch.zeros(4, 3)).shape
+        torch.Size([4, 2])
+    """
+
+    low: torch.Tensor
+    high: torch.Tensor
+    residual_scale: torch.Tensor
+
+    def __init__(
+        self,
+        anchor: TensorDictModuleBase,
+        head: TensorDictModuleBase,
+        *,
+        action_spec: TensorSpec,
+        decoder: TensorDictModuleBase | None = None,
+        residual_scale: torch.Tensor | None = None,
+        anchor_action_key: NestedKey = "anchor_action",
+        residual_key: NestedKey = "residual",
+    ) -> None:
+        super().__init__()
+        self.anchor = anchor if isinstance(anchor, FrozenAnchor) else FrozenAnchor(anchor)
+        self.action_key = self.anchor.action_key
+        self.head = head
+        self.decoder = decoder
+        self.anchor_action_key = anchor_action_key
+        self.residual_key = residual_key
+        last = head if decoder is None else decoder
+        if residual_key not in last.out_keys:
+            raise InputError(f"the residual head must write {residual_key!r}; out_keys are {last.out_keys}")
+        low, high = action_bounds(action_spec, self.action_key)
+        self.register_buffer("low", low)
+        self.register_buffer("high", high)
+        scale = torch.ones_like(low) if residual_scale is None else residual_scale.detach().to(low).clone()
+        self.register_buffer("residual_scale", scale)
+        internal = {anchor_action_key, residual_key, *head.out_keys}
+        read = [*self.anchor.in_keys, *head.in_keys, *(decoder.in_keys if decoder is not None else [])]
+        self.in_keys = [key for key in dict.fromkeys(read) if key not in internal]
+        self.out_keys = [self.action_key]
+
+    @property
+    def is_latent(self) -> bool:
+        """Whether the head works in the latent space (head B)."""
+        return self.decoder is not None
+
+    def compose(self, anchor_action: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """The executed action for a scaled residual, both ``[*B, action_dim]``."""
+        return (anchor_action + self.residual_scale * residual).clamp(self.low, self.high)
+
+    @dispatch(auto_batch_size=False)
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Writes the action ``[*B, action_dim]``."""
+        scratch = tensordict.select(*self.in_keys)
+        anchor_action = self.anchor(scratch.select(*self.anchor.in_keys)).get(self.action_key)
+        scratch = self.head(scratch.set(self.anchor_action_key, anchor_action))
+        if self.decoder is not None:
+            scratch = self.decoder(scratch)
+        return tensordict.set(self.action_key, self.compose(anchor_action, scratch.get(self.residual_key)))
+
+
+def action_bounds(action_spec: TensorSpec, action_key: NestedKey = "action") -> tuple[torch.Tensor, torch.Tensor]:
+    """The finite bounds of an action spec, as floating-point tensors ``[action_dim]``.
+
+    Raises:
+        InputError: if the spec is not a one-dimensional continuous spec with finite bounds.
+
+    Examples:
+        >>> from torchrl.data import Bounded
+        >>> action_bounds(Bounded(-1, 2, (2,)))
+        (tensor([-1., -1.]), tensor([2., 2.]))
+    """
+    if isinstance(action_spec, Composite):
+        action_spec = action_spec[action_key]
+    if not isinstance(action_spec, Bounded) or not action_spec.dtype.is_floating_point or action_spec.ndim < 1:
+        raise InputError(
+            f"action_spec must be a continuous torchrl.data.Bounded of shape [action_dim], got {action_spec}"
+        )
+    # Batched environments repeat the bounds along leading dimensions.
+    lead = (0,) * (action_spec.ndim - 1)
+    low, high = action_spec.space.low[lead].clone(), action_spec.space.high[lead].clone()
+    if not (torch.isfinite(low).all() and torch.isfinite(high).all() and (low < high).all()):
+        raise InputError(f"action_spec needs finite bounds with low < high, got low={low}, high={high}")
+    return low, high

@@ -1,0 +1,75 @@
+"""D4RL's reference returns and the normalised score."""
+
+from __future__ import annotations
+
+import re
+from typing import TypeVar
+
+import torch
+
+from torchrl_spar.errors import InputError
+
+Returns = TypeVar("Returns", float, torch.Tensor)
+
+# (pattern in the lower-case id, return of a random policy, return of an expert), from D4RL's infos.py.
+_REFERENCE_RETURNS: tuple[tuple[str, float, float], ...] = (
+    (r"ant_?maze", 0.0, 1.0),
+    (r"kitchen", 0.0, 4.0),
+    (r"(pointmaze|maze2d)[/_-]umaze\b", 23.85, 161.86),
+    (r"(pointmaze|maze2d)[/_-]medium\b", 13.13, 277.39),
+    (r"(pointmaze|maze2d)[/_-]large\b", 6.7, 273.99),
+    (r"\bhalfcheetah\b", -280.178953, 12135.0),
+    (r"\bhopper\b", -20.272305, 3234.3),
+    (r"\bwalker2d\b", 1.629008, 4592.3),
+    (r"\bant\b", -325.6, 3879.7),
+    (r"(adroithand|\b)pen\b", 96.262799, 3076.8331),
+    (r"(adroithand|\b)hammer\b", -274.856578, 12794.1348),
+    (r"(adroithand|\b)relocate\b", -6.425911, 4233.8778),
+    (r"(adroithand|\b)door\b", -56.512833, 2880.5693),
+)
+
+
+def reference_returns(env_id: str) -> tuple[float, float]:
+    """The returns that D4RL scores as 0 (random policy) and 100 (expert).
+
+    Args:
+        env_id: a Gymnasium environment (``"Hopper-v5"``), a Minari id
+            (``"D4RL/door/human-v2"``) or a D4RL id (``"hopper-medium-v2"``).
+
+    Raises:
+        InputError: for an environment that D4RL gives no reference returns for.
+
+    Source: D4RL (https://arxiv.org/abs/2004.07219), ``infos.py``.
+
+    Examples:
+        >>> reference_returns("AdroitHandDoor-v1")
+        (-56.512833, 2880.5693)
+    """
+    for pattern, low, high in _REFERENCE_RETURNS:
+        if re.search(pattern, env_id.lower()):
+            return low, high
+    raise InputError(
+        f"no D4RL reference returns are known for {env_id!r}, so its score cannot be normalised: "
+        "report raw returns instead"
+    )
+
+
+def normalized_score(env_id: str, returns: Returns) -> Returns:
+    """D4RL's normalised score, ``100 (return - random) / (expert - random)``.
+
+    Args:
+        env_id: see :func:`reference_returns`.
+        returns: undiscounted episode returns, a number or a tensor of any shape.
+
+    Returns:
+        The score in per cent, of the type and shape of ``returns``.
+
+    Raises:
+        InputError: for an environment that D4RL gives no reference returns for.
+
+    Examples:
+        >>> round(normalized_score("Hopper-v5", 3234.3), 1)
+        100.0
+    """
+    low, high = reference_returns(env_id)
+    return 100.0 * (returns - low) / (high - low)
