@@ -10,7 +10,8 @@ import hydra
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from torchrl_spar import InputError
+from torchrl_spar import InputError, normalized_score
+from torchrl_spar.errors import first_line
 
 RECIPES = Path(__file__).resolve().parent
 
@@ -37,5 +38,15 @@ def best_device(name: str | None) -> torch.device:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as err:
-        raise InputError(f"device={name}: not available here ({str(err).splitlines()[0]})") from None
+        raise InputError(f"device={name}: not available here ({first_line(err)})") from None
     return device
+
+
+def summarize(env: str, returns: torch.Tensor) -> dict[str, float | None]:
+    """Mean, spread and normalised score (None where D4RL has no reference)."""
+    mean = returns.mean().item()
+    try:
+        score = normalized_score(env, mean)
+    except InputError:
+        score = None
+    return {"return_mean": mean, "return_std": returns.std(correction=0).item(), "normalized": score}

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import RECIPES, best_device, run_recipe
+from common import RECIPES, best_device, run_recipe, summarize
 from omegaconf import DictConfig
 from plots import plot_learning_curve
 from rich.console import Console
@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from torchrl_spar import (
     InputError, OfflineReplayBuffer, SPARUpdate, environment_sizes, evaluate, fit_anchor, fit_residual,
-    load_offline_dataset, make_anchor, make_spar_loss, normalized_score, save_policy,
+    load_offline_dataset, make_anchor, make_spar_loss, save_policy,
 )  # fmt: skip
 
 EMBEDDED = RECIPES / "data" / "torchrl-spar" / "hopper" / "medium-v0"
@@ -47,22 +47,12 @@ def load(cfg: DictConfig, device: torch.device) -> tuple[OfflineReplayBuffer, st
     return data, env
 
 
-def summarize(env: str, returns: torch.Tensor) -> dict[str, float | None]:
-    """Mean, spread and normalised score (None where D4RL has no reference)."""
-    mean = returns.mean().item()
-    try:
-        score = normalized_score(env, mean)
-    except InputError:
-        score = None
-    return {"return_mean": mean, "return_std": returns.std(correction=0).item(), "normalized": score}
-
-
 class Phase:
     """A progress bar over one phase that logs a row every `interval` steps."""
 
     def __init__(self, name: str, steps: int, log: MetricLog, interval: int) -> None:
         self.name, self.log, self.interval, self.steps = name, log, interval, steps
-        self.bar = tqdm(total=steps, desc=f"{name:>6}", unit="step", dynamic_ncols=True)
+        self.bar = tqdm(total=steps, desc=f"{name:>6}", unit="step", dynamic_ncols=True, mininterval=1.0)
 
     def __call__(self, step: int, metrics: dict[str, Any]) -> None:
         self.bar.update()
@@ -104,14 +94,14 @@ def main(cfg: DictConfig) -> None:
     spar = score(loss.actor, cfg.eval.final_episodes, RESULT_SEED)
     log.close()
     results = {
-        "dataset": str(cfg.dataset), "env": env, "seed": cfg.seed, "updates": cfg.spar.updates,
+        "dataset": data.name, "env": env, "seed": cfg.seed, "updates": cfg.spar.updates,
         "anchor": anchor, "spar": spar, "data": summarize(env, data.episode_returns),
         "episodes": cfg.eval.final_episodes, "updates_per_second": rate,
         "wall_seconds": time.perf_counter() - start,
         "versions": {name: version(name) for name in ("torchrl-spar", "torch", "torchrl", "tensordict", "gymnasium", "mujoco")},
         "curve": curve,
     }  # fmt: skip
-    save_policy(loss, out / "policy.pt", env=env, dataset=str(cfg.dataset), seed=cfg.seed)
+    save_policy(loss, out / "policy.pt", env=env, dataset=data.name, seed=cfg.seed)
     plot_learning_curve(out / "learning_curve.png", curve, results)
     write_json(out / "results.json", results)
     show(results, out)

@@ -14,3 +14,13 @@ class InputError(ValueError):
             ...
         torchrl_spar.errors.InputError: data.npz: no array 'actions'
     """
+
+
+def first_line(err: BaseException) -> str:
+    """The first line of an error's text, for a message of one line.
+
+    Examples:
+        >>> first_line(KeyError("a")), first_line(EOFError())
+        ("'a'", 'EOFError')
+    """
+    return next(iter(str(err).splitlines()), type(err).__name__)

@@ -283,7 +283,7 @@ class SPARLoss(LossModule):
         state = tensordict.select(*self._state_keys(self.value_network, self.qvalue_network))
         with torch.no_grad():
             qvalue = self._lower_bound(
-                self._qvalue(state, tensordict.get(self.tensor_keys.action), self.target_qvalue_network_params)
+                self._qvalue(state, tensordict[self.tensor_keys.action], self.target_qvalue_network_params)
             )
         difference = qvalue - self._value(state, self.value_network_params)
         weight = torch.where(difference > 0, self.expectile, 1 - self.expectile)
@@ -303,10 +303,11 @@ class SPARLoss(LossModule):
         """
         with torch.no_grad():
             next_value = self._next_value(tensordict)
-            scratch = tensordict.select("next").clone(False)
-            scratch.set(("next", self.tensor_keys.value), next_value.unsqueeze(-1))
-            target = self.value_estimator.value_estimate(scratch).squeeze(-1)
-        qvalue = self._qvalue(tensordict, tensordict.get(self.tensor_keys.action), self.qvalue_network_params)
+            keys = self.tensor_keys
+            outcome = tensordict.select(*(_under_next(key) for key in (keys.reward, keys.done, keys.terminated)))
+            outcome.set(_under_next(keys.value), next_value.unsqueeze(-1))
+            target = self.value_estimator.value_estimate(outcome).squeeze(-1)
+        qvalue = self._qvalue(tensordict, tensordict[self.tensor_keys.action], self.qvalue_network_params)
         error = distance_loss(qvalue, target.expand_as(qvalue), self.loss_function)
         mask = self._valid(tensordict, target)
         metadata = {
@@ -417,7 +418,7 @@ class SPARLoss(LossModule):
         Source: ours.
         """
         actions = torch.stack(
-            (tensordict.get(self.tensor_keys.action), self._compose(state.get(self.tensor_keys.anchor_action), residual))
+            (tensordict[self.tensor_keys.action], self._compose(state.get(self.tensor_keys.anchor_action), residual))
         )
         qvalue = self._qvalue(state.expand(2, *state.batch_size), actions, self.qvalue_network_params.data)
         data_bound, policy_bound = self._lower_bound(qvalue).unbind(0)
@@ -434,6 +435,7 @@ class SPARLoss(LossModule):
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """All terms on one batch ``[*B]``; see the class for what to do with them."""
+        tensordict.select(*self.in_keys)  # a missing key is named here, before any work
         batch = tensordict.clone(False)
         # Every term needs the anchor's action: ask once.
         batch.set(self.tensor_keys.anchor_action, self._anchored(batch).get(self.tensor_keys.anchor_action))
@@ -489,7 +491,7 @@ class SPARLoss(LossModule):
 
     def _data_residual(self, tensordict: TensorDictBase, state: TensorDictBase) -> Tensor:
         """``r = (a - a_b) / rho``."""
-        difference = tensordict.get(self.tensor_keys.action) - state.get(self.tensor_keys.anchor_action)
+        difference = tensordict[self.tensor_keys.action] - state.get(self.tensor_keys.anchor_action)
         return difference / self.residual_scale
 
     def _rectify(self, state: TensorDictBase) -> tuple[Tensor | None, Tensor]:
@@ -545,7 +547,7 @@ class SPARLoss(LossModule):
 
     def _next_value(self, tensordict: TensorDictBase) -> Tensor:
         """The bootstrapped value of the next state, ``[*B]``."""
-        following = tensordict.get("next")
+        following = tensordict["next"]
         value: Tensor | float = 0.0
         if self.value_mix < 1:
             params = self._modules["target_actor_network_params"]

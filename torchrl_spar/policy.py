@@ -11,7 +11,7 @@ import torch
 from torchrl.data import Bounded
 
 from torchrl_spar.build import make_spar_loss
-from torchrl_spar.errors import InputError
+from torchrl_spar.errors import InputError, first_line
 from torchrl_spar.objective import SPARLoss
 from torchrl_spar.residual import SPARActor
 
@@ -57,12 +57,13 @@ def save_policy(loss: SPARLoss, path: str | os.PathLike[str], **facts: Any) -> N
     except (RuntimeError, TypeError) as err:
         raise InputError(
             "save_policy knows the default networks of make_spar_loss only; "
-            f"save loss.actor.state_dict() for your own ({str(err).splitlines()[0]})"
+            f"save loss.actor.state_dict() for your own ({first_line(err)})"
         ) from None
     path = Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        torch.save(content, partial)
+        with partial.open("wb") as file:
+            torch.save(content, file)
         os.replace(partial, path)
     except OSError as err:
         raise InputError(f"{path}: the policy cannot be written: {err}") from None
@@ -97,7 +98,7 @@ def load_policy(
             raise InputError(f"{path}: not a policy written by torchrl_spar ({FORMAT})")
         return _rebuild(content).to(device or "cpu"), content["facts"]
     except (RuntimeError, TypeError, KeyError, AttributeError, EOFError, OSError, pickle.UnpicklingError) as err:
-        raise InputError(f"{path}: damaged, or not a policy file: {str(err).splitlines()[0]}") from None
+        raise InputError(f"{path}: damaged, or not a policy file: {first_line(err)}") from None
 
 
 def _rebuild(content: dict[str, Any]) -> SPARActor:

@@ -188,8 +188,8 @@ def _load_npz(path: Path, wanted: list[str]) -> tuple[dict[str, np.ndarray], lis
 def _load_hdf5(path: Path, wanted: list[str]) -> tuple[dict[str, np.ndarray], list[str]]:
     h5py = _require("h5py")
     with h5py.File(path, "r") as file:
-        present = list(file)
-        return {key: file[key][()] for key in wanted if isinstance(file.get(key), h5py.Dataset)}, present
+        present = [key if isinstance(file.get(key), h5py.Dataset) else f"{key}/" for key in file]
+        return {key: file[key][()] for key in wanted if key in present}, present
 
 
 def _clean(raw: Mapping[str, tuple[str, np.ndarray]]) -> dict[str, Any]:

@@ -15,17 +15,17 @@ Returns = TypeVar("Returns", float, torch.Tensor)
 _REFERENCE_RETURNS: tuple[tuple[str, float, float], ...] = (
     (r"ant_?maze", 0.0, 1.0),
     (r"kitchen", 0.0, 4.0),
-    (r"(pointmaze|maze2d)[/_-]umaze\b", 23.85, 161.86),
-    (r"(pointmaze|maze2d)[/_-]medium\b", 13.13, 277.39),
-    (r"(pointmaze|maze2d)[/_-]large\b", 6.7, 273.99),
-    (r"\bhalfcheetah\b", -280.178953, 12135.0),
-    (r"\bhopper\b", -20.272305, 3234.3),
-    (r"\bwalker2d\b", 1.629008, 4592.3),
-    (r"\bant\b", -325.6, 3879.7),
-    (r"(adroithand|\b)pen\b", 96.262799, 3076.8331),
-    (r"(adroithand|\b)hammer\b", -274.856578, 12794.1348),
-    (r"(adroithand|\b)relocate\b", -6.425911, 4233.8778),
-    (r"(adroithand|\b)door\b", -56.512833, 2880.5693),
+    (r"(pointmaze|maze2d)[/_-]umaze\b(?!-dense)", 23.85, 161.86),
+    (r"(pointmaze|maze2d)[/_-]medium\b(?!-dense)", 13.13, 277.39),
+    (r"(pointmaze|maze2d)[/_-]large\b(?!-dense)", 6.7, 273.99),
+    (r"(^|[/:])halfcheetah\b", -280.178953, 12135.0),
+    (r"(^|[/:])hopper\b", -20.272305, 3234.3),
+    (r"(^|[/:])walker2d\b", 1.629008, 4592.3),
+    (r"(^|[/:])ant\b", -325.6, 3879.7),
+    (r"(^|[/:]|adroithand)pen\b", 96.262799, 3076.8331),
+    (r"(^|[/:]|adroithand)hammer\b", -274.856578, 12794.1348),
+    (r"(^|[/:]|adroithand)relocate\b", -6.425911, 4233.8778),
+    (r"(^|[/:]|adroithand)door\b", -56.512833, 2880.5693),
 )
 
 

@@ -1,0 +1,151 @@
+"""The phases of training against by-hand numbers, and SPAR improving a task that is known."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import ACTION, OBSERVATION, make_batch, total
+from tensordict import TensorDict
+from tensordict.nn import NormalParamExtractor, TensorDictModule
+from torch import nn
+from torchrl.data import Bounded
+from torchrl.modules import MLP, ProbabilisticActor, TanhNormal, ValueOperator
+from torchrl.objectives import IQLLoss
+
+from torchrl_spar import (
+    SPARUpdate, fit_anchor, fit_residual, load_offline_dataset, make_anchor, make_spar_loss, measure_residual_scale,
+)  # fmt: skip
+
+
+def bandit(rows=4000):
+    """One-step episodes: actions on a curve a = (x, x^2), reward best at x = 0.8, mean behaviour at x = 0."""
+    generator = torch.Generator().manual_seed(0)
+    x = (torch.rand(rows, 1, generator=generator) * 2 - 1) * 0.9
+    ended = torch.ones(rows, 1, dtype=torch.bool)
+    state = torch.randn(rows, 2, generator=generator)
+    action = torch.cat((x, x.square()), -1)
+    reward = -(x - 0.8).square()
+    return TensorDict(
+        {"observation": state, "action": action,
+         "next": {"observation": state, "reward": reward, "terminated": ended, "truncated": ~ended, "done": ended}},
+        [rows],
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    torch.manual_seed(0)
+    data = load_offline_dataset(bandit())
+    spec = Bounded(-1, 1, (2,))
+    anchor = fit_anchor(make_anchor(2, spec, hidden=[32, 32]), data, steps=300)
+    loss = make_spar_loss(2, spec, anchor=anchor, hidden=[32, 32], joint_fit=False)
+    return fit_residual(loss, data, steps=600), data
+
+
+def test_anchor_learns_the_conditional_mean(fitted):
+    loss, data = fitted
+    action = loss.anchor(data[:500].select("observation"))["action"]
+    torch.testing.assert_close(action.mean(0), data[:]["action"].mean(0), atol=0.1, rtol=0)
+    assert action.std(0).max() < 0.15
+
+
+def test_residual_scale_is_the_rms(fitted):
+    loss, data = fitted
+    rows = data[:]
+    difference = rows["action"] - loss.anchor(rows.select("observation"))["action"]
+    torch.testing.assert_close(loss.residual_scale, difference.pow(2).mean(0).sqrt())
+
+
+def test_exactly_cloned_dimensions_get_the_floor():
+    batch = make_batch(50)
+    loss = make_spar_loss(OBSERVATION, Bounded(-1, 1, (ACTION,)), hidden=[8])
+    batch["action"] = loss.anchor(batch.select("observation"))["action"].clone()
+    batch["action"][:, 1:] *= 0.5
+    scale = measure_residual_scale(loss, load_offline_dataset(batch))
+    assert scale[0] == 0.01 and (scale[1:] > 0.01).any()
+
+
+def test_decoder_covers_the_data(fitted):
+    loss, data = fitted
+    batch = data[:1000]
+    _, metadata = loss.fit_loss(batch)
+    assert metadata["reconstruction_error"] < 0.2  # residuals have variance one
+    # Decoded prior samples lie on the data's curve.
+    state = TensorDict({"observation": batch["observation"]}, [1000])
+    anchor = loss.anchor(state.copy())["action"]
+    vae = loss.get_stateful_net("residual_vae")
+    latent = torch.randn(1000, 4).clamp(-1.5, 1.5)
+    decoded = vae.decoder(observation=state["observation"], anchor_action=anchor, latent=latent)
+
+    def off_curve(residual):
+        action = anchor + loss.residual_scale * residual
+        return (action[:, 1] - action[:, 0].square()).abs().mean()
+
+    # A Gaussian of the residuals' own size leaves the curve.
+    assert off_curve(decoded) < 0.5 * off_curve(torch.randn(1000, 2))
+
+
+@pytest.mark.parametrize("trust_coeff", [0.0, 1.0])
+def test_spar_improves_the_anchor_and_leaves_frozen_parts_alone(fitted, trust_coeff):
+    loss, data = fitted
+    torch.manual_seed(0)
+    options = dict(hidden=[32, 32], joint_fit=False, trust_coeff=trust_coeff)
+    fresh = make_spar_loss(2, Bounded(-1, 1, (2,)), **options)
+    state = loss.state_dict()
+    state["trust_coeff"] = fresh.trust_coeff
+    fresh.load_state_dict(state)
+    update = SPARUpdate(fresh, target_rate=0.02)
+    frozen = {k: v.clone() for k, v in fresh.state_dict().items() if "anchor" in k or "residual_vae" in k or "value_network_params" in k and "qvalue" not in k}
+    states = TensorDict({"observation": torch.randn(500, 2)}, [500])
+    before = fresh.anchor(states.copy())["action"]
+    for _ in range(500):
+        metrics = update(data.sample())
+    after = fresh.actor(states.copy())["action"]
+
+    def value(action):
+        return -(action[:, 0] - 0.8).square().mean()
+
+    assert value(after) > value(before) + 0.2
+    assert metrics["residual_ratio"] > 0.1
+    for key, tensor in fresh.state_dict().items():
+        if key in frozen:
+            assert torch.equal(tensor, frozen[key]), key
+
+
+def test_head_is_updated_every_policy_interval_steps():
+    loss = make_spar_loss(OBSERVATION, Bounded(-1, 1, (ACTION,)), hidden=[8], joint_fit=False)
+    update = SPARUpdate(loss, policy_interval=3)
+    for step in range(1, 7):
+        before = loss.actor_network_params["head"].data.clone()
+        update(make_batch(12))
+        changed = not (loss.actor_network_params["head"].data == before).all()
+        assert changed == (step % 3 == 0)
+
+
+def test_reports_reach_every_step(fitted):
+    _, data = fitted
+    seen = []
+    fit_anchor(make_anchor(2, Bounded(-1, 1, (2,)), hidden=[4]), data, steps=3, report=lambda *row: seen.append(row))
+    assert [step for step, _ in seen] == [1, 2, 3] and all("loss_bc" in metrics for _, metrics in seen)
+
+
+def test_mixes_with_iql_under_one_optimiser():
+    torch.manual_seed(0)
+    spar, batch = make_spar_loss(OBSERVATION, Bounded(-1, 1, (ACTION,)), hidden=[16]), make_batch(12)
+    policy = nn.Sequential(MLP(OBSERVATION, 2 * ACTION, num_cells=[16]), NormalParamExtractor())
+    actor = ProbabilisticActor(
+        TensorDictModule(policy, ["observation"], ["loc", "scale"]),
+        in_keys=["loc", "scale"], distribution_class=TanhNormal,
+    )  # fmt: skip
+    qvalue = ValueOperator(MLP(OBSERVATION + ACTION, 1), in_keys=["observation", "action"])
+    iql = IQLLoss(actor, qvalue, value_network=ValueOperator(MLP(OBSERVATION, 1), in_keys=["observation"]))
+    torch.manual_seed(1)
+    total(spar(batch.copy())).backward()
+    alone = [p.grad.clone() for p in spar.parameters()]
+    spar.zero_grad()
+    optimizer = torch.optim.Adam([*spar.parameters(), *iql.parameters()], lr=1e-3)
+    torch.manual_seed(1)
+    (total(spar(batch)) + total(iql(batch))).backward()
+    torch.testing.assert_close([p.grad for p in spar.parameters()], alone)
+    assert all(p.grad is not None for p in iql.parameters())
+    optimizer.step()
