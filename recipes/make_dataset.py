@@ -14,7 +14,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 import h5py
-import hydra
 import numpy as np
 import torch
 from common import best_device, run_recipe
@@ -45,9 +44,7 @@ def make_sac(env: TransformedEnv, cfg: DictConfig, device: torch.device) -> SACL
         distribution_class=TanhNormal,
         distribution_kwargs={"low": action_spec.space.low, "high": action_spec.space.high},
     )
-    qvalue = ValueOperator(
-        MLP(observation_dim + action_spec.shape[-1], 1, **cells), in_keys=["observation", "action"]
-    )
+    qvalue = ValueOperator(MLP(observation_dim + action_spec.shape[-1], 1, **cells), in_keys=["observation", "action"])
     loss = SACLoss(actor, qvalue, num_qvalue_nets=2, loss_function="l2", action_spec=action_spec)
     loss.make_value_estimator(gamma=cfg.gamma)
     return loss

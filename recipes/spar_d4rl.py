@@ -21,11 +21,21 @@ from run_output import MetricLog, check_unused, save_config, write_json
 from tqdm import tqdm
 
 from torchrl_spar import (
-    InputError, OfflineReplayBuffer, SPARUpdate, environment_sizes, evaluate, fit_anchor, fit_residual,
-    load_offline_dataset, make_anchor, make_spar_loss, save_policy,
+    InputError,
+    OfflineReplayBuffer,
+    SPARUpdate,
+    environment_sizes,
+    evaluate,
+    fit_anchor,
+    fit_residual,
+    load_offline_dataset,
+    make_anchor,
+    make_spar_loss,
+    save_policy,
 )  # fmt: skip
 
 EMBEDDED = RECIPES / "data" / "torchrl-spar" / "hopper" / "medium-v0"
+VERSIONED = ("torchrl-spar", "torch", "torchrl", "tensordict", "gymnasium", "mujoco")
 # Evaluations of the curve and of the results start from states of their own.
 CURVE_SEED, RESULT_SEED = 10_000, 20_000
 
@@ -98,7 +108,7 @@ def main(cfg: DictConfig) -> None:
         "anchor": anchor, "spar": spar, "data": summarize(env, data.episode_returns),
         "episodes": cfg.eval.final_episodes, "updates_per_second": rate,
         "wall_seconds": time.perf_counter() - start,
-        "versions": {name: version(name) for name in ("torchrl-spar", "torch", "torchrl", "tensordict", "gymnasium", "mujoco")},
+        "versions": {name: version(name) for name in VERSIONED},
         "curve": curve,
     }  # fmt: skip
     save_policy(loss, out / "policy.pt", env=env, dataset=data.name, seed=cfg.seed)
@@ -141,7 +151,9 @@ def show(results: dict[str, Any], out: Path) -> None:
         table.add_row(name, f"{row['return_mean']:.1f}", f"{row['return_std']:.1f}", normalized)
     console = Console()
     console.print(table)
-    console.print(f"{results['updates_per_second']:.1f} updates/s, {results['wall_seconds']:.0f} s in all; files in {out}")
+    console.print(
+        f"{results['updates_per_second']:.1f} updates/s, {results['wall_seconds']:.0f} s in all; files in {out}"
+    )
 
 
 if __name__ == "__main__":

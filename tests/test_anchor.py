@@ -21,8 +21,9 @@ def deterministic():
 
 
 def probabilistic():
+    net = nn.Sequential(MLP(3, 4, num_cells=[8]), NormalParamExtractor())
     return ProbabilisticActor(
-        TensorDictModule(nn.Sequential(MLP(3, 4, num_cells=[8]), NormalParamExtractor()), ["observation"], ["loc", "scale"]),
+        TensorDictModule(net, ["observation"], ["loc", "scale"]),
         in_keys=["loc", "scale"], out_keys=["action"], distribution_class=TanhNormal, return_log_prob=True,
     )  # fmt: skip
 

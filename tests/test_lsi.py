@@ -57,7 +57,9 @@ def world():
 
 def make_loss(decoder, slope, latent_std=SIGMA):
     anchor = TensorDictModule(lambda s: torch.zeros(*s.shape[:-1], D, dtype=s.dtype), ["observation"], ["action"])
-    encode = TensorDictModule(Encoder(torch.linalg.pinv(decoder)), [*STATE, "residual"], ["latent_loc", "latent_log_std"])
+    encode = TensorDictModule(
+        Encoder(torch.linalg.pinv(decoder)), [*STATE, "residual"], ["latent_loc", "latent_log_std"]
+    )
     decode = TensorDictModule(Linear(decoder), [*STATE, "latent"], ["residual"])
     head = ResidualHead(Head(decoder @ torch.full((decoder.shape[1],), 0.2, dtype=torch.float64)), STATE, ["residual"])
     bounds = torch.full((D,), 100.0, dtype=torch.float64)
@@ -113,5 +115,3 @@ def test_flat_values_leave_the_policy_where_it_is(world):
     # Uniform weights: the mean of K draws, of which the first is the policy's own.
     noise = SIGMA / (CANDIDATES * STATES) ** 0.5
     assert move.norm() < 5 * noise * plane.norm()
-
-

@@ -374,14 +374,19 @@ def test_casting_moves_every_part(make_loss, head):
 
 
 @pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize("updater", [lambda loss: SoftUpdate(loss, tau=0.1), lambda loss: HardUpdate(loss, value_network_update_interval=1)])
+@pytest.mark.parametrize(
+    "updater", [lambda loss: SoftUpdate(loss, tau=0.1), lambda loss: HardUpdate(loss, value_network_update_interval=1)]
+)
 def test_updaters_move_the_targets_and_leave_the_anchor(make_loss, head, updater):
     loss = make_loss(head=head)
     updater = updater(loss)
     anchor = loss.actor_network_params["anchor"].data.clone()
     for p in loss.parameters():
         p.data += 1.0
-    before = {name: loss._modules[name].data.clone() for name in ("target_actor_network_params", "target_qvalue_network_params")}
+    before = {
+        name: loss._modules[name].data.clone()
+        for name in ("target_actor_network_params", "target_qvalue_network_params")
+    }
     rate = 0.1 if isinstance(updater, SoftUpdate) else 1.0
     for _ in range(1 if isinstance(updater, SoftUpdate) else 2):  # HardUpdate copies at its second call
         updater.step()
@@ -537,7 +542,9 @@ def test_nested_keys_reach_every_network():
             return super().forward(*inputs).chunk(2, -1)
 
     vae = ResidualVAE(
-        TensorDictModule(Encoder(5 + 3 + 3, 12), [*state, keys["residual"]], [keys["latent_loc"], keys["latent_log_std"]]),
+        TensorDictModule(
+            Encoder(5 + 3 + 3, 12), [*state, keys["residual"]], [keys["latent_loc"], keys["latent_log_std"]]
+        ),
         TensorDictModule(Cat(5 + 3 + 6, 3), [*state, keys["latent"]], [keys["residual"]]),
         latent_key=keys["latent"],
     )
@@ -561,7 +568,8 @@ def test_nested_keys_reach_every_network():
         "state": flat["next", "observation"], **{k: flat["next", k] for k in ("reward", "done", "terminated")},
     }  # fmt: skip
     assert set(loss.in_keys) == {
-        obs, act, ("next", *obs), ("next", "robot", "reward"), ("next", "robot", "done"), ("next", "robot", "terminated"),
+        obs, act, ("next", *obs),
+        ("next", "robot", "reward"), ("next", "robot", "done"), ("next", "robot", "terminated"),
     }  # fmt: skip
     total(loss(batch)).backward()
     assert all(p.grad is not None for p in loss.parameters())
@@ -583,7 +591,8 @@ def test_schedulable_coefficients(make_loss):
 @pytest.mark.parametrize(
     ("option", "value"),
     [
-        ("bound", "mean"), ("kappa", -1), ("expectile", 1.0), ("value_mix", 2), ("policy_noise", -1), ("noise_clip", -1),
+        ("bound", "mean"), ("kappa", -1), ("expectile", 1.0), ("value_mix", 2),
+        ("policy_noise", -1), ("noise_clip", -1),
         ("loss_function", "huber"), ("kl_coeff", -1), ("num_candidates", 1), ("latent_std", 0), ("latent_bound", 0),
         ("temperature", 0), ("lsi_coeff", -1), ("trust_coeff", -1), ("latent_reg", 1), ("reduction", "avg"),
         ("num_qvalue_nets", 0), ("head", "C"), ("temprature", 1),

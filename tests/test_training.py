@@ -13,7 +13,13 @@ from torchrl.modules import MLP, ProbabilisticActor, TanhNormal, ValueOperator
 from torchrl.objectives import IQLLoss
 
 from torchrl_spar import (
-    SPARUpdate, fit_anchor, fit_residual, load_offline_dataset, make_anchor, make_spar_loss, measure_residual_scale,
+    SPARUpdate,
+    fit_anchor,
+    fit_residual,
+    load_offline_dataset,
+    make_anchor,
+    make_spar_loss,
+    measure_residual_scale,
 )  # fmt: skip
 
 
@@ -95,7 +101,11 @@ def test_spar_improves_the_anchor_and_leaves_frozen_parts_alone(fitted, trust_co
     state["trust_coeff"] = fresh.trust_coeff
     fresh.load_state_dict(state)
     update = SPARUpdate(fresh, target_rate=0.02)
-    frozen = {k: v.clone() for k, v in fresh.state_dict().items() if "anchor" in k or "residual_vae" in k or "value_network_params" in k and "qvalue" not in k}
+    frozen = {
+        k: v.clone()
+        for k, v in fresh.state_dict().items()
+        if "anchor" in k or "residual_vae" in k or ("value_network_params" in k and "qvalue" not in k)
+    }
     states = TensorDict({"observation": torch.randn(500, 2)}, [500])
     before = fresh.anchor(states.copy())["action"]
     for _ in range(500):

@@ -1,11 +1,38 @@
-from torchrl_spar.errors import InputError
-from torchrl_spar.evaluation import environment_sizes, evaluate, make_env
-from torchrl_spar.observations import flatten_observation
-from torchrl_spar.scores import normalized_score, reference_returns
+"""SPAR (Support-Preserving Action Rectification) for offline reinforcement learning, as TorchRL components."""
+
 from torchrl_spar.anchor import FrozenAnchor
 from torchrl_spar.build import make_anchor, make_spar_loss
-from torchrl_spar.objective import SPARLoss
-from torchrl_spar.residual import ResidualHead, ResidualVAE, SPARActor
 from torchrl_spar.data import OfflineReplayBuffer, load_offline_dataset
+from torchrl_spar.errors import InputError
+from torchrl_spar.evaluation import environment_sizes, evaluate, make_env
+from torchrl_spar.objective import SPARLoss
+from torchrl_spar.observations import flatten_observation
 from torchrl_spar.policy import load_policy, save_policy
+from torchrl_spar.residual import ResidualHead, ResidualVAE, SPARActor
+from torchrl_spar.scores import normalized_score, reference_returns
 from torchrl_spar.training import SPARUpdate, fit_anchor, fit_residual, measure_residual_scale
+
+__all__ = [
+    "FrozenAnchor",
+    "InputError",
+    "OfflineReplayBuffer",
+    "ResidualHead",
+    "ResidualVAE",
+    "SPARActor",
+    "SPARLoss",
+    "SPARUpdate",
+    "environment_sizes",
+    "evaluate",
+    "fit_anchor",
+    "fit_residual",
+    "flatten_observation",
+    "load_offline_dataset",
+    "load_policy",
+    "make_anchor",
+    "make_env",
+    "make_spar_loss",
+    "measure_residual_scale",
+    "normalized_score",
+    "reference_returns",
+    "save_policy",
+]

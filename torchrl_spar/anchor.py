@@ -5,7 +5,7 @@ from __future__ import annotations
 from copy import deepcopy
 
 import torch
-from tensordict import NestedKey, TensorDict, TensorDictBase
+from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import TensorDictModuleBase, dispatch
 from torch import nn
 from torchrl.envs.utils import ExplorationType, set_exploration_type
@@ -88,5 +88,5 @@ def _freeze(module: nn.Module) -> nn.Module:
             layer.register_buffer(name, frozen.setdefault(id(parameter), parameter.detach().clone()))
         if hasattr(layer, "reset_parameters"):
             # Parents reset their children one by one; only the layer itself can refuse.
-            layer.reset_parameters = _keep_parameters
+            layer.__dict__["reset_parameters"] = _keep_parameters
     return module

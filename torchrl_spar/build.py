@@ -129,7 +129,9 @@ def make_spar_loss(
         )
     actor = SPARActor(
         anchor,
-        ResidualHead(network(state_dim, latent_dim if is_latent else action_dim), state, ["latent" if is_latent else "residual"]),
+        ResidualHead(
+            network(state_dim, latent_dim if is_latent else action_dim), state, ["latent" if is_latent else "residual"]
+        ),
         action_spec=action_spec,
         decoder=vae.decoder if is_latent else None,
     ).to(device)

@@ -302,7 +302,7 @@ class SPARLoss(LossModule):
         Source: conservative values are the paper's; bound, noise (TD3) and targets are ours.
         """
         with torch.no_grad():
-            next_value = self._next_value(tensordict)
+            next_value = self._next_value(tensordict["next"])
             keys = self.tensor_keys
             outcome = tensordict.select(*(_under_next(key) for key in (keys.reward, keys.done, keys.terminated)))
             outcome.set(_under_next(keys.value), next_value.unsqueeze(-1))
@@ -384,12 +384,14 @@ class SPARLoss(LossModule):
         noise[0] = 0
         latents = (centre + self.latent_std * noise).clamp(-self.latent_bound, self.latent_bound)
         states = state.expand(self.num_candidates, *state.batch_size)
-        residuals, qvalues = [], []
-        for state_block, latent_block in zip(states.split(self._block_size(centre)), latents.split(self._block_size(centre))):
-            residuals.append(self._decode(state_block, latent_block, vae_params))
-            actions = self._compose(state_block.get(self.tensor_keys.anchor_action), residuals[-1])
-            qvalues.append(self._qvalue(state_block, actions, self.qvalue_network_params.data))
-        residuals, qvalue = torch.cat(residuals), torch.cat(qvalues, 1)
+        residual_blocks, qvalue_blocks = [], []
+        for state_block, latent_block in zip(
+            states.split(self._block_size(centre)), latents.split(self._block_size(centre))
+        ):
+            residual_blocks.append(self._decode(state_block, latent_block, vae_params))
+            actions = self._compose(state_block.get(self.tensor_keys.anchor_action), residual_blocks[-1])
+            qvalue_blocks.append(self._qvalue(state_block, actions, self.qvalue_network_params.data))
+        residuals, qvalue = torch.cat(residual_blocks), torch.cat(qvalue_blocks, 1)
         difference = qvalue - qvalue[:, :1]
         advantage = self._lower_bound(difference)
         scale = _masked_mean(difference.mean(0).std(0, correction=0), mask).clamp_min(TINY)
@@ -545,21 +547,19 @@ class SPARLoss(LossModule):
     def _lower_bound(self, values: Tensor) -> Tensor:
         return lower_bound(values, bound=self.bound, kappa=self.kappa)
 
-    def _next_value(self, tensordict: TensorDictBase) -> Tensor:
+    def _next_value(self, following: TensorDictBase) -> Tensor:
         """The bootstrapped value of the next state, ``[*B]``."""
-        following = tensordict["next"]
-        value: Tensor | float = 0.0
-        if self.value_mix < 1:
-            params = self._modules["target_actor_network_params"]
-            with params.to_module(self.actor_network, preserve_module_state=False):
-                action = self.actor_network(following.select(*self.actor_network.in_keys)).get(self.tensor_keys.action)
-            low, high = params.get("low"), params.get("high")
-            noise = (torch.randn_like(action) * self.policy_noise).clamp(-self.noise_clip, self.noise_clip)
-            action = (action + noise * (high - low) / 2).clamp(low, high)
-            value = self._lower_bound(self._qvalue(following, action, self.target_qvalue_network_params))
+        if self.value_mix == 1:
+            return self._value(following, self.value_network_params.data)
+        params = self._modules["target_actor_network_params"]
+        with params.to_module(self.actor_network, preserve_module_state=False):
+            action = self.actor_network(following.select(*self.actor_network.in_keys)).get(self.tensor_keys.action)
+        low, high = params.get("low"), params.get("high")
+        noise = (torch.randn_like(action) * self.policy_noise).clamp(-self.noise_clip, self.noise_clip)
+        action = (action + noise * (high - low) / 2).clamp(low, high)
+        value = self._lower_bound(self._qvalue(following, action, self.target_qvalue_network_params))
         if self.value_mix > 0:
-            in_sample = self._value(following, self.value_network_params.data)
-            value = (1 - self.value_mix) * value + self.value_mix * in_sample
+            value = value.lerp(self._value(following, self.value_network_params.data), self.value_mix)
         return value
 
     # ------------------------------------------------------------------ TorchRL's conventions
@@ -572,7 +572,7 @@ class SPARLoss(LossModule):
             **hyperparams: ``gamma`` (0.99 by default), ``lmbda``, and what else TorchRL's estimator takes.
         """
         value_type = value_type or self.default_value_estimator
-        if isinstance(value_type, ValueEstimatorBase) or isinstance(value_type, type):
+        if isinstance(value_type, (ValueEstimatorBase, type)):
             return super().make_value_estimator(value_type, **hyperparams)
         hyperparams.setdefault("device", self._default_device)
         dispatch_value_estimator(
@@ -614,7 +614,10 @@ class SPARLoss(LossModule):
         if self._in_keys is None:
             keys = self.tensor_keys
             # The anchor may read an action (a chunk's history, say), so its keys are listed whole.
-            now = [*self.actor_network.in_keys, *self._state_keys(self.residual_vae, self.qvalue_network, self.value_network)]
+            now = [
+                *self.actor_network.in_keys,
+                *self._state_keys(self.residual_vae, self.qvalue_network, self.value_network),
+            ]
             later = [*self.actor_network.in_keys, *self._state_keys(self.qvalue_network)]
             if self.value_mix > 0:
                 later += self._state_keys(self.value_network)
@@ -651,9 +654,7 @@ class SPARLoss(LossModule):
         return valid
 
     def _reduce(self, loss: Tensor, tensordict: TensorDictBase) -> Tensor:
-        return self._reduce_loss(
-            loss, tensordict=tensordict, weights=self._maybe_get_priority_weight(tensordict)
-        )
+        return self._reduce_loss(loss, tensordict=tensordict, weights=self._maybe_get_priority_weight(tensordict))
 
 
 def _check_options(*checks: tuple[bool, str, Any, str]) -> None:

@@ -55,7 +55,8 @@ class ResidualVAE(TensorDictModuleBase):
         >>> from torchrl.data import Bounded
         >>> from torchrl_spar import make_spar_loss
         >>> vae = make_spar_loss(3, Bounded(-1, 1, (2,))).residual_vae
-        >>> td = TensorDict({k: torch.zeros(5, n) for k, n in [("observation", 3), ("anchor_action", 2), ("residual", 2)]}, [5])
+        >>> sizes = {"observation": 3, "anchor_action": 2, "residual": 2}
+        >>> td = TensorDict({key: torch.zeros(5, size) for key, size in sizes.items()}, [5])
         >>> vae(td)["latent"].shape
         torch.Size([5, 4])
     """
@@ -131,7 +132,8 @@ class ResidualHead(TensorDictModule):
         """See :meth:`reset_parameters`."""
         if parameters is not None:
             raise InputError("ResidualHead resets its own parameters: call it without 'parameters'")
-        return self.reset_parameters()
+        self.reset_parameters()
+        return None
 
 
 class SPARActor(TensorDictModuleBase):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from tensordict import TensorDictBase
@@ -51,7 +51,8 @@ def fit_anchor(
         >>> step = {"reward": torch.zeros(8, 1), "terminated": torch.zeros(8, 1, dtype=torch.bool)}
         >>> data = TensorDict({"observation": torch.randn(8, 3), "action": torch.full((8, 2), 0.5),
         ...                    "next": {"observation": torch.randn(8, 3), **step}}, [8])
-        >>> actor = fit_anchor(make_anchor(3, Bounded(-1, 1, (2,))), load_offline_dataset(data, batch_size=8), steps=200)
+        >>> buffer = load_offline_dataset(data, batch_size=8)
+        >>> actor = fit_anchor(make_anchor(3, Bounded(-1, 1, (2,))), buffer, steps=200)
         >>> bool((actor(data.select("observation"))["action"] - 0.5).abs().max() < 0.1)
         True
     """
@@ -133,11 +134,11 @@ def measure_residual_scale(loss: SPARLoss, replay_buffer: ReplayBuffer) -> Tenso
         torch.Size([2])
     """
     anchor, action_key = loss.anchor, loss.tensor_keys.action
-    total: Tensor | float = 0.0
     data = replay_buffer[:]
+    total = torch.zeros((), dtype=torch.float64)
     for rows in data.split(ROWS_PER_CALL):
         difference = rows.get(action_key) - anchor(rows.select(*anchor.in_keys)).get(action_key)
-        total = total + difference.double().pow(2).sum(0)
+        total = total.to(difference.device) + difference.double().pow(2).sum(0)
     params = loss.actor_network_params
     floor = RESIDUAL_SCALE_FLOOR * (params.get("high") - params.get("low")) / 2
     return (total / len(data)).sqrt().to(floor).maximum(floor)
@@ -209,17 +210,17 @@ class SPARUpdate:
 
     @staticmethod
     def _minimize(
-        terms: dict[str, Callable[[TensorDictBase], tuple[Tensor, dict[str, Tensor]]]],
+        terms: Mapping[str, Callable[[TensorDictBase], tuple[Tensor, dict[str, Tensor]]]],
         optimizer: torch.optim.Optimizer,
         batch: TensorDictBase,
     ) -> dict[str, Tensor]:
         metrics: dict[str, Tensor] = {}
-        total: Tensor | float = 0.0
+        values = []
         for name, term in terms.items():
             value, metadata = term(batch)
-            total = total + value
+            values.append(value)
             metrics |= {name: value.detach(), **metadata}
-        _descend(total, optimizer)
+        _descend(torch.stack(values).sum(), optimizer)
         metrics.pop("td_error", None)
         return metrics
 
