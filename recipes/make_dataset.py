@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from common import best_device, run_recipe
 from omegaconf import DictConfig, OmegaConf
+from tensordict import TensorDict
 from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch import nn
 from torchrl.collectors import Collector
@@ -114,7 +115,7 @@ def record(cfg: DictConfig, actor: TensorDictSequential, device: torch.device) -
             done = False
             while not done:
                 state = torch.from_numpy(observations[-1]).to(device)
-                action = actor(observation=state)[-2].cpu().numpy()
+                action = actor(TensorDict({"observation": state}))["action"].cpu().numpy()
                 observation, reward, terminated, truncated, _ = env.step(action)
                 observations.append(observation.astype(np.float32))
                 actions.append(action)

@@ -125,18 +125,20 @@ def improve(cfg: DictConfig, loss: Any, data: OfflineReplayBuffer, log: MetricLo
     curve: list[dict[str, Any]] = []
     learning = 0.0
     metrics: dict[str, Any] = {}
+
+    def evaluate_now(step: int) -> dict[str, Any]:
+        row = score(loss.actor, cfg.eval.episodes, CURVE_SEED)
+        curve.append({"step": step, **row})
+        phase.bar.set_postfix(score=f"{row['return_mean'] if row['normalized'] is None else row['normalized']:.1f}")
+        return {name: value for name, value in row.items() if value is not None}
+
+    evaluate_now(0)
     for step in range(1, cfg.spar.updates + 1):
         start = time.perf_counter()
         metrics |= update(data.sample())
         learning += time.perf_counter() - start
-        evaluated = {}
-        if step % cfg.eval.interval == 0 or step == cfg.spar.updates:
-            evaluated = score(loss.actor, cfg.eval.episodes, CURVE_SEED)
-            curve.append({"step": step, **evaluated})
-            last = evaluated["normalized"] if evaluated["normalized"] is not None else evaluated["return_mean"]
-            phase.bar.set_postfix(score=f"{last:.1f}")
-        known = {name: value for name, value in evaluated.items() if value is not None}
-        phase(step, {**metrics, **known})
+        due = step % cfg.eval.interval == 0 or step == cfg.spar.updates
+        phase(step, metrics | evaluate_now(step) if due else metrics)
     return curve, cfg.spar.updates / learning
 
 

@@ -1,0 +1,202 @@
+"""The scripts as a user runs them: the smoke job end to end, and every wrong input ending in one line."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import SHARED
+
+from torchrl_spar import evaluate, load_policy
+
+RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+EMBEDDED = RECIPES / "data" / "torchrl-spar" / "hopper" / "medium-v0"
+TINY = ["preset=smoke", "anchor.steps=5", "fit.steps=5", "spar.updates=4", "eval.interval=2", "eval.final_episodes=2"]
+TINY += ["spar.loss.hidden=[8]", "logger.interval=2"]
+
+pytest.importorskip("hydra")
+
+
+def run(script, *overrides, cwd):
+    command = [sys.executable, str(RECIPES / f"{script}.py"), *map(str, overrides)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MINARI_DATASETS_PATH": str(cwd / "minari")}
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, env=environment)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    cwd = tmp_path_factory.mktemp("run")
+    done = run("spar_d4rl", *TINY, "seed=3", "out=result", "logger.backend=csv", cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    return done, cwd
+
+
+def test_main_job_leaves_everything_it_promises(finished):
+    done, cwd = finished
+    assert sorted(os.listdir(cwd)) == ["result"]
+    out = cwd / "result"
+    assert sorted(os.listdir(out)) == ["config.yaml", "learning_curve.png", "metrics.csv", "policy.pt", "results.json"]
+    results = json.loads((out / "results.json").read_text())
+    assert {"dataset", "env", "seed", "updates", "updates_per_second", "wall_seconds", "versions"} <= set(results)
+    for name in ("anchor", "spar", "data"):
+        assert set(results[name]) == {"return_mean", "return_std", "normalized"}
+    assert (results["env"], results["seed"], results["updates"]) == ("Hopper-v5", 3, 4)
+    assert [row["step"] for row in results["curve"]] == [0, 2, 4]
+    assert results["versions"]["torch"] == torch.__version__
+    rows = list(csv.DictReader((out / "metrics.csv").open()))
+    assert {(row["phase"], row["step"]) for row in rows} >= {
+        ("anchor", "4"),
+        ("fit", "4"),
+        ("spar", "2"),
+        ("spar", "4"),
+    }
+    assert all(float(row["loss_qvalue"]) > 0 for row in rows if row["phase"] == "spar")
+    assert (out / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
+    for word in ("data", "anchor", "spar", f"{results['spar']['return_mean']:.1f}"):
+        assert word in done.stdout
+
+
+def test_reported_return_is_the_saved_policys(finished):
+    _, cwd = finished
+    results = json.loads((cwd / "result" / "results.json").read_text())
+    policy, facts = load_policy(cwd / "result" / "policy.pt")
+    assert facts["env"] == "Hopper-v5"
+    returns = evaluate(policy, "Hopper-v5", 2, seed=20_000 + 100_000 * 3)
+    assert returns.mean().item() == pytest.approx(results["spar"]["return_mean"], rel=1e-6)
+
+
+def test_data_return_is_the_data_sets(finished):
+    h5py = pytest.importorskip("h5py")
+    _, cwd = finished
+    results = json.loads((cwd / "result" / "results.json").read_text())
+    with h5py.File(EMBEDDED / "data" / "main_data.hdf5") as file:
+        returns = [file[name]["rewards"][()].astype(np.float64).sum() for name in file]
+    assert results["data"]["return_mean"] == pytest.approx(np.mean(returns))
+    assert results["data"]["return_std"] == pytest.approx(np.std(returns))
+
+
+def test_evaluate_recipe(finished):
+    _, cwd = finished
+    done = run("evaluate", "policy=result/policy.pt", "episodes=2", "seed=320000", cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((cwd / "result" / "results.json").read_text())
+    assert f"return {results['spar']['return_mean']:.1f}" in done.stdout
+
+
+def test_used_directory_is_never_overwritten(finished):
+    _, cwd = finished
+    before = {path.name: path.read_bytes() for path in (cwd / "result").iterdir()}
+    done = run("spar_d4rl", *TINY, "out=result", cwd=cwd)
+    assert_one_line(done, "out=result")
+    assert {path.name: path.read_bytes() for path in (cwd / "result").iterdir()} == before
+
+
+def assert_one_line(done, *words):
+    assert done.returncode != 0
+    assert "Traceback" not in done.stderr
+    message = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert len(message) == 1, done.stderr
+    for word in words:
+        assert word in message[0]
+
+
+def steps(n=40, observation=11, action=3, **changes):
+    rng = np.random.default_rng(0)
+    arrays = {
+        "observations": rng.normal(size=(n, observation)), "actions": rng.uniform(-1, 1, (n, action)),
+        "rewards": rng.normal(size=n), "terminals": np.arange(n) % 10 == 9, "timeouts": np.zeros(n, bool),
+    }  # fmt: skip
+    return {key: value for key, value in {**arrays, **changes}.items() if value is not None}
+
+
+BAD_DATA = {
+    "missing key": (steps(rewards=None), ["rewards"]),
+    "NaN": (
+        steps(observations=np.where(np.arange(40)[:, None] == 7, np.nan, np.ones((40, 11)))),
+        ["observations", "7"],
+    ),
+    "infinite reward": (steps(rewards=np.where(np.arange(40) == 5, np.inf, 1.0)), ["rewards", "5"]),
+    "lengths": (steps(actions=np.zeros((39, 3)) + 0.1), ["actions", "39", "40"]),
+    "observation size": (steps(observation=12), ["observations", "12", "11"]),
+    "action size": (steps(action=2), ["actions", "2", "3"]),
+    "bounds": (steps(actions=np.full((40, 3), 1.5)), ["actions", "bounds"]),
+    "zeros": (steps(observations=np.zeros((40, 11))), ["observations", "zero"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD_DATA)
+def test_bad_data_ends_in_one_line_and_writes_nothing(case, tmp_path):
+    arrays, words = BAD_DATA[case]
+    np.savez(tmp_path / "data.npz", **arrays)
+    done = run("spar_d4rl", *TINY, "dataset=data.npz", "env=Hopper-v5", "out=result", cwd=tmp_path)
+    assert_one_line(done, "data.npz", *words)
+    assert os.listdir(tmp_path) == ["data.npz"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["dataset=nowhere.hdf5"], ["nowhere.hdf5"]),
+        (["dataset=minari:no/such/set-v0"], ["no/such/set-v0", "download"]),
+        (["env=NoSuchRobot-v0"], ["NoSuchRobot-v0"]),
+        (["device=tpu9"], ["tpu9"]),
+        (["spar.loss.kappa=-1"], ["kappa"]),
+        (["logger.backend=paper"], ["logger.backend"]),
+    ],
+)
+def test_wrong_options_end_in_one_line_and_write_nothing(overrides, words, tmp_path):
+    done = run("spar_d4rl", *TINY, "out=result", *overrides, cwd=tmp_path)
+    assert_one_line(done, *words)
+    assert not (tmp_path / "result").exists()
+
+
+@pytest.mark.parametrize("script", ["spar_d4rl", "evaluate", "make_dataset"])
+def test_unknown_option_is_named(script, tmp_path):
+    done = run(script, "sede=1", cwd=tmp_path)
+    assert done.returncode != 0 and "Traceback" not in done.stderr
+    assert "sede" in done.stderr
+    assert not os.listdir(tmp_path)
+
+
+def test_damaged_policy_is_named(tmp_path):
+    (tmp_path / "policy.pt").write_bytes(b"nonsense")
+    assert_one_line(run("evaluate", "policy=policy.pt", cwd=tmp_path), "policy.pt")
+    assert_one_line(run("evaluate", "policy=absent.pt", cwd=tmp_path), "absent.pt")
+
+
+def test_make_dataset_writes_what_the_loader_reads(tmp_path):
+    minari = pytest.importorskip("minari")
+    options = ["steps=120", "level=-10", "level_episodes=2", "train.init_random_frames=100", "train.batch_size=8"]
+    options += ["train.hidden=[8]", "train.updates_per_step=0.1", "root=sets", "dataset=toy/hopper/tiny-v0"]
+    done = run("make_dataset", *options, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    dataset = minari.MinariDataset(tmp_path / "sets" / "toy" / "hopper" / "tiny-v0" / "data")
+    facts = json.loads(dataset.storage.metadata["description"])
+    returns = [episode.rewards.sum(dtype=np.float64) for episode in dataset.iterate_episodes()]
+    assert facts["return_mean"] == pytest.approx(np.mean(returns)) and facts["seed"] == 0
+    assert facts["command"].startswith("python recipes/make_dataset.py steps=120")
+    assert dataset.total_steps >= 120
+    actions = np.concatenate([episode.actions for episode in dataset.iterate_episodes()])
+    assert (actions.min(0) < 0).all() and (actions.max(0) > 0).all() and np.abs(actions).max() <= 1
+    again = run("make_dataset", *options, cwd=tmp_path)
+    assert_one_line(again, "toy/hopper/tiny-v0")
+    trained = run("spar_d4rl", *TINY, "dataset=sets/toy/hopper/tiny-v0", "batch_size=8", "out=result", cwd=tmp_path)
+    assert trained.returncode == 0, trained.stderr
+
+
+@pytest.mark.skipif(not (SHARED / "door-human.hdf5").exists(), reason="development data is not at hand")
+def test_door_demonstrations_run_end_to_end(tmp_path):
+    pytest.importorskip("gymnasium_robotics")
+    done = run(
+        "spar_d4rl", *TINY, f"dataset={SHARED / 'door-human.hdf5'}", "env=AdroitHandDoor-v1", "out=r", cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "r" / "results.json").read_text())
+    assert np.isfinite(results["spar"]["return_mean"])
