@@ -28,6 +28,7 @@ from torchrl_spar import (
     evaluate,
     fit_anchor,
     fit_residual,
+    fit_value,
     load_offline_dataset,
     make_anchor,
     make_spar_loss,
@@ -95,6 +96,8 @@ def main(cfg: DictConfig) -> None:
     loss = make_spar_loss(*sizes, anchor=actor, **options)
     if cfg.fit.steps:
         fit_residual(loss, data, **cfg.fit, report=Phase("fit", cfg.fit.steps, log, cfg.logger.interval))
+    if cfg.value.steps:
+        fit_value(loss, data, **cfg.value, report=Phase("value", cfg.value.steps, log, cfg.logger.interval))
 
     def score(policy: Any, episodes: int, seed: int) -> dict[str, float | None]:
         return summarize(env, evaluate(policy, env, episodes, seed + 100_000 * cfg.seed))

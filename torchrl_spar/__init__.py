@@ -10,7 +10,7 @@ from torchrl_spar.observations import flatten_observation
 from torchrl_spar.policy import load_policy, save_policy
 from torchrl_spar.residual import ResidualHead, ResidualVAE, SPARActor
 from torchrl_spar.scores import normalized_score, reference_returns
-from torchrl_spar.training import SPARUpdate, fit_anchor, fit_residual, measure_residual_scale
+from torchrl_spar.training import SPARUpdate, fit_anchor, fit_residual, fit_value, measure_residual_scale, returns_to_go
 
 __all__ = [
     "FrozenAnchor",
@@ -25,6 +25,7 @@ __all__ = [
     "evaluate",
     "fit_anchor",
     "fit_residual",
+    "fit_value",
     "flatten_observation",
     "load_offline_dataset",
     "load_policy",
@@ -34,5 +35,6 @@ __all__ = [
     "measure_residual_scale",
     "normalized_score",
     "reference_returns",
+    "returns_to_go",
     "save_policy",
 ]

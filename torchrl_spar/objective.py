@@ -70,6 +70,8 @@ class SPARLoss(LossModule):
             action ranges (TD3's 0.2, https://arxiv.org/abs/1802.09477).
         noise_clip: bound of that noise (TD3's 0.5).
         loss_function: TorchRL's name of the critics' regression loss (ours: ``"l2"``).
+        reward_scale: factor on the rewards inside the loss, so that learning rates mean the same
+            on every data set; :func:`~torchrl_spar.fit_value` sets it. All values are in scaled units.
         kl_coeff: beta, the weight of the KL in the fit (ours: 0.1).
         joint_fit: whether ``forward`` adds ``loss_fit``. Set it to ``False`` when the VAE was
             trained before by :func:`~torchrl_spar.fit_residual` and is to stay.
@@ -149,7 +151,7 @@ class SPARLoss(LossModule):
     default_keys = _AcceptedKeys
     default_value_estimator = ValueEstimators.TD0
     SUPPORTED_VALUE_ESTIMATORS = (ValueEstimators.TD0, ValueEstimators.TD1, ValueEstimators.TDLambda)
-    _schedulable_buffers = frozenset({"lsi_coeff", "trust_coeff"})
+    _schedulable_buffers = frozenset({"lsi_coeff", "trust_coeff", "reward_scale"})
 
     actor_network: SPARActor
     actor_network_params: TensorDictParams
@@ -163,6 +165,7 @@ class SPARLoss(LossModule):
     residual_vae: ResidualVAE
     residual_vae_params: TensorDictParams
     target_residual_vae_params: TensorDictParams
+    reward_scale: Tensor
     lsi_coeff: Tensor
     trust_coeff: Tensor
 
@@ -181,6 +184,7 @@ class SPARLoss(LossModule):
         policy_noise: float = 0.2,
         noise_clip: float = 0.5,
         loss_function: str = "l2",
+        reward_scale: float = 1.0,
         kl_coeff: float = 0.1,
         joint_fit: bool = True,
         num_candidates: int = 8,
@@ -205,6 +209,7 @@ class SPARLoss(LossModule):
             (policy_noise >= 0, "policy_noise", policy_noise, "at least 0"),
             (noise_clip >= 0, "noise_clip", noise_clip, "at least 0"),
             (loss_function in ("l1", "l2", "smooth_l1"), "loss_function", loss_function, "l1, l2 or smooth_l1"),
+            (reward_scale > 0, "reward_scale", reward_scale, "positive"),
             (kl_coeff >= 0, "kl_coeff", kl_coeff, "at least 0"),
             (num_candidates >= 2, "num_candidates", num_candidates, "at least 2 (lsi_coeff=0 turns LSI off)"),
             (latent_std > 0, "latent_std", latent_std, "positive"),
@@ -239,6 +244,7 @@ class SPARLoss(LossModule):
         self.temperature = temperature
         self.latent_reg = latent_reg
         self.has_lsi, self.has_trust = lsi_coeff > 0, trust_coeff > 0
+        self.register_coeff_buffer("reward_scale", float(reward_scale))
         self.register_coeff_buffer("lsi_coeff", float(lsi_coeff))
         self.register_coeff_buffer("trust_coeff", float(trust_coeff))
         self.reduction = reduction
@@ -305,6 +311,7 @@ class SPARLoss(LossModule):
             next_value = self._next_value(tensordict["next"])
             keys = self.tensor_keys
             outcome = tensordict.select(*(_under_next(key) for key in (keys.reward, keys.done, keys.terminated)))
+            outcome.set(_under_next(keys.reward), self.reward_scale * outcome[_under_next(keys.reward)])
             outcome.set(_under_next(keys.value), next_value.unsqueeze(-1))
             target = self.value_estimator.value_estimate(outcome).squeeze(-1)
         qvalue = self._qvalue(tensordict, tensordict[self.tensor_keys.action], self.qvalue_network_params)
@@ -591,9 +598,12 @@ class SPARLoss(LossModule):
             for member in params.unbind(0) if params.ndim else (params,):
                 with member.to_module(module, preserve_module_state=False):
                     module.reset_parameters_recursive()
-            target = self._modules.get(f"target_{name}_params")
-            if target is not None:
-                target.data.copy_(params)
+        self.sync_targets()
+
+    def sync_targets(self) -> None:
+        """Copies every network with a target into its target."""
+        for name in ("actor_network", "qvalue_network"):
+            self._modules[f"target_{name}_params"].data.copy_(self._modules[f"{name}_params"].data)
 
     def _state_keys(self, *modules: TensorDictModuleBase) -> list[NestedKey]:
         """What modules read of the state: their in_keys less what this loss writes itself."""

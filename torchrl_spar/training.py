@@ -1,15 +1,16 @@
-"""The three phases of training: clone the anchor, fit the residual manifold, improve."""
+"""The phases of training: clone the anchor, fit the residual manifold, start the critics, improve."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
 import torch
-from tensordict import TensorDictBase
+from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 from torchrl.data import ReplayBuffer
 from torchrl.objectives import BCLoss, SoftUpdate
+from torchrl.objectives.value.functional import reward2go
 
 from torchrl_spar.objective import SPARLoss
 
@@ -113,6 +114,109 @@ def fit_residual(
         if report is not None:
             report(step, {"loss_fit": loss_fit.detach(), **metadata})
     return loss
+
+
+def fit_value(
+    loss: SPARLoss,
+    replay_buffer: ReplayBuffer,
+    *,
+    steps: int = 3_000,
+    lr: float = 1e-3,
+    report: Report | None = None,
+) -> SPARLoss:
+    """Starts the critics from the behaviour's own value: regression on the data's returns-to-go.
+
+    Bootstrapping from zero takes about ``1 / (target_rate (1 - gamma))`` updates to see as far as
+    ``gamma`` does. Until then the values are short-sighted, and a policy that follows them
+    leaves the data: on the embedded data it lost most of the anchor's score. Sets
+    ``loss.reward_scale`` to one over the standard deviation of the returns-to-go, too.
+
+    Args:
+        loss: its critics, their targets and, if it is used, the value network are trained in place.
+        replay_buffer: the data, in order; episodes are told apart by ``("next", "done")`` and,
+            if there is one, ``"episode"``.
+        steps: gradient steps.
+        lr: initial learning rate of Adam, falling to zero along a cosine.
+        report: called as ``report(step, metrics)`` after every step.
+
+    Returns:
+        The same loss.
+
+    Source: ours.
+
+    Examples:
+        >>> import torch
+        >>> from tensordict import TensorDict
+        >>> from torchrl.data import Bounded
+        >>> from torchrl_spar import fit_value, load_offline_dataset, make_spar_loss
+        >>> step = {"reward": torch.randn(8, 1), "terminated": torch.arange(8).unsqueeze(-1) == 7}
+        >>> data = TensorDict({"observation": torch.randn(8, 3), "action": torch.full((8, 2), 0.5),
+        ...                    "next": {"observation": torch.randn(8, 3), **step}}, [8])
+        >>> loss = fit_value(make_spar_loss(3, Bounded(-1, 1, (2,))), load_offline_dataset(data, batch_size=8), steps=1)
+        >>> bool(loss.reward_scale != 1)
+        True
+    """
+    data = replay_buffer[:]
+    returns = returns_to_go(data, float(loss.value_estimator.gamma), reward_key=loss.tensor_keys.reward)
+    loss.reward_scale.copy_(1 / returns.std().clamp_min(1e-6))
+    rows = data.select(*loss.in_keys).clone(False)
+    # With the return for a reward and termination everywhere, the critics' target is the return itself.
+    rows["next", loss.tensor_keys.reward] = returns
+    rows["next", loss.tensor_keys.terminated] = torch.ones_like(rows["next", loss.tensor_keys.terminated])
+    phases = [(loss.qvalue_loss, loss.qvalue_network_params)]
+    if loss.value_mix > 0:
+        phases.append((loss.value_loss, loss.value_network_params))
+    for term, params in phases:
+        optimizer = torch.optim.Adam(params.values(True, True), lr=lr)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        for step in range(1, steps + 1):
+            batch = rows[torch.randint(len(rows), (replay_buffer.batch_size,), device=returns.device)]
+            value, _ = term(batch)
+            _descend(value, optimizer)
+            schedule.step()
+            if report is not None and term == loss.qvalue_loss:
+                report(step, {"loss_qvalue": value.detach()})
+        loss.sync_targets()
+    return loss
+
+
+def returns_to_go(data: TensorDictBase, gamma: float, *, reward_key: NestedKey = "reward") -> Tensor:
+    """Discounted return from each row to the end of its episode, ``[N, 1]``.
+
+    An episode that was cut off rather than terminated goes on with the mean return-to-go of the
+    rows that lie at least three horizons, ``3 / (1 - gamma)`` steps, before such a cut (of
+    all rows where there are none).
+
+    Args:
+        data: ``[N]`` rows in TED form, episodes in order.
+        gamma: discount.
+        reward_key: the reward's key under ``"next"``.
+
+    Source: ours.
+
+    Examples:
+        >>> import torch
+        >>> from tensordict import TensorDict
+        >>> ended = torch.tensor([[False], [True]])
+        >>> data = TensorDict({"next": {"reward": torch.ones(2, 1), "done": ended, "terminated": ended}}, [2])
+        >>> returns_to_go(data, 0.5)
+        tensor([[1.5000],
+                [1.0000]])
+    """
+    reward, terminated = data["next", reward_key], data["next", "terminated"]
+    end = data["next", "done"].clone()
+    if "episode" in data.keys():
+        end[:-1] |= (data["episode"][1:] != data["episode"][:-1]).view(-1, 1)
+    end[-1] = True
+    cut = end & ~terminated
+    returns = reward2go(reward, end, gamma)
+    if not cut.any():
+        return returns
+    left = reward2go(torch.ones_like(reward), end, 1.0)
+    before_cut = reward2go(cut.to(reward), end, 1.0) > 0
+    settled = before_cut & (left > 3 / (1 - gamma))
+    beyond = returns[settled].mean() if settled.any() else returns.mean()
+    return reward2go(reward + gamma * beyond * cut, end, gamma)
 
 
 @torch.no_grad()
