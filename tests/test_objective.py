@@ -123,6 +123,7 @@ def test_value_loss_matches_reference(case):
 def test_qvalue_loss_matches_reference(case, value_mix, gamma):
     loss, ref, batch = case
     loss.value_mix = value_mix
+    loss.reward_scale = 0.5
     loss.make_value_estimator(gamma=gamma)
     loss.double()
     torch.manual_seed(2)
@@ -141,7 +142,7 @@ def test_qvalue_loss_matches_reference(case, value_mix, gamma):
         bootstrap = (1 - value_mix) * policy_value[i] + value_mix * in_sample[i]
         # A truncated but not terminated position must bootstrap.
         alive = 0.0 if batch["next", "terminated"][i] else 1.0
-        target = batch["next", "reward"][i, 0] + gamma * alive * bootstrap
+        target = 0.5 * batch["next", "reward"][i, 0] + gamma * alive * bootstrap
         expected += sum((q[i] - target) ** 2 for q in ref.q(s, batch["action"], ref.critics)) / 12
     torch.testing.assert_close(value, expected)
     assert metadata["td_error"].shape == (12,)
@@ -593,7 +594,8 @@ def test_schedulable_coefficients(make_loss):
     [
         ("bound", "mean"), ("kappa", -1), ("expectile", 1.0), ("value_mix", 2),
         ("policy_noise", -1), ("noise_clip", -1),
-        ("loss_function", "huber"), ("kl_coeff", -1), ("num_candidates", 1), ("latent_std", 0), ("latent_bound", 0),
+        ("loss_function", "huber"), ("reward_scale", 0),
+        ("kl_coeff", -1), ("num_candidates", 1), ("latent_std", 0), ("latent_bound", 0),
         ("temperature", 0), ("lsi_coeff", -1), ("trust_coeff", -1), ("latent_reg", 1), ("reduction", "avg"),
         ("num_qvalue_nets", 0), ("head", "C"), ("temprature", 1),
     ],

@@ -16,10 +16,12 @@ from torchrl_spar import (
     SPARUpdate,
     fit_anchor,
     fit_residual,
+    fit_value,
     load_offline_dataset,
     make_anchor,
     make_spar_loss,
     measure_residual_scale,
+    returns_to_go,
 )  # fmt: skip
 
 
@@ -120,6 +122,67 @@ def test_spar_improves_the_anchor_and_leaves_frozen_parts_alone(fitted, trust_co
     for key, tensor in fresh.state_dict().items():
         if key in frozen:
             assert torch.equal(tensor, frozen[key]), key
+
+
+def slow_returns_to_go(rows, gamma):
+    """One backward pass in plain Python; cut episodes go on with the mean return of their settled rows."""
+    reward, terminated = rows["next", "reward"].view(-1).tolist(), rows["next", "terminated"].view(-1).tolist()
+    done, episode = rows["next", "done"].view(-1).tolist(), rows["episode"].tolist()
+    n = len(reward)
+    last = [i == n - 1 or done[i] or episode[i + 1] != episode[i] for i in range(n)]
+
+    def run(beyond):
+        returns, left, to_cut = [0.0] * n, [0] * n, [False] * n
+        for i in reversed(range(n)):
+            if last[i]:
+                returns[i] = reward[i] + (0.0 if terminated[i] else gamma * beyond)
+                left[i], to_cut[i] = 1, not terminated[i]
+            else:
+                returns[i] = reward[i] + gamma * returns[i + 1]
+                left[i], to_cut[i] = left[i + 1] + 1, to_cut[i + 1]
+        return returns, left, to_cut
+
+    returns, left, to_cut = run(0.0)
+    settled = [x for x, steps, cut in zip(returns, left, to_cut) if cut and steps > 3 / (1 - gamma)]
+    mean = sum(settled) / len(settled) if settled else sum(returns) / n
+    return run(mean)[0] if any(cut and end for cut, end in zip(to_cut, last)) else returns
+
+
+@pytest.mark.parametrize("gamma", [0.5, 0.9, 0.99])
+@pytest.mark.parametrize(
+    "ends", [{"terminated": [9, 49], "cut": [29]}, {"terminated": [9, 49], "cut": []}, {"terminated": [], "cut": [49]}]
+)
+def test_returns_to_go_match_a_plain_loop(gamma, ends):
+    generator = torch.Generator().manual_seed(0)
+    index = torch.arange(50)
+    terminated = torch.isin(index, torch.tensor(ends["terminated"], dtype=torch.long)).view(-1, 1)
+    cut = torch.isin(index, torch.tensor(ends["cut"], dtype=torch.long)).view(-1, 1)
+    rows = TensorDict(
+        {"episode": (index > 9).long() + (index > 29).long(),  # one boundary that no flag marks
+         "next": {"reward": torch.randn(50, 1, generator=generator, dtype=torch.float64), "terminated": terminated,
+                  "done": terminated | cut}}, [50],
+    )  # fmt: skip
+    expected = torch.tensor(slow_returns_to_go(rows, gamma), dtype=torch.float64)
+    torch.testing.assert_close(returns_to_go(rows, gamma).view(-1), expected)
+
+
+def test_critics_start_from_the_returns(fitted):
+    _, data = fitted
+    fresh = make_spar_loss(2, Bounded(-1, 1, (2,)), hidden=[32, 32], joint_fit=False, value_mix=0.5)
+    others = {k: v.clone() for k, v in fresh.state_dict().items() if "actor" in k or "vae" in k}
+    fit_value(fresh, data, steps=800)
+    rows = data[:1000]
+    returns = rows["next", "reward"].view(-1)  # one-step episodes
+    scale = 1 / data[:]["next", "reward"].std()
+    torch.testing.assert_close(fresh.reward_scale, scale)
+    for params in (fresh.qvalue_network_params, fresh._modules["target_qvalue_network_params"]):
+        error = fresh._qvalue(rows, rows["action"], params).mean(0) - scale * returns
+        assert error.pow(2).mean() < 0.05  # of variance one
+    value = fresh._value(rows, fresh.value_network_params)
+    assert (value.mean() - scale * returns.mean()).abs() < 0.6  # an expectile near the mean
+    for key, tensor in fresh.state_dict().items():
+        if key in others:
+            assert torch.equal(tensor, others[key]), key
 
 
 def test_head_is_updated_every_policy_interval_steps():
