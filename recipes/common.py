@@ -14,6 +14,8 @@ from torchrl_spar import InputError, normalized_score
 from torchrl_spar.errors import first_line
 
 RECIPES = Path(__file__).resolve().parent
+# What the user typed, before run_recipe adds to it.
+ARGUMENTS = tuple(sys.argv[1:])
 
 
 def run_recipe(main: Callable[[DictConfig], None], config_name: str) -> None:

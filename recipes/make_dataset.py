@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections import deque
 from importlib.metadata import version
 from pathlib import Path
@@ -16,7 +15,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import torch
-from common import best_device, run_recipe
+from common import ARGUMENTS, best_device, run_recipe
 from omegaconf import DictConfig, OmegaConf
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule, TensorDictSequential
@@ -147,7 +146,7 @@ def write(cfg: DictConfig, episodes: list, training_steps: int) -> Path:
         "policy": "TorchRL SACLoss, stochastic",
         "training_steps": training_steps,
         "seed": cfg.seed,
-        "command": " ".join(["python", "recipes/make_dataset.py", *sys.argv[1:]]),
+        "command": " ".join(["python", "recipes/make_dataset.py", *ARGUMENTS]),
         "return_mean": float(returns.mean()),
         "return_std": float(returns.std()),
         "normalized": float(normalized_score(cfg.env, float(returns.mean()))),
