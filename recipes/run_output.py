@@ -35,11 +35,12 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 class MetricLog:
-    """One row a call in metrics.csv, and the same numbers to a TorchRL logger if one is asked for."""
+    """One row a call in metrics.csv, and the same numbers to a TorchRL logger if one is asked for. Makes `out`."""
 
     def __init__(self, out: Path, backend: str, columns: Iterable[str]) -> None:
         if backend not in BACKENDS:
             raise InputError(f"logger.backend={backend}: must be one of {', '.join(BACKENDS)}")
+        out.mkdir(parents=True, exist_ok=True)
         self.logger = None
         if backend != "csv":
             try:

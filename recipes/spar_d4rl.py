@@ -35,7 +35,7 @@ from torchrl_spar import (
     save_policy,
 )  # fmt: skip
 
-EMBEDDED = RECIPES / "data" / "torchrl-spar" / "hopper" / "medium-v0"
+EMBEDDED = "torchrl-spar/hopper/medium-v0"
 VERSIONED = ("torchrl-spar", "torch", "torchrl", "tensordict", "gymnasium", "mujoco")
 # Evaluations of the curve and of the results start from states of their own.
 CURVE_SEED, RESULT_SEED = 10_000, 20_000
@@ -43,7 +43,7 @@ CURVE_SEED, RESULT_SEED = 10_000, 20_000
 
 def load(cfg: DictConfig, device: torch.device) -> tuple[OfflineReplayBuffer, str]:
     """The data and the environment, checked against each other."""
-    source = EMBEDDED if cfg.dataset == "embedded" else cfg.dataset
+    source = RECIPES / "data" / EMBEDDED if cfg.dataset == "embedded" else cfg.dataset
     data = load_offline_dataset(source, batch_size=cfg.batch_size, device=device)
     env = cfg.env or data.env_id
     if env is None:
@@ -81,6 +81,7 @@ def main(cfg: DictConfig) -> None:
     check_unused(out)
     device = best_device(cfg.device)
     data, env = load(cfg, device)
+    name = EMBEDDED if cfg.dataset == "embedded" else str(cfg.dataset)
     stats = (data.observation_loc, data.observation_scale)
     sizes = (data.observation_loc.numel(), data.action_spec)
     hidden = list(cfg.spar.loss.hidden)
@@ -88,7 +89,6 @@ def main(cfg: DictConfig) -> None:
     # Built before anything is written: a wrong option ends here.
     options = dict(device=device, observation_stats=stats, **cfg.spar.loss)
     columns = ["loss_bc", "loss_fit", "reconstruction_error", "kl", *make_spar_loss(*sizes, **options).out_keys]
-    out.mkdir(parents=True, exist_ok=True)
     log = MetricLog(out, cfg.logger.backend, [*dict.fromkeys(columns), "return_mean", "return_std", "normalized"])
     save_config(out, cfg)
 
@@ -107,14 +107,14 @@ def main(cfg: DictConfig) -> None:
     spar = score(loss.actor, cfg.eval.final_episodes, RESULT_SEED)
     log.close()
     results = {
-        "dataset": data.name, "env": env, "seed": cfg.seed, "updates": cfg.spar.updates,
+        "dataset": name, "env": env, "seed": cfg.seed, "updates": cfg.spar.updates,
         "anchor": anchor, "spar": spar, "data": summarize(env, data.episode_returns),
         "episodes": cfg.eval.final_episodes, "updates_per_second": rate,
         "wall_seconds": time.perf_counter() - start,
         "versions": {name: version(name) for name in VERSIONED},
         "curve": curve,
     }  # fmt: skip
-    save_policy(loss, out / "policy.pt", env=env, dataset=data.name, seed=cfg.seed)
+    save_policy(loss, out / "policy.pt", env=env, dataset=name, seed=cfg.seed)
     plot_learning_curve(out / "learning_curve.png", curve, results)
     write_json(out / "results.json", results)
     show(results, out)
