@@ -40,6 +40,7 @@ def finished(tmp_path_factory):
 
 def test_main_job_leaves_everything_it_promises(finished):
     done, cwd = finished
+    assert "Warning" not in done.stderr
     assert sorted(os.listdir(cwd)) == ["result"]
     out = cwd / "result"
     assert sorted(os.listdir(out)) == ["config.yaml", "learning_curve.png", "metrics.csv", "policy.pt", "results.json"]

@@ -289,7 +289,7 @@ class SPARLoss(LossModule):
         state = tensordict.select(*self._state_keys(self.value_network, self.qvalue_network))
         with torch.no_grad():
             qvalue = self._lower_bound(
-                self._qvalue(state, tensordict[self.tensor_keys.action], self.target_qvalue_network_params)
+                self._qvalue(state, tensordict[self.tensor_keys.action], self._target("qvalue_network"))
             )
         difference = qvalue - self._value(state, self.value_network_params)
         weight = torch.where(difference > 0, self.expectile, 1 - self.expectile)
@@ -467,7 +467,7 @@ class SPARLoss(LossModule):
         A module of its own that shares the targets' memory, so it follows training;
         ``deepcopy`` it for a snapshot.
         """
-        return _stateful(self.actor_network, self._modules["target_actor_network_params"])
+        return _stateful(self.actor_network, self._target("actor_network"))
 
     @property
     def anchor(self) -> TensorDictModuleBase:
@@ -481,10 +481,14 @@ class SPARLoss(LossModule):
 
     @residual_scale.setter
     def residual_scale(self, scale: Tensor) -> None:
-        for params in (self.actor_network_params, self._modules["target_actor_network_params"]):
+        for params in (self.actor_network_params, self._target("actor_network")):
             params.get("residual_scale").data.copy_(scale)
 
     # ------------------------------------------------------------------ calls of the networks
+
+    def _target(self, name: str) -> TensorDictParams:
+        # Not by attribute: TorchRL warns there until an updater exists, which pre-training does not need.
+        return self._modules[f"target_{name}_params"]
 
     def _anchored(self, tensordict: TensorDictBase) -> TensorDictBase:
         """The state entries that any network reads, with the anchor's action."""
@@ -556,13 +560,13 @@ class SPARLoss(LossModule):
         """The bootstrapped value of the next state, ``[*B]``."""
         if self.value_mix == 1:
             return self._value(following, self.value_network_params)
-        params = self._modules["target_actor_network_params"]
+        params = self._target("actor_network")
         with params.to_module(self.actor_network, preserve_module_state=False):
             action = self.actor_network(following.select(*self.actor_network.in_keys)).get(self.tensor_keys.action)
         low, high = params.get("low"), params.get("high")
         noise = (torch.randn_like(action) * self.policy_noise).clamp(-self.noise_clip, self.noise_clip)
         action = (action + noise * (high - low) / 2).clamp(low, high)
-        value = self._lower_bound(self._qvalue(following, action, self.target_qvalue_network_params))
+        value = self._lower_bound(self._qvalue(following, action, self._target("qvalue_network")))
         if self.value_mix > 0:
             value = value.lerp(self._value(following, self.value_network_params), self.value_mix)
         return value
@@ -603,7 +607,7 @@ class SPARLoss(LossModule):
     def sync_targets(self) -> None:
         """Copies every network with a target into its target."""
         for name in ("actor_network", "qvalue_network"):
-            self._modules[f"target_{name}_params"].data.copy_(self._modules[f"{name}_params"].data)
+            self._target(name).data.copy_(self._modules[f"{name}_params"].data)
 
     def _state_keys(self, *modules: TensorDictModuleBase) -> list[NestedKey]:
         """What modules read of the state: their in_keys less what this loss writes itself."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 
 import torch
@@ -57,7 +58,10 @@ def fit_anchor(
         >>> bool((actor(data.select("observation"))["action"] - 0.5).abs().max() < 0.1)
         True
     """
-    loss = BCLoss(actor)
+    with warnings.catch_warnings():
+        # BCLoss has no target; TorchRL warns that it is not annotated.
+        warnings.filterwarnings("ignore", message="The name target_actor_network_params")
+        loss = BCLoss(actor)
     optimizer = torch.optim.Adam(loss.parameters(), lr=lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for step in range(1, steps + 1):
