@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from tensordict import NestedKey, TensorDictBase
@@ -62,14 +62,11 @@ def fit_anchor(
         # BCLoss has no target; TorchRL warns that it is not annotated.
         warnings.filterwarnings("ignore", message="The name target_actor_network_params")
         loss = BCLoss(actor)
-    optimizer = torch.optim.Adam(loss.parameters(), lr=lr)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for step in range(1, steps + 1):
-        loss_bc = loss(replay_buffer.sample())["loss_bc"]
-        _descend(loss_bc, optimizer)
-        schedule.step()
+    for step, metrics in _fit(
+        "loss_bc", lambda batch: (loss(batch)["loss_bc"], {}), loss, replay_buffer.sample, steps, lr
+    ):
         if report is not None:
-            report(step, {"loss_bc": loss_bc.detach()})
+            report(step, metrics)
     return actor
 
 
@@ -109,14 +106,9 @@ def fit_residual(
         torch.Size([2])
     """
     loss.residual_scale = measure_residual_scale(loss, replay_buffer)
-    optimizer = torch.optim.Adam(loss.residual_vae_params.values(True, True), lr=lr)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for step in range(1, steps + 1):
-        loss_fit, metadata = loss.fit_loss(replay_buffer.sample())
-        _descend(loss_fit, optimizer)
-        schedule.step()
+    for step, metrics in _fit("loss_fit", loss.fit_loss, loss.residual_vae_params, replay_buffer.sample, steps, lr):
         if report is not None:
-            report(step, {"loss_fit": loss_fit.detach(), **metadata})
+            report(step, metrics)
     return loss
 
 
@@ -167,20 +159,18 @@ def fit_value(
     # With the return for a reward and termination everywhere, the critics' target is the return itself.
     rows["next", loss.tensor_keys.reward] = returns
     rows["next", loss.tensor_keys.terminated] = torch.ones_like(rows["next", loss.tensor_keys.terminated])
-    phases = [(loss.qvalue_loss, loss.qvalue_network_params)]
+
+    def sample() -> TensorDictBase:
+        return rows[torch.randint(len(rows), (replay_buffer.batch_size,), device=returns.device)]
+
+    for step, metrics in _fit("loss_qvalue", loss.qvalue_loss, loss.qvalue_network_params, sample, steps, lr):
+        if report is not None:
+            metrics.pop("td_error")
+            report(step, metrics)
+    loss.sync_targets()
     if loss.value_mix > 0:
-        phases.append((loss.value_loss, loss.value_network_params))
-    for term, params in phases:
-        optimizer = torch.optim.Adam(params.values(True, True), lr=lr)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-        for step in range(1, steps + 1):
-            batch = rows[torch.randint(len(rows), (replay_buffer.batch_size,), device=returns.device)]
-            value, _ = term(batch)
-            _descend(value, optimizer)
-            schedule.step()
-            if report is not None and term == loss.qvalue_loss:
-                report(step, {"loss_qvalue": value.detach()})
-        loss.sync_targets()
+        for _ in _fit("loss_value", loss.value_loss, loss.value_network_params, sample, steps, lr):
+            pass
     return loss
 
 
@@ -331,6 +321,24 @@ class SPARUpdate:
         _descend(torch.stack(values).sum(), optimizer)
         metrics.pop("td_error", None)
         return metrics
+
+
+def _fit(
+    name: str,
+    term: Callable[[TensorDictBase], tuple[Tensor, dict[str, Tensor]]],
+    params: torch.nn.Module,
+    sample: Callable[[], TensorDictBase],
+    steps: int,
+    lr: float,
+) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    """Minimises one term with Adam, the learning rate falling to zero along a cosine; yields after each step."""
+    optimizer = torch.optim.Adam(params.parameters(), lr=lr)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for step in range(1, steps + 1):
+        value, metadata = term(sample())
+        _descend(value, optimizer)
+        schedule.step()
+        yield step, {name: value.detach(), **metadata}
 
 
 def _trainable(params: list[Tensor]) -> list[Tensor]:
