@@ -23,10 +23,12 @@ def read_runs(folder: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def table(runs: dict[str, list[dict[str, Any]]]) -> str:
-    """Normalised scores; the spread is the standard deviation over seeds, each seed's score in brackets."""
+    """Normalised scores; of several seeds mean and standard deviation, each seed's score in brackets."""
 
     def cell(results: list[dict[str, Any]], name: str) -> str:
         scores = [result[name]["normalized"] for result in results]
+        if len(scores) == 1:
+            return f"{scores[0]:.1f}"
         each = " / ".join(f"{score:.1f}" for score in scores)
         return f"{mean(scores):.1f} +- {pstdev(scores):.1f} ({each})"
 
