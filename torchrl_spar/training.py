@@ -124,7 +124,7 @@ def fit_value(
 
     Bootstrapping from zero takes about ``1 / (target_rate (1 - gamma))`` updates to see as far as
     ``gamma`` does. Until then the values are short-sighted, and a policy that follows them
-    leaves the data: on the embedded data it lost most of the anchor's score. Sets
+    can end below its anchor. Sets
     ``loss.reward_scale`` to one over the standard deviation of the returns-to-go, too.
 
     Args:
