@@ -178,7 +178,7 @@ def test_critics_start_from_the_returns(fitted):
     for params in (fresh.qvalue_network_params, fresh._modules["target_qvalue_network_params"]):
         error = fresh._qvalue(rows, rows["action"], params).mean(0) - scale * returns
         assert error.pow(2).mean() < 0.05  # of variance one
-    value = fresh._value(rows, fresh.value_network_params)
+    value = fresh._value(rows)
     assert (value.mean() - scale * returns.mean()).abs() < 0.6  # an expectile near the mean
     for key, tensor in fresh.state_dict().items():
         if key in others:

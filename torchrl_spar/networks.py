@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torchrl.modules import MLP
 
@@ -76,3 +78,44 @@ class StateMLP(nn.Module):
 
     def forward(self, observation: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
         return self.mlp(torch.cat((self.norm(observation), *inputs), -1))
+
+    def functional(self, params: Mapping[str, Any], observation: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
+        """The same with other parameters, for inputs that may repeat the observation along leading dimensions.
+
+        Args:
+            params: this module's parameters and buffers as a nested dict.
+            observation: ``[*B, observation_dim]``.
+            *inputs: ``[*B, features]`` or, all with the same leading ``L``, ``[*L, *B, features]``.
+
+        Examples:
+            >>> from tensordict import TensorDict
+            >>> net = StateMLP(ObservationNorm(torch.zeros(3), torch.ones(3)), 3 + 2, 1, hidden=[8])
+            >>> params = TensorDict.from_module(net).to_dict()
+            >>> net.functional(params, torch.zeros(5, 3), torch.zeros(7, 5, 2)).shape
+            torch.Size([7, 5, 1])
+        """
+        norm, layers = params["norm"], params["mlp"]
+        out = (observation - norm["loc"]) / norm["scale"]
+        for index, layer in enumerate(self.mlp):
+            own = layers.get(str(index))
+            if index == 0:
+                out = _linear_of_parts((out, *inputs), own["weight"], own["bias"])
+            elif isinstance(layer, nn.Linear):
+                out = F.linear(out, own["weight"], own["bias"])
+            elif isinstance(layer, nn.LayerNorm):
+                out = F.layer_norm(out, layer.normalized_shape, own["weight"], own["bias"], layer.eps)
+            else:
+                out = layer(out)
+        return out
+
+
+def _linear_of_parts(parts: Sequence[torch.Tensor], weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """``linear(cat(parts))``, where what parts of fewer dimensions add is computed once and repeated."""
+    rank = max(part.ndim for part in parts)
+    if all(part.ndim == rank for part in parts):
+        return F.linear(torch.cat(list(parts), -1), weight, bias)
+    columns = weight.split([part.shape[-1] for part in parts], -1)
+    shared = [(part, column) for part, column in zip(parts, columns) if part.ndim < rank]
+    own = [(part, column) for part, column in zip(parts, columns) if part.ndim == rank]
+    once = F.linear(torch.cat([part for part, _ in shared], -1), torch.cat([column for _, column in shared], -1), bias)
+    return once + F.linear(torch.cat([part for part, _ in own], -1), torch.cat([column for _, column in own], -1))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, cast
+
 import torch
 from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import TensorDictModule, TensorDictModuleBase, dispatch
@@ -34,7 +37,17 @@ class GaussianEncoder(nn.Module):
         self.network = network
 
     def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        loc, log_std = self.network(*inputs).chunk(2, -1)
+        return self._split(self.network(*inputs))
+
+    @property
+    def functional(self) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+        """``functional(params, *inputs)``, where the network has it: see ``StateMLP.functional``."""
+        network = cast(Any, self.network).functional
+        return lambda params, *inputs: self._split(network(params["network"], *inputs))
+
+    @staticmethod
+    def _split(output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        loc, log_std = output.chunk(2, -1)
         return loc, log_std.clamp(*LOG_STD_RANGE)
 
 

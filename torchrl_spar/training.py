@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from tensordict import NestedKey, TensorDictBase
@@ -293,8 +293,8 @@ class SPARUpdate:
         if loss.joint_fit:
             self.actor_terms["loss_fit"] = loss.fit_loss
             actor_params += loss.residual_vae_params.values(True, True)
-        self.critic_optimizer = torch.optim.Adam(_trainable(critic_params), lr=qvalue_lr)
-        self.actor_optimizer = torch.optim.Adam(_trainable(actor_params), lr=actor_lr)
+        self.critic_optimizer = _adam(critic_params, qvalue_lr)
+        self.actor_optimizer = _adam(actor_params, actor_lr)
         self.target_updater = SoftUpdate(loss, tau=target_rate)
 
     def __call__(self, batch: TensorDictBase) -> dict[str, Tensor]:
@@ -332,7 +332,7 @@ def _fit(
     lr: float,
 ) -> Iterator[tuple[int, dict[str, Tensor]]]:
     """Minimises one term with Adam, the learning rate falling to zero along a cosine; yields after each step."""
-    optimizer = torch.optim.Adam(params.parameters(), lr=lr)
+    optimizer = _adam(params.parameters(), lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for step in range(1, steps + 1):
         value, metadata = term(sample())
@@ -341,8 +341,9 @@ def _fit(
         yield step, {name: value.detach(), **metadata}
 
 
-def _trainable(params: list[Tensor]) -> list[Tensor]:
-    return [param for param in params if param.requires_grad]
+def _adam(params: Iterable[Tensor], lr: float) -> torch.optim.Adam:
+    # Fused: one call for all parameters, on a CPU too.
+    return torch.optim.Adam([param for param in params if param.requires_grad], lr=lr, fused=True)
 
 
 def _descend(loss: Tensor, optimizer: torch.optim.Optimizer) -> None:

@@ -1,0 +1,125 @@
+"""Calls of a module with parameters it does not own: directly for this package's networks, else through tensordict.
+
+Binding parameters with ``to_module`` and passing tensordicts costs about 1 ms a call, more than a small network's own
+work. A network with a method ``functional(params, *inputs)`` is called without either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from tensordict import NestedKey, TensorDictBase
+from tensordict.nn import TensorDictModule, TensorDictModuleBase
+from torch import Tensor
+
+
+def call(
+    module: TensorDictModuleBase,
+    params: TensorDictBase,
+    state: TensorDictBase,
+    entries: Mapping[NestedKey, Tensor],
+    *,
+    frozen: bool = False,
+) -> dict[NestedKey, Tensor]:
+    """What ``module`` writes with ``params``, by key.
+
+    Args:
+        module: any TensorDictModule.
+        params: its parameters and buffers, nested as in the module.
+        state: batch ``[*B]``; not changed.
+        entries: inputs beside the state's, ``[*L, *B, features]``; the state repeats along ``L``.
+        frozen: whether gradients pass through the module and leave ``params`` as they are.
+
+    Source: ours.
+
+    Examples:
+        >>> import torch
+        >>> from tensordict import TensorDict
+        >>> linear = TensorDictModule(torch.nn.Linear(3, 2), ["observation"], ["action"])
+        >>> params = TensorDict.from_module(linear)
+        >>> call(linear, params, TensorDict({"observation": torch.zeros(5, 3)}, [5]), {})["action"].shape
+        torch.Size([5, 2])
+    """
+    network = _direct(module)
+    if network is None:
+        return _through_tensordict(module, params.data if frozen else params, state, entries)
+    nested = params.to_dict()["module"]
+    outputs = network(_detached(nested) if frozen else nested, *_inputs(module, state, entries))
+    return dict(zip(module.out_keys, outputs if isinstance(outputs, tuple) else (outputs,)))
+
+
+def call_ensemble(
+    module: TensorDictModuleBase,
+    params: TensorDictBase,
+    state: TensorDictBase,
+    entries: Mapping[NestedKey, Tensor],
+    *,
+    out_key: NestedKey,
+) -> Tensor:
+    """One output of every member of an ensemble, ``[E, *L, *B, features]``.
+
+    Args:
+        module: one member.
+        params: stacked along a first dimension E; a batch of no dimension is one member.
+        state: as for :func:`call`.
+        entries: as for :func:`call`.
+        out_key: the output.
+
+    Source: ours. A loop, not ``vmap``: measured 3 times faster on a CPU, where vmap takes LayerNorm apart.
+
+    Examples:
+        >>> import torch
+        >>> from tensordict import TensorDict
+        >>> linear = TensorDictModule(torch.nn.Linear(3, 2), ["observation"], ["action"])
+        >>> params = TensorDict.from_modules(linear, linear)
+        >>> state = TensorDict({"observation": torch.zeros(5, 3)}, [5])
+        >>> call_ensemble(linear, params, state, {}, out_key="action").shape
+        torch.Size([2, 5, 2])
+    """
+    network = _direct(module)
+    if network is None:
+        members = params.unbind(0) if params.ndim else (params,)
+        return torch.stack([_through_tensordict(module, member, state, entries)[out_key] for member in members])
+    nested, inputs = params.to_dict()["module"], _inputs(module, state, entries)
+    dicts = _unbound(nested, params.batch_size[0]) if params.ndim else [nested]
+    return torch.stack([network(member, *inputs) for member in dicts])
+
+
+def _direct(module: TensorDictModuleBase) -> Any:
+    """The network's ``functional``, where calling it is all that the module would do."""
+    plain = isinstance(module, TensorDictModule) and type(module).forward is TensorDictModule.forward
+    return getattr(module.module, "functional", None) if plain else None
+
+
+def _inputs(module: TensorDictModuleBase, state: TensorDictBase, entries: Mapping[NestedKey, Tensor]) -> list[Tensor]:
+    return [entries[key] if key in entries else state[key] for key in module.in_keys]
+
+
+def _through_tensordict(
+    module: TensorDictModuleBase, params: TensorDictBase, state: TensorDictBase, entries: Mapping[NestedKey, Tensor]
+) -> dict[NestedKey, Tensor]:
+    scratch = state.select(*(key for key in module.in_keys if key not in entries))
+    for key, value in entries.items():
+        lead = value.shape[: value.ndim - 1 - state.ndim]
+        if lead and scratch.batch_size == state.batch_size:
+            scratch = scratch.expand(*lead, *state.batch_size)
+        scratch.set(key, value)
+    with params.to_module(module, preserve_module_state=False):
+        out = module(scratch)
+    return {key: out[key] for key in module.out_keys}
+
+
+def _detached(params: Any) -> Any:
+    if isinstance(params, Tensor):
+        return params.detach()
+    return {name: _detached(value) for name, value in params.items()}
+
+
+def _unbound(params: Any, size: int) -> list[Any]:
+    """A list of ``size`` nested dicts from one of stacked tensors."""
+    if isinstance(params, Tensor):
+        return list(params.unbind(0))
+    members = {name: _unbound(value, size) for name, value in params.items()}
+    return [{name: values[index] for name, values in members.items()} for index in range(size)]
