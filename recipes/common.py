@@ -30,7 +30,8 @@ def run_recipe(main: Callable[[DictConfig], None], config_name: str) -> None:
             sys.exit(2)
 
     # Hydra's own log files and output directory are not used: each recipe owns its output.
-    sys.argv += ["hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none"]
+    sys.argv += ["hydra.run.dir=.", "hydra.sweep.dir=outputs/multirun", "hydra.sweep.subdir=.", "hydra.output_subdir=null"]
+    sys.argv += ["hydra/job_logging=none", "hydra/hydra_logging=none"]
     hydra.main(version_base=None, config_path=str(RECIPES / "config"), config_name=config_name)(guarded)()
 
 

@@ -6,6 +6,7 @@ python recipes/evaluate.py policy=policy.pt env=Hopper-v5 episodes=1 video=hoppe
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,23 +18,57 @@ from omegaconf import DictConfig
 
 from torchrl_spar import InputError, SPARActor, environment_sizes, evaluate, load_policy
 
+FRAMES_PER_SECOND = 30
+
+
+def check_video(path: Path) -> None:
+    """Refuses, before anything runs, what could not be written after."""
+    if path.exists():
+        raise InputError(f"video={path}: exists already")
+    if path.suffix not in (".gif", ".mp4"):
+        raise InputError(f"video={path}: must end in .gif or .mp4")
+    if path.suffix == ".mp4" and find_spec("imageio_ffmpeg") is None:
+        raise InputError(f"video={path}: an .mp4 needs 'pip install imageio-ffmpeg'; .gif does not")
+    if not path.resolve().parent.is_dir():
+        raise InputError(f"video={path}: there is no directory {path.parent}")
+
+
+def follow(env: Any) -> None:
+    """Chooses the model's camera named "track", if there is one: Gymnasium 1.4 lets its own stand still."""
+    renderer = getattr(env.unwrapped, "mujoco_renderer", None)
+    if renderer is not None:
+        import mujoco
+
+        camera = mujoco.mj_name2id(env.unwrapped.model, mujoco.mjtObj.mjOBJ_CAMERA, "track")
+        renderer.camera_id = camera if camera >= 0 else renderer.camera_id
+
 
 def film(policy: SPARActor, env: str, seed: int, path: Path) -> None:
-    """One episode as a video; the file appears whole or not at all."""
+    """One episode in real time, about 30 frames a second; the file appears whole or not at all."""
     frames: list[np.ndarray] = []
+    steps, stride, fps = 0, 1, float(FRAMES_PER_SECOND)
 
     def keep(envs: list[Any]) -> None:
-        frames.append(envs[0].render())
+        nonlocal steps, stride, fps
+        if steps == 0:
+            follow(envs[0])
+        speed = envs[0].metadata.get("render_fps") or FRAMES_PER_SECOND
+        stride = max(1, round(speed / FRAMES_PER_SECOND))
+        fps = speed / stride
+        if steps % stride == 0:
+            frames.append(envs[0].render())
+        steps += 1
 
+    partial = path.with_name(f"partial-{path.name}")
     try:
         evaluate(policy, env, 1, seed, on_step=keep, render_mode="rgb_array")
-        partial = path.with_name(f"partial-{path.name}")
-        imageio.imwrite(partial, np.stack(frames), loop=0) if path.suffix == ".gif" else imageio.imwrite(
-            partial, np.stack(frames), fps=30
-        )
+        options: dict[str, Any] = {"loop": 0} if path.suffix == ".gif" else {}
+        imageio.imwrite(partial, np.stack(frames), fps=fps, **options)
         partial.replace(path)
     except Exception as err:  # rendering fails in as many ways as there are drivers
         raise InputError(f"video={path}: cannot be rendered here: {err} (on a server, try MUJOCO_GL=egl)") from err
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def main(cfg: DictConfig) -> None:
@@ -42,8 +77,8 @@ def main(cfg: DictConfig) -> None:
     env = cfg.env or facts.get("env")
     if env is None:
         raise InputError(f"env: {cfg.policy} does not name its environment; give one, e.g. env=Hopper-v5")
-    if cfg.video and Path(cfg.video).exists():
-        raise InputError(f"video={cfg.video}: exists already")
+    if cfg.video:
+        check_video(Path(cfg.video))
     environment_sizes(env)
     returns = evaluate(policy, env, cfg.episodes, cfg.seed)
     row = summarize(env, returns)

@@ -506,11 +506,14 @@ def test_given_anchor_actions_replace_the_call(make_loss):
     torch.manual_seed(0)
     expected = total(loss(batch.copy()))
     batch["anchor_action"] = loss.anchor(batch.copy())["action"]
+    batch["next", "anchor_action"] = loss.anchor(batch["next"].copy())["action"]
     torch.manual_seed(0)
     torch.testing.assert_close(total(loss(batch.copy())), expected)
-    batch["anchor_action"] += 0.1
-    torch.manual_seed(0)
-    assert total(loss(batch.copy())) != expected
+    for entry in ("anchor_action", ("next", "anchor_action")):
+        changed = batch.clone()
+        changed[entry] += 0.1
+        torch.manual_seed(0)
+        assert total(loss(changed)) != expected
 
 
 def test_priority_weights_scale_the_losses(make_loss):

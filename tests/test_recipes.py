@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import SHARED
+from PIL import Image
 
 from torchrl_spar import evaluate, load_policy
 
@@ -89,6 +90,35 @@ def test_evaluate_recipe(finished):
     assert done.returncode == 0, done.stderr
     results = json.loads((cwd / "result" / "results.json").read_text())
     assert f"return {results['spar']['return_mean']:.1f}" in done.stdout
+
+
+def can_render():
+    code = "import gymnasium as g; e = g.make('Hopper-v5', render_mode='rgb_array'); e.reset(); e.render()"
+    environment = {**os.environ, "MUJOCO_GL": os.environ.get("MUJOCO_GL", "egl")}
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment).returncode == 0
+
+
+def test_video_has_the_episodes_frames(finished, monkeypatch):
+    if not can_render():
+        pytest.skip("no OpenGL here")
+    monkeypatch.setenv("MUJOCO_GL", os.environ.get("MUJOCO_GL", "egl"))
+    _, cwd = finished
+    done = run("evaluate", "policy=result/policy.pt", "episodes=1", "seed=5", "video=hopper.gif", cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    lengths = []
+    policy, _ = load_policy(cwd / "result" / "policy.pt")
+    evaluate(policy, "Hopper-v5", 1, seed=5, on_step=lambda envs: lengths.append(1))
+    with Image.open(cwd / "hopper.gif") as video:
+        # Hopper makes 125 steps a second, about 30 of which are filmed.
+        assert video.n_frames == -(-len(lengths) // 4)
+
+
+@pytest.mark.parametrize("video", ["result/policy.pt", "hopper.what", "nowhere/hopper.gif"])
+def test_a_video_that_cannot_be_written_is_refused_at_once(finished, video):
+    _, cwd = finished
+    before = (cwd / "result" / "policy.pt").read_bytes()
+    assert_one_line(run("evaluate", "policy=result/policy.pt", f"video={video}", cwd=cwd), f"video={video}")
+    assert (cwd / "result" / "policy.pt").read_bytes() == before
 
 
 def test_used_directory_is_never_overwritten(finished):

@@ -48,8 +48,9 @@ class SPARLoss(LossModule):
     deploy, :attr:`actor`) follow by TorchRL's ``SoftUpdate``. ``gamma`` is set by
     :meth:`make_value_estimator`. :func:`~torchrl_spar.make_spar_loss` builds all networks.
 
-    If the batch holds the ``anchor_action`` of its states, it is used instead of calling the
-    anchor: it is frozen, so it may be computed once for a data set.
+    If the batch holds the ``anchor_action`` of its states, or of the following ones under
+    ``"next"``, it is used instead of calling the anchor: it is frozen, so it may be computed once
+    for a data set.
 
     Args:
         actor_network: the policy, with its anchor and head.
