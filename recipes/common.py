@@ -29,9 +29,9 @@ def run_recipe(main: Callable[[DictConfig], None], config_name: str) -> None:
             print(f"error: {err}", file=sys.stderr)
             sys.exit(2)
 
-    # Hydra's own log files and output directory are not used: each recipe owns its output.
-    sys.argv += ["hydra.run.dir=.", "hydra.sweep.dir=outputs/multirun", "hydra.sweep.subdir=.", "hydra.output_subdir=null"]
-    sys.argv += ["hydra/job_logging=none", "hydra/hydra_logging=none"]
+    # Each recipe owns its output: Hydra's log files are not used, and what --multirun notes lies aside.
+    sys.argv += ["hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none"]
+    sys.argv += ["hydra.sweep.dir=outputs/multirun", "hydra.sweep.subdir=."]
     hydra.main(version_base=None, config_path=str(RECIPES / "config"), config_name=config_name)(guarded)()
 
 
