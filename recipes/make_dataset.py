@@ -7,7 +7,9 @@ python recipes/make_dataset.py env=HalfCheetah-v5 dataset=mine/halfcheetah/mediu
 from __future__ import annotations
 
 import json
+import logging
 import os
+import warnings
 from collections import deque
 from importlib.metadata import version
 from pathlib import Path
@@ -153,19 +155,22 @@ def write(cfg: DictConfig, episodes: list, training_steps: int) -> Path:
         "versions": {name: version(name) for name in ("torch", "torchrl", "gymnasium", "mujoco", "minari")},
         "options": OmegaConf.to_container(cfg.train),
     }
-    dataset = minari.create_dataset_from_buffers(
-        cfg.dataset,
-        episodes,
-        env=env,
-        observation_space=gymnasium.spaces.Box(-np.inf, np.inf, env.observation_space.shape, np.float32),
-        algorithm_name="SAC",
-        author="torchrl_spar",
-        description=json.dumps(facts),
-        ref_min_score=low,
-        ref_max_score=high,
-        requirements=["gymnasium[mujoco]"],
-        data_format="hdf5",
-    )
+    with warnings.catch_warnings():
+        # Minari asks for fields that need a published repository.
+        warnings.filterwarnings("ignore", module="minari")
+        dataset = minari.create_dataset_from_buffers(
+            cfg.dataset,
+            episodes,
+            env=env,
+            observation_space=gymnasium.spaces.Box(-np.inf, np.inf, env.observation_space.shape, np.float32),
+            algorithm_name="SAC",
+            author="torchrl_spar",
+            description=json.dumps(facts),
+            ref_min_score=low,
+            ref_max_score=high,
+            requirements=["gymnasium[mujoco]"],
+            data_format="hdf5",
+        )
     env.close()
     path = Path(dataset.storage.data_path) / "main_data.hdf5"
     compress(path)
@@ -193,6 +198,8 @@ def compress(path: Path) -> None:
 
 
 def main(cfg: DictConfig) -> None:
+    # TorchRL reports the replay buffer's size in the middle of the progress bar.
+    logging.getLogger("torchrl").setLevel(logging.WARNING)
     torch.set_num_threads(cfg.threads)
     torch.manual_seed(cfg.seed)
     os.environ["MINARI_DATASETS_PATH"] = str(Path(cfg.root).resolve())

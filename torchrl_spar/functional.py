@@ -1,7 +1,7 @@
 """Calls of a module with parameters it does not own: directly for this package's networks, else through tensordict.
 
-Binding parameters with ``to_module`` and passing tensordicts costs about 1 ms a call, more than a small network's own
-work. A network with a method ``functional(params, *inputs)`` is called without either.
+Binding parameters with ``to_module`` and passing tensordicts costs more than the work of a small network.
+A network with a method ``functional(params, *inputs)`` is called without either.
 """
 
 from __future__ import annotations
