@@ -6,7 +6,9 @@ python recipes/evaluate.py policy=policy.pt env=Hopper-v5 episodes=1 video=hoppe
 
 from __future__ import annotations
 
+from contextlib import closing
 from importlib.util import find_spec
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ import torch
 from common import best_device, run_recipe, summarize
 from omegaconf import DictConfig
 
-from torchrl_spar import InputError, SPARActor, environment_sizes, evaluate, load_policy
+from torchrl_spar import InputError, SPARActor, environment_sizes, evaluate, load_policy, make_env
 
 FRAMES_PER_SECOND = 30
 
@@ -40,30 +42,30 @@ def follow(env: Any) -> None:
         import mujoco
 
         camera = mujoco.mj_name2id(env.unwrapped.model, mujoco.mjtObj.mjOBJ_CAMERA, "track")
-        renderer.camera_id = camera if camera >= 0 else renderer.camera_id
+        if camera >= 0:
+            renderer.camera_id = camera
 
 
 def film(policy: SPARActor, env: str, seed: int, path: Path) -> None:
     """One episode in real time, about 30 frames a second; the file appears whole or not at all."""
+    with closing(make_env(env)) as probe:
+        speed = probe.metadata.get("render_fps") or FRAMES_PER_SECOND
+    stride = max(1, round(speed / FRAMES_PER_SECOND))
     frames: list[np.ndarray] = []
-    steps, stride, fps = 0, 1, float(FRAMES_PER_SECOND)
+    step = count()
 
     def keep(envs: list[Any]) -> None:
-        nonlocal steps, stride, fps
-        if steps == 0:
+        now = next(step)
+        if now == 0:
             follow(envs[0])
-        speed = envs[0].metadata.get("render_fps") or FRAMES_PER_SECOND
-        stride = max(1, round(speed / FRAMES_PER_SECOND))
-        fps = speed / stride
-        if steps % stride == 0:
+        if now % stride == 0:
             frames.append(envs[0].render())
-        steps += 1
 
     partial = path.with_name(f"partial-{path.name}")
     try:
         evaluate(policy, env, 1, seed, on_step=keep, render_mode="rgb_array")
         options: dict[str, Any] = {"loop": 0} if path.suffix == ".gif" else {}
-        imageio.imwrite(partial, np.stack(frames), fps=fps, **options)
+        imageio.imwrite(partial, np.stack(frames), fps=speed / stride, **options)
         partial.replace(path)
     except Exception as err:  # rendering fails in as many ways as there are drivers
         raise InputError(f"video={path}: cannot be rendered here: {err} (on a server, try MUJOCO_GL=egl)") from err

@@ -12,13 +12,23 @@ from pathlib import Path
 from statistics import mean, pstdev
 from typing import Any
 
+from torchrl_spar import InputError
+
 
 def read_runs(folder: Path) -> dict[str, list[dict[str, Any]]]:
     """Every results file below a folder, by data set."""
     runs = defaultdict(list)
     for path in sorted(folder.rglob("*.json")):
-        result = json.loads(path.read_text())
-        runs[result["dataset"]].append(result)
+        try:
+            result = json.loads(path.read_text())
+            scores = [result[name]["normalized"] for name in ("data", "anchor", "spar")]
+            runs[result["dataset"]].append(result)
+        except (ValueError, KeyError, TypeError) as err:
+            raise InputError(f"{path}: not a results file of spar_d4rl.py ({err!r}); move it elsewhere") from None
+        if None in scores:
+            raise InputError(f"{path}: {result['env']} has no normalised score; move it elsewhere")
+    if not runs:
+        raise InputError(f"{folder}: holds no results file (*.json)")
     return runs
 
 
@@ -43,4 +53,7 @@ def table(runs: dict[str, list[dict[str, Any]]]) -> str:
 if __name__ == "__main__":
     if len(sys.argv) != 2 or not Path(sys.argv[1]).is_dir():
         sys.exit("error: usage: python recipes/report.py FOLDER, a folder with results.json files")
-    print(table(read_runs(Path(sys.argv[1]))))
+    try:
+        print(table(read_runs(Path(sys.argv[1]))))
+    except InputError as err:
+        sys.exit(f"error: {err}")

@@ -13,16 +13,18 @@ import numpy as np
 import pytest
 import torch
 from conftest import SHARED
-from PIL import Image
 
 from torchrl_spar import evaluate, load_policy
+
+pytest.importorskip("hydra")
+import gymnasium
+import h5py
+from PIL import Image
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 EMBEDDED = RECIPES / "data" / "torchrl-spar" / "hopper" / "medium-v0"
 TINY = ["preset=smoke", "anchor.steps=5", "fit.steps=5", "spar.updates=4", "eval.interval=2", "eval.final_episodes=2"]
 TINY += ["spar.loss.hidden=[8]", "logger.interval=2"]
-
-pytest.importorskip("hydra")
 
 
 def run(script, *overrides, cwd):
@@ -75,7 +77,6 @@ def test_reported_return_is_the_saved_policys(finished):
 
 
 def test_data_return_is_the_data_sets(finished):
-    h5py = pytest.importorskip("h5py")
     _, cwd = finished
     results = json.loads((cwd / "result" / "results.json").read_text())
     with h5py.File(EMBEDDED / "data" / "main_data.hdf5") as file:
@@ -92,15 +93,54 @@ def test_evaluate_recipe(finished):
     assert f"return {results['spar']['return_mean']:.1f}" in done.stdout
 
 
-def can_render():
-    code = "import gymnasium as g; e = g.make('Hopper-v5', render_mode='rgb_array'); e.reset(); e.render()"
+class Slideshow(gymnasium.Env):
+    """Takes any action for 43 steps at 125 a second; frame n is n shades of grey."""
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 125}  # noqa: RUF012
+    observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (11,), np.float64)
+    action_space = gymnasium.spaces.Box(-1, 1, (3,), np.float32)
+
+    def __init__(self, render_mode=None):
+        self.render_mode, self.now = render_mode, 0
+
+    def reset(self, *, seed=None, options=None):
+        self.now = 0
+        return np.zeros(11), {}
+
+    def step(self, action):
+        self.now += 1
+        return np.zeros(11), 0.0, self.now == 43, False, {}
+
+    def render(self):
+        return np.full((8, 8, 3), 5 * self.now, np.uint8)
+
+
+def test_film_keeps_every_fourth_of_125_frames_a_second(finished, monkeypatch):
+    _, cwd = finished
+    monkeypatch.syspath_prepend(RECIPES)
+    from evaluate import film
+
+    gymnasium.register("Slideshow-v0", Slideshow)
+    policy, _ = load_policy(cwd / "result" / "policy.pt")
+    film(policy, "Slideshow-v0", 0, cwd / "slides.gif")
+    with Image.open(cwd / "slides.gif") as video:
+        found = [video.seek(i) or video.convert("RGB").getpixel((4, 4))[0] for i in range(video.n_frames)]
+    assert found == pytest.approx([5 * n for n in range(1, 44, 4)], abs=2)
+    assert not list(cwd.glob("partial-*"))
+
+
+def opengl_missing():
+    """Why MuJoCo itself, without this package or Gymnasium, gets no OpenGL context here; empty if it does."""
+    code = "import mujoco; mujoco.GLContext(8, 8).make_current()"
     environment = {**os.environ, "MUJOCO_GL": os.environ.get("MUJOCO_GL", "egl")}
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment).returncode == 0
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    return done.stderr.strip().splitlines()[-1] if done.returncode else ""
 
 
-def test_video_has_the_episodes_frames(finished, monkeypatch):
-    if not can_render():
-        pytest.skip("no OpenGL here")
+def test_video_of_a_mujoco_episode(finished, monkeypatch):
+    reason = opengl_missing()
+    if reason:
+        pytest.skip(f"MuJoCo cannot render on this machine: {reason}")
     monkeypatch.setenv("MUJOCO_GL", os.environ.get("MUJOCO_GL", "egl"))
     _, cwd = finished
     done = run("evaluate", "policy=result/policy.pt", "episodes=1", "seed=5", "video=hopper.gif", cwd=cwd)
@@ -222,12 +262,69 @@ def test_make_dataset_writes_what_the_loader_reads(tmp_path):
     assert trained.returncode == 0, trained.stderr
 
 
-@pytest.mark.skipif(not (SHARED / "door-human.hdf5").exists(), reason="development data is not at hand")
-def test_door_demonstrations_run_end_to_end(tmp_path):
-    pytest.importorskip("gymnasium_robotics")
-    done = run(
-        "spar_d4rl", *TINY, f"dataset={SHARED / 'door-human.hdf5'}", "env=AdroitHandDoor-v1", "out=r", cwd=tmp_path
-    )
+def write_hdf5(path, arrays):
+    with h5py.File(path, "w") as file:
+        for name, values in arrays.items():
+            file[name] = values
+    return path
+
+
+def run_on_the_door(path, cwd):
+    """The main job on a D4RL file, checked against the file itself."""
+    done = run("spar_d4rl", *TINY, f"dataset={path}", "env=AdroitHandDoor-v1", "out=r", cwd=cwd)
     assert done.returncode == 0, done.stderr
-    results = json.loads((tmp_path / "r" / "results.json").read_text())
-    assert np.isfinite(results["spar"]["return_mean"])
+    results = json.loads((cwd / "r" / "results.json").read_text())
+    with h5py.File(path) as file:
+        ends = np.flatnonzero(file["timeouts"][()] | file["terminals"][()].astype(bool)) + 1
+        returns = [part.sum() for part in np.split(file["rewards"][()].astype(np.float64), ends) if len(part)]
+    assert results["data"]["return_mean"] == pytest.approx(np.mean(returns))
+    low, high = -56.512833, 2880.5693  # D4RL's references for door
+    for name in ("data", "anchor", "spar"):
+        score = 100 * (results[name]["return_mean"] - low) / (high - low)
+        assert results[name]["normalized"] == pytest.approx(score)
+    rows = list(csv.DictReader((cwd / "r" / "metrics.csv").open()))
+    assert all(np.isfinite(float(value)) for row in rows for name, value in row.items() if value and name != "phase")
+    policy, _ = load_policy(cwd / "r" / "policy.pt")
+    assert policy(observation=torch.zeros(1, 39)).shape == (1, 28)
+
+
+def test_door_shaped_file_runs_end_to_end(tmp_path):
+    index = np.arange(40)
+    arrays = steps(observation=39, action=28, terminals=np.zeros(40, bool), timeouts=index % 10 == 9)
+    run_on_the_door(write_hdf5(tmp_path / "door.hdf5", arrays), tmp_path)
+
+
+@pytest.mark.skipif(not (SHARED / "door-human.hdf5").exists(), reason="the real demonstrations are not at hand")
+def test_door_demonstrations_run_end_to_end(tmp_path):
+    run_on_the_door(SHARED / "door-human.hdf5", tmp_path)
+
+
+def test_multirun_leaves_one_run_a_seed(tmp_path):
+    done = run("spar_d4rl", "--multirun", *TINY, "seed=0,1", "out=runs/${seed}", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    seeds = [json.loads((tmp_path / "runs" / str(seed) / "results.json").read_text())["seed"] for seed in (0, 1)]
+    assert seeds == [0, 1]
+
+
+def report(folder, cwd):
+    command = [sys.executable, str(RECIPES / "report.py"), str(folder)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+
+
+def test_report_gives_mean_and_spread_over_seeds(tmp_path):
+    for seed, score in ((0, 10.0), (1, 30.0)):
+        row = {"normalized": score}
+        facts = {"dataset": "toy", "env": "Hopper-v5", "seed": seed, "data": row, "anchor": row, "spar": row}
+        (tmp_path / f"{seed}.json").write_text(json.dumps(facts))
+    spread = "20.0 +- 10.0 (10.0 / 30.0)"
+    assert report(tmp_path, tmp_path).stdout.splitlines()[-1] == f"| toy | 0, 1 | 20.0 | {spread} | {spread} |"
+    (tmp_path / "broken.json").write_text("{")
+    assert_one_line(report(tmp_path, tmp_path), "broken.json")
+    (tmp_path / "empty").mkdir()
+    assert_one_line(report(tmp_path / "empty", tmp_path), "empty")
+
+
+def test_readme_shows_the_committed_results(tmp_path):
+    readme = (RECIPES.parent / "README.md").read_text()
+    found = report(RECIPES / "results", tmp_path).stdout.strip()
+    assert found.count("\n") >= 2 and found in readme

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from tensordict import NestedKey, TensorDictBase
@@ -62,11 +62,7 @@ def fit_anchor(
         # BCLoss has no target; TorchRL warns that it is not annotated.
         warnings.filterwarnings("ignore", message="The name target_actor_network_params")
         loss = BCLoss(actor)
-    for step, metrics in _fit(
-        "loss_bc", lambda batch: (loss(batch)["loss_bc"], {}), loss, replay_buffer.sample, steps, lr
-    ):
-        if report is not None:
-            report(step, metrics)
+    _fit("loss_bc", lambda batch: (loss(batch)["loss_bc"], {}), loss, replay_buffer.sample, steps, lr, report)
     return actor
 
 
@@ -106,9 +102,7 @@ def fit_residual(
         torch.Size([2])
     """
     loss.residual_scale = measure_residual_scale(loss, replay_buffer)
-    for step, metrics in _fit("loss_fit", loss.fit_loss, loss.residual_vae_params, replay_buffer.sample, steps, lr):
-        if report is not None:
-            report(step, metrics)
+    _fit("loss_fit", loss.fit_loss, loss.residual_vae_params, replay_buffer.sample, steps, lr, report)
     return loss
 
 
@@ -123,9 +117,9 @@ def fit_value(
     """Starts the critics from the behaviour's own value: regression on the data's returns-to-go.
 
     Bootstrapping from zero takes about ``1 / (target_rate (1 - gamma))`` updates to see as far as
-    ``gamma`` does. Until then the values are short-sighted, and a policy that follows them
-    can end below its anchor. Sets
-    ``loss.reward_scale`` to one over the standard deviation of the returns-to-go, too.
+    ``gamma`` does. Until then the values are short-sighted, and a policy that follows them can end
+    below its anchor. Sets ``loss.reward_scale`` to one over the standard deviation of the
+    returns-to-go, too.
 
     Args:
         loss: its critics, their targets and, if it is used, the value network are trained in place.
@@ -163,14 +157,10 @@ def fit_value(
     def sample() -> TensorDictBase:
         return rows[torch.randint(len(rows), (replay_buffer.batch_size,), device=returns.device)]
 
-    for step, metrics in _fit("loss_qvalue", loss.qvalue_loss, loss.qvalue_network_params, sample, steps, lr):
-        if report is not None:
-            metrics.pop("td_error")
-            report(step, metrics)
+    _fit("loss_qvalue", loss.qvalue_loss, loss.qvalue_network_params, sample, steps, lr, report)
     loss.sync_targets()
     if loss.value_mix > 0:
-        for _ in _fit("loss_value", loss.value_loss, loss.value_network_params, sample, steps, lr):
-            pass
+        _fit("loss_value", loss.value_loss, loss.value_network_params, sample, steps, lr)
     return loss
 
 
@@ -330,15 +320,18 @@ def _fit(
     sample: Callable[[], TensorDictBase],
     steps: int,
     lr: float,
-) -> Iterator[tuple[int, dict[str, Tensor]]]:
-    """Minimises one term with Adam, the learning rate falling to zero along a cosine; yields after each step."""
+    report: Report | None = None,
+) -> None:
+    """Minimises one term with Adam, the learning rate falling to zero along a cosine."""
     optimizer = _adam(params.parameters(), lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for step in range(1, steps + 1):
         value, metadata = term(sample())
         _descend(value, optimizer)
         schedule.step()
-        yield step, {name: value.detach(), **metadata}
+        if report is not None:
+            metadata.pop("td_error", None)  # one value a row, not a metric
+            report(step, {name: value.detach(), **metadata})
 
 
 def _adam(params: Iterable[Tensor], lr: float) -> torch.optim.Adam:
