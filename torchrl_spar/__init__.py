@@ -9,10 +9,20 @@ from torchrl_spar.objective import SPARLoss
 from torchrl_spar.observations import flatten_observation
 from torchrl_spar.policy import load_policy, save_policy
 from torchrl_spar.residual import ResidualHead, ResidualVAE, SPARActor
+from torchrl_spar.sampling import BatchSampler, with_anchor_actions
 from torchrl_spar.scores import normalized_score, reference_returns
-from torchrl_spar.training import SPARUpdate, fit_anchor, fit_residual, fit_value, measure_residual_scale, returns_to_go
+from torchrl_spar.seeds import StackedSPARLoss
+from torchrl_spar.training import (
+    SPARUpdate,
+    fit_anchor,
+    fit_residual,
+    fit_value,
+    measure_residual_scale,
+    returns_to_go,
+)
 
 __all__ = [
+    "BatchSampler",
     "FrozenAnchor",
     "InputError",
     "OfflineReplayBuffer",
@@ -21,6 +31,7 @@ __all__ = [
     "SPARActor",
     "SPARLoss",
     "SPARUpdate",
+    "StackedSPARLoss",
     "environment_sizes",
     "evaluate",
     "fit_anchor",
@@ -37,4 +48,5 @@ __all__ = [
     "reference_returns",
     "returns_to_go",
     "save_policy",
+    "with_anchor_actions",
 ]

@@ -57,6 +57,7 @@ def call_ensemble(
     entries: Mapping[NestedKey, Tensor],
     *,
     out_key: NestedKey,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """One output of every member of an ensemble, ``[E, *L, *B, features]``.
 
@@ -66,6 +67,7 @@ def call_ensemble(
         state: as for :func:`call`.
         entries: as for :func:`call`.
         out_key: the output.
+        dtype: what this package's networks compute their hidden layers in, without gradient.
 
     Source: ours. A loop, not ``vmap``, which takes LayerNorm apart and is slower on a CPU.
 
@@ -84,7 +86,8 @@ def call_ensemble(
         return torch.stack([_through_tensordict(module, member, state, entries)[out_key] for member in members])
     nested, inputs = params.to_dict()["module"], _inputs(module, state, entries)
     dicts = _unbound(nested, params.batch_size[0]) if params.ndim else [nested]
-    return torch.stack([network(member, *inputs) for member in dicts])
+    options = {} if dtype is None else {"dtype": dtype}
+    return torch.stack([network(member, *inputs, **options) for member in dicts])
 
 
 def _direct(module: TensorDictModuleBase) -> Any:
