@@ -198,11 +198,12 @@ def test_poll_never_waits_and_keeps_the_order(evaluator):
 
 
 def test_errors_of_the_other_process_surface_here(evaluator):
+    evaluator.submit(2, policy(), "Pendulum-v1", episodes=1)
     evaluator.submit(3, policy(size=4), "Pendulum-v1", episodes=1)
     evaluator.submit(4, policy(), "Pendulum-v1", episodes=1)
     with pytest.raises(InputError, match=r"evaluation 3: .*Pendulum-v1.*size 3"):
         evaluator.drain()
-    assert [key for key, _ in evaluator.drain()] == [4]
+    assert [key for key, _ in evaluator.drain()] == [2, 4]
     locked = policy()
     locked.lock = threading.Lock()
     with pytest.raises(InputError, match=r"evaluation 5: .*pickle"):

@@ -87,8 +87,8 @@ def evaluate(
     """Undiscounted returns of a policy, all episodes side by side.
 
     Episode ``i`` runs in an environment of its own, seeded with ``seed + i``; each step is
-    one call of the policy on the episodes that still run. The policy is called under
-    ``no_grad`` in the exploration type in force (TorchRL's default: deterministic).
+    one call of the policy on the episodes that still run, under ``no_grad`` in the exploration
+    type in force (TorchRL's default: deterministic).
 
     Args:
         policy: a module that reads ``"observation"`` ``[n, observation_dim]`` (raw units,

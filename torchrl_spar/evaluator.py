@@ -48,6 +48,7 @@ class BackgroundEvaluator:
         self._process.start()
         theirs.close()
         self._unfinished: deque[tuple[Any, bytes]] = deque()
+        self._finished: list[tuple[Any, torch.Tensor]] = []
         self._is_idle = False  # the process says when it has started
 
     def submit(
@@ -79,17 +80,15 @@ class BackgroundEvaluator:
         Raises:
             InputError: if an evaluation failed or its process is gone; the message names the key.
         """
-        finished = []
         while self._unfinished and self._connection.poll():
-            finished += self._receive()
-        return finished
+            self._receive()
+        return self._take()
 
     def drain(self) -> list[tuple[Any, torch.Tensor]]:
         """As :meth:`poll`, after all that was submitted has finished."""
-        finished = []
         while self._unfinished:
-            finished += self._receive()
-        return finished
+            self._receive()
+        return self._take()
 
     def close(self) -> None:
         """Ends the process, whatever it does."""
@@ -112,7 +111,11 @@ class BackgroundEvaluator:
             except OSError:
                 raise self._lost() from None
 
-    def _receive(self) -> list[tuple[Any, torch.Tensor]]:
+    def _take(self) -> list[tuple[Any, torch.Tensor]]:
+        finished, self._finished = self._finished, []
+        return finished
+
+    def _receive(self) -> None:
         try:
             kind, content = self._connection.recv()
         except (EOFError, OSError):
@@ -120,14 +123,14 @@ class BackgroundEvaluator:
         self._is_idle = True
         if kind == "ready":
             self._send_next()
-            return []
+            return
         key, _ = self._unfinished.popleft()
         self._send_next()
         if kind == "input error":
             raise InputError(f"evaluation {key!r}: {content}")
         if kind == "error":
             raise RuntimeError(f"evaluation {key!r} failed in its process:\n{content}")
-        return [(key, torch.tensor(content, dtype=torch.float64))]
+        self._finished.append((key, torch.tensor(content, dtype=torch.float64)))
 
     def _lost(self) -> InputError:
         self._process.join()
