@@ -18,6 +18,7 @@ from plots import plot_learning_curve
 from rich.console import Console
 from rich.table import Table
 from run_output import MetricLog, check_unused, save_config, write_json
+from scores import Scores
 from tqdm import tqdm
 
 from torchrl_spar import (
@@ -25,7 +26,6 @@ from torchrl_spar import (
     OfflineReplayBuffer,
     SPARUpdate,
     environment_sizes,
-    evaluate,
     fit_anchor,
     fit_residual,
     fit_value,
@@ -37,8 +37,6 @@ from torchrl_spar import (
 
 EMBEDDED = "torchrl-spar/hopper/medium-v0"
 VERSIONED = ("torchrl-spar", "torch", "torchrl", "tensordict", "gymnasium", "mujoco")
-# Evaluations of the curve and of the results start from states of their own.
-CURVE_SEED, RESULT_SEED = 10_000, 20_000
 
 
 def load(cfg: DictConfig, device: torch.device) -> tuple[OfflineReplayBuffer, str]:
@@ -72,6 +70,12 @@ class Phase:
         if step == self.steps:
             self.bar.close()
 
+    def show(self, curve: list[dict[str, Any]]) -> None:
+        """The last score beside the bar."""
+        for row in curve[-1:]:
+            score = row["return_mean"] if row["normalized"] is None else row["normalized"]
+            self.bar.set_postfix(score=f"{score:.1f} at {row['step']}", refresh=False)
+
 
 def main(cfg: DictConfig) -> None:
     start = time.perf_counter()
@@ -92,57 +96,51 @@ def main(cfg: DictConfig) -> None:
     log = MetricLog(out, cfg.logger.backend, [*dict.fromkeys(columns), "return_mean", "return_std", "normalized"])
     save_config(out, cfg)
 
-    fit_anchor(actor, data, **cfg.anchor, report=Phase("anchor", cfg.anchor.steps, log, cfg.logger.interval))
-    loss = make_spar_loss(*sizes, anchor=actor, **options)
-    if cfg.fit.steps:
-        fit_residual(loss, data, **cfg.fit, report=Phase("fit", cfg.fit.steps, log, cfg.logger.interval))
-    if cfg.value.steps:
-        fit_value(loss, data, **cfg.value, report=Phase("value", cfg.value.steps, log, cfg.logger.interval))
-
-    def score(policy: Any, episodes: int, seed: int) -> dict[str, float | None]:
-        return summarize(env, evaluate(policy, env, episodes, seed + 100_000 * cfg.seed))
-
-    anchor = score(loss.anchor, cfg.eval.final_episodes, RESULT_SEED)
-    curve, rate = improve(cfg, loss, data, log, score)
-    spar = score(loss.actor, cfg.eval.final_episodes, RESULT_SEED)
+    with Scores(env, cfg.seed, log, background=cfg.eval.background) as scores:
+        fit_anchor(actor, data, **cfg.anchor, report=Phase("anchor", cfg.anchor.steps, log, cfg.logger.interval))
+        loss = make_spar_loss(*sizes, anchor=actor, **options)
+        scores.add_result("anchor", loss.anchor, cfg.eval.final_episodes)
+        if cfg.fit.steps:
+            fit_residual(loss, data, **cfg.fit, report=Phase("fit", cfg.fit.steps, log, cfg.logger.interval))
+        if cfg.value.steps:
+            fit_value(loss, data, **cfg.value, report=Phase("value", cfg.value.steps, log, cfg.logger.interval))
+        rate = improve(cfg, loss, data, log, scores)
+        scores.add_result("spar", loss.actor, cfg.eval.final_episodes)
+        scores.collect(wait=True)
     log.close()
     results = {
         "dataset": name, "env": env, "seed": cfg.seed, "updates": cfg.spar.updates,
-        "anchor": anchor, "spar": spar, "data": summarize(env, data.episode_returns),
+        **scores.results, "data": summarize(env, data.episode_returns),
         "episodes": cfg.eval.final_episodes, "updates_per_second": rate,
         "wall_seconds": time.perf_counter() - start,
         "versions": {name: version(name) for name in VERSIONED},
-        "curve": curve,
+        "curve": scores.curve,
     }  # fmt: skip
     save_policy(loss, out / "policy.pt", env=env, dataset=name, seed=cfg.seed)
-    plot_learning_curve(out / "learning_curve.png", curve, results)
+    plot_learning_curve(out / "learning_curve.png", scores.curve, results)
     write_json(out / "results.json", results)
     show(results, out)
 
 
-def improve(cfg: DictConfig, loss: Any, data: OfflineReplayBuffer, log: MetricLog, score: Any) -> tuple[list, float]:
-    """The main phase; returns the evaluation curve and the learner's updates per second, evaluation left out."""
+def improve(cfg: DictConfig, loss: Any, data: OfflineReplayBuffer, log: MetricLog, scores: Scores) -> float:
+    """The main phase; returns the learner's updates per second, evaluation left out."""
     options = {key: cfg.spar[key] for key in ("qvalue_lr", "actor_lr", "target_rate", "policy_interval")}
     update = SPARUpdate(loss, **options)
     phase = Phase("spar", cfg.spar.updates, log, cfg.logger.interval)
-    curve: list[dict[str, Any]] = []
     learning = 0.0
     metrics: dict[str, Any] = {}
-
-    def evaluate_now(step: int) -> dict[str, Any]:
-        row = score(loss.actor, cfg.eval.episodes, CURVE_SEED)
-        curve.append({"step": step, **row})
-        phase.bar.set_postfix(score=f"{row['return_mean'] if row['normalized'] is None else row['normalized']:.1f}")
-        return {name: value for name, value in row.items() if value is not None}
-
-    evaluate_now(0)
+    scores.add_to_curve(0, loss.actor, cfg.eval.episodes)
     for step in range(1, cfg.spar.updates + 1):
         start = time.perf_counter()
         metrics |= update(data.sample())
         learning += time.perf_counter() - start
-        due = step % cfg.eval.interval == 0 or step == cfg.spar.updates
-        phase(step, metrics | evaluate_now(step) if due else metrics)
-    return curve, cfg.spar.updates / learning
+        if step % cfg.eval.interval == 0 or step == cfg.spar.updates:
+            scores.add_to_curve(step, loss.actor, cfg.eval.episodes)
+        if step % cfg.logger.interval == 0:
+            scores.collect()
+            phase.show(scores.curve)
+        phase(step, metrics)
+    return cfg.spar.updates / learning
 
 
 def show(results: dict[str, Any], out: Path) -> None:

@@ -23,8 +23,10 @@ from PIL import Image
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 EMBEDDED = RECIPES / "data" / "torchrl-spar" / "hopper" / "medium-v0"
-TINY = ["preset=smoke", "anchor.steps=5", "fit.steps=5", "spar.updates=4", "eval.interval=2", "eval.final_episodes=2"]
-TINY += ["spar.loss.hidden=[8]", "logger.interval=2"]
+SMALL = ["preset=smoke", "anchor.steps=5", "fit.steps=5", "spar.updates=4", "eval.interval=2", "eval.final_episodes=2"]
+SMALL += ["spar.loss.hidden=[8]", "logger.interval=2"]
+# A second process costs seconds to start.
+TINY = [*SMALL, "eval.background=false"]
 
 
 def run(script, *overrides, cwd):
@@ -36,7 +38,7 @@ def run(script, *overrides, cwd):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     cwd = tmp_path_factory.mktemp("run")
-    done = run("spar_d4rl", *TINY, "seed=3", "out=result", "logger.backend=csv", cwd=cwd)
+    done = run("spar_d4rl", *SMALL, "seed=3", "out=result", "logger.backend=csv", cwd=cwd)
     assert done.returncode == 0, done.stderr
     return done, cwd
 
@@ -65,6 +67,20 @@ def test_main_job_leaves_everything_it_promises(finished):
     assert (out / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
     for word in ("data", "anchor", "spar", f"{results['spar']['return_mean']:.1f}"):
         assert word in done.stdout
+
+
+def test_in_line_evaluation_gives_the_same_run(finished, tmp_path):
+    _, cwd = finished
+    done = run("spar_d4rl", *TINY, "seed=3", "out=result", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found, expected = (json.loads((path / "result" / "results.json").read_text()) for path in (cwd, tmp_path))
+    for timing in ("updates_per_second", "wall_seconds"):
+        assert found.pop(timing) > 0 and expected.pop(timing) > 0
+    assert found == expected
+    # Rows of the background evaluation come when they are done.
+    found, expected = (sorted((path / "result" / "metrics.csv").open()) for path in (cwd, tmp_path))
+    assert found == expected
+    assert [line.split(",")[1] for line in expected if line.startswith("eval,")] == ["0", "2", "4"]
 
 
 def test_reported_return_is_the_saved_policys(finished):

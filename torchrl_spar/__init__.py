@@ -5,6 +5,7 @@ from torchrl_spar.build import make_anchor, make_spar_loss
 from torchrl_spar.data import OfflineReplayBuffer, load_offline_dataset
 from torchrl_spar.errors import InputError
 from torchrl_spar.evaluation import environment_sizes, evaluate, make_env
+from torchrl_spar.evaluator import BackgroundEvaluator
 from torchrl_spar.objective import SPARLoss
 from torchrl_spar.observations import flatten_observation
 from torchrl_spar.policy import load_policy, save_policy
@@ -22,6 +23,7 @@ from torchrl_spar.training import (
 )
 
 __all__ = [
+    "BackgroundEvaluator",
     "BatchSampler",
     "FrozenAnchor",
     "InputError",
