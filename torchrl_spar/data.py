@@ -274,8 +274,9 @@ def _to_ted(steps: Steps) -> TensorDict:
 
 
 def _observation_statistics(observation: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    # A dimension at a time: a float64 copy of all of a large set would cost more than the set.
-    moments = [torch.std_mean(column.double(), correction=0) for column in observation.unbind(-1)]
+    # A dimension at a time in one buffer: a float64 copy of all of a large set would cost more than the set.
+    buffer = torch.empty_like(observation[:, 0], dtype=torch.float64)
+    moments = [torch.std_mean(buffer.copy_(column), correction=0) for column in observation.unbind(-1)]
     scale, loc = (torch.stack(values) for values in zip(*moments))
     scale = torch.where(scale < SCALE_FLOOR * loc.abs().clamp(min=1), 1.0, scale)
     return loc.float(), scale.float()

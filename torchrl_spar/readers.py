@@ -208,6 +208,10 @@ def _hdf5_episodes(path: Path, count: int, names: tuple[str, ...]) -> Iterator[t
         return array
 
     with h5py.File(path, "r") as file:
+        # By default HDF5 keeps tens of kB of metadata for each episode, in all more than many a data set's size.
+        config = file.id.get_mdc_config()
+        config.set_initial_size, config.initial_size, config.min_size, config.max_size = True, *3 * (2**20,)
+        file.id.set_mdc_config(config)
         for number in range(count):
             group = h5py.h5g.open(file.id, b"episode_%d" % number)
             yield number, {name: read(group, name.encode()) for name in names}
