@@ -42,7 +42,7 @@ VERSIONED = ("torchrl-spar", "torch", "torchrl", "tensordict", "gymnasium", "muj
 def load(cfg: DictConfig, device: torch.device) -> tuple[OfflineReplayBuffer, str]:
     """The data and the environment, checked against each other."""
     source = RECIPES / "data" / EMBEDDED if cfg.dataset == "embedded" else cfg.dataset
-    data = load_offline_dataset(source, batch_size=cfg.batch_size, device=device)
+    data = load_offline_dataset(source, batch_size=cfg.batch_size, device=device, cache=cfg.cache)
     env = cfg.env or data.env_id
     if env is None:
         raise InputError(f"env: {cfg.dataset} does not name its environment; give one, e.g. env=Hopper-v5")

@@ -24,7 +24,7 @@ from PIL import Image
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 EMBEDDED = RECIPES / "data" / "torchrl-spar" / "hopper" / "medium-v0"
 SMALL = ["preset=smoke", "anchor.steps=5", "fit.steps=5", "spar.updates=4", "eval.interval=2", "eval.final_episodes=2"]
-SMALL += ["spar.loss.hidden=[8]", "logger.interval=2"]
+SMALL += ["spar.loss.hidden=[8]", "logger.interval=2", "cache=null"]
 # A second process costs seconds to start.
 TINY = [*SMALL, "eval.background=false"]
 

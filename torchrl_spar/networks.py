@@ -116,9 +116,11 @@ class StateMLP(nn.Module):
                 out = F.linear(out.to(own["weight"].dtype), own["weight"], own["bias"])
             elif isinstance(layer, nn.LayerNorm):
                 out = F.layer_norm(out, layer.normalized_shape, own["weight"], own["bias"], layer.eps)
-            else:
+            elif isinstance(layer, nn.ReLU):
                 # In place: neither a linear layer nor a LayerNorm needs its output for its gradient.
                 out = F.relu_(out)
+            else:
+                out = layer(out)
         return out
 
 
