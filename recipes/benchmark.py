@@ -19,7 +19,9 @@ from statistics import median
 from typing import Any
 
 import torch
+from benchmarks import evaluation
 from benchmarks.flops import update_flops
+from benchmarks.loading import measure_loading
 from benchmarks.matmul import MatmulTrace
 from benchmarks.updates import (
     ACTION_DIM,
@@ -39,7 +41,7 @@ from rich.console import Console
 from rich.table import Table
 from run_output import write_json
 
-from torchrl_spar import InputError, SPARLoss
+from torchrl_spar import InputError, SPARLoss, environment_sizes, make_spar_loss
 
 
 def main(cfg: DictConfig) -> None:
@@ -57,12 +59,8 @@ def main(cfg: DictConfig) -> None:
         "machine": describe_machine(device),
     }
     if cfg.env is not None:
-        from benchmarks.evaluation import measure_evaluation
-
-        results["evaluation"] = measure_evaluation(cfg.env, rounds=cfg.rounds, window=cfg.window)
+        results["evaluation"] = measure_evaluation(cfg, device)
     if cfg.load_steps:
-        from benchmarks.loading import measure_loading
-
         results["load"] = measure_loading(cfg.load_steps)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_json(out, results)
@@ -118,6 +116,14 @@ def measure_updates(cfg: DictConfig, device: torch.device) -> dict[str, Any]:
         results[name] |= {"mflop_per_update": mflop, "share_of_matmul": share}
     results["spar"]["mflop_done"] = done
     return results
+
+
+def measure_evaluation(cfg: DictConfig, device: torch.device) -> dict[str, Any]:
+    """A random policy's episodes, and what they cost a learner beside them."""
+    observation_dim, action_spec = environment_sizes(cfg.env)
+    policy = make_spar_loss(observation_dim, action_spec, hidden=list(cfg.hidden), device=device).actor
+    learner = spar(make_losses([0], cfg.hidden, device), make_data(cfg.batch_size, device), block=1)
+    return evaluation.measure_evaluation(policy, learner, cfg.env, rounds=cfg.rounds, seconds=cfg.window)
 
 
 @torch.no_grad()

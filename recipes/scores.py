@@ -59,8 +59,5 @@ class Scores:
                 self.curve.append({"step": key, **row})
                 self.log.write("eval", key, {name: value for name, value in row.items() if value is not None})
 
-    def __enter__(self) -> Scores:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         self.evaluator.close()

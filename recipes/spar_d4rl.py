@@ -1,162 +1,111 @@
 """SPAR on an offline data set, from the raw data to a table: clone the anchor, fit the residuals, improve.
 
 python recipes/spar_d4rl.py                                    # the embedded Hopper data
+python recipes/spar_d4rl.py seeds=[0,1,2]                      # several seeds at once
 python recipes/spar_d4rl.py dataset=minari:D4RL/pen/human-v2 preset=d4rl seed=1
 """
 
 from __future__ import annotations
 
+import math
+import multiprocessing
+import os
 import time
-from importlib.metadata import version
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import torch
-from common import RECIPES, best_device, run_recipe, summarize
+from common import best_device, run_recipe
 from omegaconf import DictConfig
-from plots import plot_learning_curve
-from rich.console import Console
-from rich.table import Table
-from run_output import MetricLog, check_unused, save_config, write_json
-from scores import Scores
+from run import Phase, Run
+from run_output import check_unused
 from tqdm import tqdm
 
-from torchrl_spar import (
-    InputError,
-    OfflineReplayBuffer,
-    SPARUpdate,
-    environment_sizes,
-    fit_anchor,
-    fit_residual,
-    fit_value,
-    load_offline_dataset,
-    make_anchor,
-    make_spar_loss,
-    save_policy,
-)  # fmt: skip
+from torchrl_spar import BatchSampler, InputError, SPARUpdate, StackedSPARLoss
 
-EMBEDDED = "torchrl-spar/hopper/medium-v0"
-VERSIONED = ("torchrl-spar", "torch", "torchrl", "tensordict", "gymnasium", "mujoco")
-
-
-def load(cfg: DictConfig, device: torch.device) -> tuple[OfflineReplayBuffer, str]:
-    """The data and the environment, checked against each other."""
-    source = RECIPES / "data" / EMBEDDED if cfg.dataset == "embedded" else cfg.dataset
-    data = load_offline_dataset(source, batch_size=cfg.batch_size, device=device, cache=cfg.cache)
-    env = cfg.env or data.env_id
-    if env is None:
-        raise InputError(f"env: {cfg.dataset} does not name its environment; give one, e.g. env=Hopper-v5")
-    observation_dim, action_spec = environment_sizes(env)
-    for name, found, expected in (
-        ("observations", data.observation_loc.numel(), observation_dim),
-        ("actions", data.action_spec.shape[-1], action_spec.shape[-1]),
-    ):
-        if found != expected:
-            raise InputError(f"dataset={cfg.dataset}: {name} have size {found}, env={env} has {expected}")
-    return data, env
-
-
-class Phase:
-    """A progress bar over one phase that logs a row every `interval` steps."""
-
-    def __init__(self, name: str, steps: int, log: MetricLog, interval: int) -> None:
-        self.name, self.log, self.interval, self.steps = name, log, interval, steps
-        self.bar = tqdm(total=steps, desc=f"{name:>6}", unit="step", dynamic_ncols=True, mininterval=1.0)
-
-    def __call__(self, step: int, metrics: dict[str, Any]) -> None:
-        self.bar.update()
-        if step % self.interval == 0 or step == self.steps:
-            self.log.write(self.name, step, metrics)
-        if step == self.steps:
-            self.bar.close()
-
-    def show(self, curve: list[dict[str, Any]]) -> None:
-        """The last score beside the bar."""
-        for row in curve[-1:]:
-            score = row["return_mean"] if row["normalized"] is None else row["normalized"]
-            self.bar.set_postfix(score=f"{score:.1f} at {row['step']}", refresh=False)
+# Updates that one call of SPARUpdate.run takes at most.
+LONGEST_BLOCK = 100
 
 
 def main(cfg: DictConfig) -> None:
+    for option, value in {
+        "spar.updates": cfg.spar.updates,
+        "spar.policy_interval": cfg.spar.policy_interval,
+        "eval.interval": cfg.eval.interval,
+        "logger.interval": cfg.logger.interval,
+    }.items():
+        if value < 1:
+            raise InputError(f"{option}={value}: at least 1")
+    if cfg.seeds is None:
+        train(cfg, [cfg.seed], [Path(cfg.out)])
+        return
+    seeds = list(cfg.seeds)
+    if len(set(seeds)) != len(seeds) or not seeds:
+        raise InputError(f"seeds={seeds}: give at least one seed, and each once")
+    outs = [Path(cfg.out) / f"seed_{seed}" for seed in seeds]
+    if best_device(cfg.device).type == "cuda":
+        train(cfg, seeds, outs)  # as one stack: a single small run leaves a GPU idle
+        return
+    # A single run fills a CPU core, so a stack would gain nothing (recipes/benchmark.py measures both).
+    context = multiprocessing.get_context("spawn")
+    cores = len(os.sched_getaffinity(0))
+    bars = {"initializer": tqdm.set_lock, "initargs": (context.RLock(),)}
+    with ProcessPoolExecutor(min(len(seeds), cores), context, **bars) as pool:
+        jobs = [pool.submit(train, cfg, [seed], [out], line) for line, (seed, out) in enumerate(zip(seeds, outs))]
+        for job in jobs:
+            job.result()
+
+
+def train(cfg: DictConfig, seeds: Sequence[int], outs: Sequence[Path], line: int = 0) -> None:
+    """Independent runs of all seeds, the main phase as one program."""
     start = time.perf_counter()
     torch.set_num_threads(cfg.threads)
-    torch.manual_seed(cfg.seed)
-    out = Path(cfg.out)
-    check_unused(out)
-    device = best_device(cfg.device)
-    data, env = load(cfg, device)
-    name = EMBEDDED if cfg.dataset == "embedded" else str(cfg.dataset)
-    stats = (data.observation_loc, data.observation_scale)
-    sizes = (data.observation_loc.numel(), data.action_spec)
-    hidden = list(cfg.spar.loss.hidden)
-    actor = make_anchor(*sizes, observation_stats=stats, hidden=hidden, device=device)
-    # Built before anything is written: a wrong option ends here.
-    options = dict(device=device, observation_stats=stats, **cfg.spar.loss)
-    columns = ["loss_bc", "loss_fit", "reconstruction_error", "kl", *make_spar_loss(*sizes, **options).out_keys]
-    log = MetricLog(out, cfg.logger.backend, [*dict.fromkeys(columns), "return_mean", "return_std", "normalized"])
-    save_config(out, cfg)
-
-    with Scores(env, cfg.seed, log, background=cfg.eval.background) as scores:
-        fit_anchor(actor, data, **cfg.anchor, report=Phase("anchor", cfg.anchor.steps, log, cfg.logger.interval))
-        loss = make_spar_loss(*sizes, anchor=actor, **options)
-        scores.add_result("anchor", loss.anchor, cfg.eval.final_episodes)
-        if cfg.fit.steps:
-            fit_residual(loss, data, **cfg.fit, report=Phase("fit", cfg.fit.steps, log, cfg.logger.interval))
-        if cfg.value.steps:
-            fit_value(loss, data, **cfg.value, report=Phase("value", cfg.value.steps, log, cfg.logger.interval))
-        rate = improve(cfg, loss, data, log, scores)
-        scores.add_result("spar", loss.actor, cfg.eval.final_episodes)
-        scores.collect(wait=True)
-    log.close()
-    results = {
-        "dataset": name, "env": env, "seed": cfg.seed, "updates": cfg.spar.updates,
-        **scores.results, "data": summarize(env, data.episode_returns),
-        "episodes": cfg.eval.final_episodes, "updates_per_second": rate,
-        "wall_seconds": time.perf_counter() - start,
-        "versions": {name: version(name) for name in VERSIONED},
-        "curve": scores.curve,
-    }  # fmt: skip
-    save_policy(loss, out / "policy.pt", env=env, dataset=name, seed=cfg.seed)
-    plot_learning_curve(out / "learning_curve.png", scores.curve, results)
-    write_json(out / "results.json", results)
-    show(results, out)
+    for out in outs:
+        check_unused(out)
+    runs: list[Run] = []
+    try:
+        for seed, out in zip(seeds, outs):
+            runs.append(Run(cfg, seed, out, line))
+            runs[-1].pretrain()
+        rate = improve(cfg, runs, line)
+        for run in runs:
+            run.finish(updates_per_second=rate, start=start)
+    finally:
+        for run in runs:
+            run.close()
 
 
-def improve(cfg: DictConfig, loss: Any, data: OfflineReplayBuffer, log: MetricLog, scores: Scores) -> float:
-    """The main phase; returns the learner's updates per second, evaluation left out."""
-    options = {key: cfg.spar[key] for key in ("qvalue_lr", "actor_lr", "target_rate", "policy_interval")}
-    update = SPARUpdate(loss, **options)
-    phase = Phase("spar", cfg.spar.updates, log, cfg.logger.interval)
-    learning = 0.0
-    metrics: dict[str, Any] = {}
-    scores.add_to_curve(0, loss.actor, cfg.eval.episodes)
-    for step in range(1, cfg.spar.updates + 1):
-        start = time.perf_counter()
-        metrics |= update(data.sample())
-        learning += time.perf_counter() - start
-        if step % cfg.eval.interval == 0 or step == cfg.spar.updates:
-            scores.add_to_curve(step, loss.actor, cfg.eval.episodes)
-        if step % cfg.logger.interval == 0:
-            scores.collect()
-            phase.show(scores.curve)
+def improve(cfg: DictConfig, runs: Sequence[Run], line: int) -> float:
+    """The main phase; returns the updates per second of each run."""
+    interval, total = cfg.eval.interval, cfg.spar.updates
+    # Blocks end wherever something is due.
+    common = math.gcd(interval, cfg.logger.interval, total)
+    length = max(n for n in range(1, min(common, LONGEST_BLOCK) + 1) if common % n == 0)
+    samplers = [BatchSampler(run.loss, run.data, length=length, seed=run.seed) for run in runs]
+    losses = [run.loss for run in runs]
+    stack = StackedSPARLoss(losses) if len(runs) > 1 else None
+    options = {key: cfg.spar[key] for key in ("qvalue_lr", "actor_lr", "target_rate", "policy_interval", "compile")}
+    is_cuda = losses[0].residual_scale.is_cuda
+    update = SPARUpdate(losses[0] if stack is None else stack, cudagraph=is_cuda, **options)
+    phase = Phase("spar", total, [run.log for run in runs], cfg.logger.interval, line)
+    start = time.perf_counter()
+    for run in runs:
+        run.evaluate(0)
+    for step in range(length, total + 1, length):
+        blocks = [next(sampler) for sampler in samplers]
+        metrics = update.run(blocks[0] if stack is None else torch.stack(blocks, 1))
+        if step % interval == 0 or step == total:
+            if stack is not None:
+                stack.copy_back()
+            for run in runs:
+                run.evaluate(step)
         phase(step, metrics)
-    return cfg.spar.updates / learning
-
-
-def show(results: dict[str, Any], out: Path) -> None:
-    table = Table(title=f"{results['env']}, {results['dataset']}, {results['episodes']} episodes")
-    table.add_column("")
-    for name in ("return", "+-", "score"):
-        table.add_column(name, justify="right")
-    for name in ("data", "anchor", "spar"):
-        row = results[name]
-        normalized = "-" if row["normalized"] is None else f"{row['normalized']:.1f}"
-        table.add_row(name, f"{row['return_mean']:.1f}", f"{row['return_std']:.1f}", normalized)
-    console = Console()
-    console.print(table)
-    console.print(
-        f"{results['updates_per_second']:.1f} updates/s, {results['wall_seconds']:.0f} s in all; files in {out}"
-    )
+        if step % cfg.logger.interval == 0:
+            for run in runs:
+                run.scores.collect()
+            phase.show(runs[0].scores.curve)
+    return total / (time.perf_counter() - start)
 
 
 if __name__ == "__main__":

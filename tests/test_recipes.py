@@ -322,6 +322,39 @@ def test_multirun_leaves_one_run_a_seed(tmp_path):
     assert seeds == [0, 1]
 
 
+@pytest.mark.parametrize("stacked", [False, True])
+def test_seeds_at_once_are_the_single_runs(finished, tmp_path, stacked):
+    """On a CPU a process for each seed: the same bits. As one stack, what a GPU does: the same to round-off."""
+    if stacked:  # the script's own function, in a process of its own
+        code = "import sys; sys.path.insert(0, sys.argv.pop(1))\n"
+        code += "import hydra, spar_d4rl as job; from pathlib import Path\n"
+        code += "from omegaconf import OmegaConf; OmegaConf.register_new_resolver('recipe_dir', str)\n"
+        code += "with hydra.initialize_config_dir(str(Path(job.__file__).parent / 'config'), version_base=None):\n"
+        code += "    cfg = hydra.compose('spar_d4rl', [*sys.argv[1:], 'out=many'])\n"
+        code += "job.train(cfg, [2, 3], [Path('many/seed_2'), Path('many/seed_3')])"
+        command = [sys.executable, "-W", "ignore", "-c", code, str(RECIPES), *TINY]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    else:
+        done = run("spar_d4rl", *TINY, "seeds=[2,3]", "out=many", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert sorted(os.listdir(tmp_path / "many")) == ["seed_2", "seed_3"]
+    (_, cwd), out = finished, tmp_path / "many" / "seed_3"
+    states = [load_policy(folder / "policy.pt")[0].state_dict() for folder in (cwd / "result", out)]
+    torch.testing.assert_close(
+        states[1], states[0], **(dict(rtol=1e-4, atol=1e-5) if stacked else dict(rtol=0, atol=0))
+    )
+    results = json.loads((out / "results.json").read_text())
+    assert results["seed"] == 3 and "seed: 3\n" in (out / "config.yaml").read_text()
+    if not stacked:
+        assert results["curve"] == json.loads((cwd / "result" / "results.json").read_text())["curve"]
+
+
+def test_wrong_seeds_end_in_one_line(tmp_path):
+    assert_one_line(run("spar_d4rl", *TINY, "seeds=[1,1]", "out=x", cwd=tmp_path), "seeds=")
+    assert_one_line(run("spar_d4rl", *TINY, "eval.interval=0", "out=x", cwd=tmp_path), "eval.interval=0")
+    assert_one_line(run("spar_d4rl", *TINY, "spar.loss.candidate_dtype=half2", "out=x", cwd=tmp_path), "half2")
+
+
 def report(folder, cwd):
     command = [sys.executable, str(RECIPES / "report.py"), str(folder)]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True)

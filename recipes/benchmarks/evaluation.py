@@ -40,8 +40,8 @@ def measure_evaluation(
         seconds: length of each window of the learner.
 
     Returns:
-        ``evaluation_steps_per_second`` (policy, reset and construction included),
-        ``bare_steps_per_second`` (bare Gymnasium on the same environments, seeds and actions, one
+        ``steps_per_second`` (policy, reset and construction included),
+        ``bare_gymnasium`` (bare Gymnasium on the same environments, seeds and actions, one
         episode after the other) and their ``ratio``; ``updates_per_second`` of the learner ``alone``,
         beside an ``evaluation`` that never stops and beside a process of ``bare`` Gymnasium steps,
         with the ``loss`` (a fraction) each of the two costs; the ``cores`` this process may use.
@@ -56,8 +56,8 @@ def measure_evaluation(
     evaluation, bare = (median(column) for column in zip(*timings))
     return {
         "env": env_id, "episodes": episodes, "steps": steps,
-        "evaluation_steps_per_second": steps / evaluation,
-        "bare_steps_per_second": steps / bare,
+        "steps_per_second": steps / evaluation,
+        "bare_gymnasium": steps / bare,
         "ratio": median(bare / evaluation for evaluation, bare in timings),
         **_learner(policy, update, env_id, episodes, rounds, seconds),
     }  # fmt: skip

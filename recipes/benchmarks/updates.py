@@ -59,9 +59,11 @@ def make_losses(seeds: Sequence[int], hidden: Sequence[int], device: torch.devic
     return losses
 
 
-def spar(losses: Sequence[SPARLoss], data: ReplayBuffer, **switches: bool) -> Callable[[], object]:
-    """`BLOCK` updates of :class:`SPARUpdate`; several losses are stacked."""
-    samplers = [BatchSampler(loss, data, length=BLOCK, seed=seed) for seed, loss in enumerate(losses)]
+def spar(
+    losses: Sequence[SPARLoss], data: ReplayBuffer, *, block: int = BLOCK, **switches: bool
+) -> Callable[[], object]:
+    """`block` updates of :class:`SPARUpdate`; several losses are stacked."""
+    samplers = [BatchSampler(loss, data, length=block, seed=seed) for seed, loss in enumerate(losses)]
     if len(losses) == 1:
         update = SPARUpdate(losses[0], **switches)
         return lambda: update.run(next(samplers[0]))
