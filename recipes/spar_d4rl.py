@@ -87,7 +87,8 @@ def improve(cfg: DictConfig, runs: Sequence[Run], line: int) -> float:
     stack = StackedSPARLoss(losses) if len(runs) > 1 else None
     options = {key: cfg.spar[key] for key in ("qvalue_lr", "actor_lr", "target_rate", "policy_interval", "compile")}
     is_cuda = losses[0].residual_scale.is_cuda
-    update = SPARUpdate(losses[0] if stack is None else stack, cudagraph=is_cuda, **options)
+    decay = total if cfg.spar.decay else None
+    update = SPARUpdate(losses[0] if stack is None else stack, decay_steps=decay, cudagraph=is_cuda, **options)
     phase = Phase("spar", total, [run.log for run in runs], cfg.logger.interval, line)
     start = time.perf_counter()
     for run in runs:

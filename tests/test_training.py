@@ -317,6 +317,17 @@ def test_anchor_actions_computed_once_are_the_anchors(fitted):
     assert measure_residual_scale(loss, with_anchor_actions(loss, data)).equal(measure_residual_scale(loss, data))
 
 
+def test_learning_rates_fall_along_a_cosine():
+    loss = make_spar_loss(OBSERVATION, Bounded(-1, 1, (ACTION,)), hidden=[8], joint_fit=False)
+    update = SPARUpdate(loss, qvalue_lr=1e-2, actor_lr=1e-3, decay_steps=4)
+    rates = []
+    for _ in range(6):
+        update(make_batch(12))
+        rates.append([o.param_groups[0]["lr"] for o in (update.critic_optimizer, update.actor_optimizer)])
+    share = [1, 0.853553, 0.5, 0.146447, 0, 0]
+    torch.testing.assert_close(rates, [[1e-2 * x, 1e-3 * x] for x in share], rtol=1e-5, atol=1e-12)
+
+
 def test_reports_reach_every_step(fitted):
     _, data = fitted
     seen = []

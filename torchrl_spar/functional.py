@@ -120,9 +120,11 @@ def _detached(params: Any) -> Any:
     return {name: _detached(value) for name, value in params.items()}
 
 
-def _unbound(params: Any, size: int) -> list[Any]:
+def _unbound(params: Mapping[str, Any], size: int) -> list[dict[str, Any]]:
     """A list of ``size`` nested dicts from one of stacked tensors."""
-    if isinstance(params, Tensor):
-        return list(params.unbind(0))
-    members = {name: _unbound(value, size) for name, value in params.items()}
-    return [{name: values[index] for name, values in members.items()} for index in range(size)]
+    members: list[dict[str, Any]] = [{} for _ in range(size)]
+    for name, value in params.items():
+        parts = value.unbind(0) if isinstance(value, Tensor) else _unbound(value, size)
+        for member, part in zip(members, parts):
+            member[name] = part
+    return members

@@ -129,7 +129,11 @@ def _linear_of_parts(parts: Sequence[torch.Tensor], weight: torch.Tensor, bias: 
     rank = max(part.ndim for part in parts)
     first = next(index for index, part in enumerate(parts) if part.ndim == rank)
     if first == 0:
-        return F.linear(torch.cat(list(parts), -1), weight, bias)
+        return F.linear(_cat(parts), weight, bias)
     columns = sum(part.shape[-1] for part in parts[:first])
-    once = F.linear(torch.cat(list(parts[:first]), -1), weight[:, :columns], bias)
-    return F.linear(torch.cat(list(parts[first:]), -1), weight[:, columns:]).add_(once)
+    once = F.linear(_cat(parts[:first]), weight[:, :columns], bias)
+    return F.linear(_cat(parts[first:]), weight[:, columns:]).add_(once)
+
+
+def _cat(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(tuple(parts), -1)

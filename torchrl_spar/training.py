@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
@@ -252,6 +253,7 @@ class SPARUpdate:
         actor_lr: learning rate of the head and, if it is trained jointly, the VAE (ours: 1e-3).
         target_rate: Polyak rate of all targets, the deployed head included (ours: 0.005).
         policy_interval: updates of the critics for one of the head (ours: 2, after TD3).
+        decay_steps: updates over which both learning rates fall to zero along a cosine; never by default.
         compile: whether the update goes through ``torch.compile``.
         cudagraph: whether updates are captured as a CUDA graph and replayed; batches must keep their
             shape, and the next call overwrites the metrics.
@@ -283,6 +285,7 @@ class SPARUpdate:
         actor_lr: float = 1e-3,
         target_rate: float = 0.005,
         policy_interval: int = 2,
+        decay_steps: int | None = None,
         compile: bool = False,
         cudagraph: bool = False,
     ) -> None:
@@ -293,6 +296,7 @@ class SPARUpdate:
         _keep_scratch_memory()
         self.loss = loss
         self.policy_interval = policy_interval
+        self.decay_steps = decay_steps
         self.steps = 0
         critic_terms: dict[str, Term] = {"loss_qvalue": loss.qvalue_loss}
         if loss.value_mix > 0:
@@ -303,6 +307,7 @@ class SPARUpdate:
         if loss.joint_fit:
             actor_terms["loss_fit"] = loss.fit_loss
             actor_params += loss.network_params("residual_vae").values(True, True)
+        self.qvalue_lr, self.actor_lr = qvalue_lr, actor_lr
         self.critic_optimizer = _adam(critic_params, qvalue_lr, capturable=cudagraph)
         self.actor_optimizer = _adam(actor_params, actor_lr, capturable=cudagraph)
         sources, targets = _trained_with_targets(loss)
@@ -341,9 +346,15 @@ class SPARUpdate:
     def run(self, block: TensorDictBase) -> dict[str, Tensor]:
         """Updates on every batch of a block ``[n, *B]`` in turn, with ``cudagraph`` as one graph.
 
+        The learning rates are those at the block's start.
+
         Returns:
             The losses and diagnostics of the last update that has them, detached.
         """
+        if self.decay_steps is not None:
+            share = 0.5 + 0.5 * math.cos(math.pi * min(1.0, self.steps / self.decay_steps))
+            for optimizer, lr in ((self.critic_optimizer, self.qvalue_lr), (self.actor_optimizer, self.actor_lr)):
+                _set_lr(optimizer, share * lr)
         update = self._sequence(self.steps % self.policy_interval, len(block))
         self.steps += len(block)
         return dict(update(block).items())
@@ -393,9 +404,18 @@ def _fit(
 
 
 def _adam(params: Iterable[Tensor], lr: float, *, capturable: bool = False) -> torch.optim.Adam:
-    # Fused: one call for all parameters, on a CPU too.
+    # Fused: one call for all parameters, on a CPU too. A captured graph reads its learning rate from a tensor.
     params = [param for param in params if param.requires_grad]
-    return torch.optim.Adam(params, lr=lr, fused=True, capturable=capturable)
+    rate = torch.tensor(lr, device=params[0].device) if capturable else lr
+    return torch.optim.Adam(params, lr=rate, fused=True, capturable=capturable)
+
+
+def _set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
 
 
 def _descend(loss: Tensor, *optimizers: torch.optim.Optimizer) -> None:

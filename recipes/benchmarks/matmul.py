@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -10,39 +9,39 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 Layout = tuple[torch.Size, tuple[int, ...]]  # shape and strides of one operand
+# Where the first operand stands among the arguments.
 PRODUCTS = {torch.ops.aten.mm.default: 0, torch.ops.aten.bmm.default: 0, torch.ops.aten.addmm.default: 1}
 
 
 class MatmulTrace(TorchDispatchMode):
-    """Counts the matrix products that run inside it by the layouts of their operands."""
+    """Records the matrix products that run inside it, in order, by the layouts of their operands."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.products: Counter[tuple[Layout, Layout]] = Counter()
+        self.products: list[tuple[Layout, Layout]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         first = PRODUCTS.get(func)
         if first is not None:
             left, right = ((operand.shape, operand.stride()) for operand in args[first : first + 2])
-            self.products[left, right] += 1
+            self.products.append((left, right))
         return func(*args, **(kwargs or {}))
 
     def flops(self) -> int:
         """Two for each multiply and add."""
-        return sum(2 * left[0].numel() * right[0][-1] * count for (left, right), count in self.products.items())
+        return sum(2 * shape.numel() * right[-1] for (shape, _), (right, _) in self.products)
 
     def replay(self, dtype: torch.dtype, device: torch.device) -> Callable[[], None]:
-        """All products again, one after the other, on operands of the same layouts and with nothing in between."""
-        plan = []
-        for operands, count in self.products.items():
-            left, right = (
-                torch.empty_strided(shape, stride, dtype=dtype, device=device).normal_() for shape, stride in operands
-            )
-            plan.append((left, right, count))
+        """The same products in the same order, with nothing in between; operands of one layout are one tensor."""
+        layouts = {layout for product in self.products for layout in product}
+        operands = {
+            (shape, stride): torch.empty_strided(shape, stride, dtype=dtype, device=device).normal_()
+            for shape, stride in layouts
+        }
+        plan = [(operands[left], operands[right]) for left, right in self.products]
 
         def run() -> None:
-            for left, right, count in plan:
-                for _ in range(count):
-                    torch.matmul(left, right)
+            for left, right in plan:
+                torch.matmul(left, right)
 
         return run
