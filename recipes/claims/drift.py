@@ -1,0 +1,420 @@
+"""Claim 1, manifold-normal drift: does an update leave the manifold of the data's actions, where Q rises off it?
+
+Known manifolds, analytic critics, and every method on the same head, optimiser and starting point. The self-imitation
+targets are `SPARLoss.self_imitation_target`'s and the losses `SPARLoss.residual_loss`'s: the package's own code.
+
+python recipes/claims/drift.py
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import matplotlib.pyplot as plt
+import torch
+from claim_tools import (
+    BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION, YELLOW, finding, grade, run_claim,
+)  # fmt: skip
+from manifolds import (
+    ACTION_BOUND, MANIFOLDS, Critic, LinearCritic, Manifold, affine, draw_batch, make_actor, make_loss, make_vae, utility,
+)  # fmt: skip
+from matplotlib.figure import Figure
+from omegaconf import DictConfig
+from tensordict import TensorDict
+from tensordict.nn import TensorDictModule
+from torch import Tensor, nn
+from torchrl.modules import MLP
+from torchrl.objectives import TD3BCLoss
+
+from torchrl_spar import SPARActor, normal_share
+
+LSI_A, LSI_B, SHIPPED, AWR = "LSI, head A", "LSI, head B", "SPAR as shipped (A + trust)", "AWR (trust term alone)"
+THROUGH, IN_ACTIONS, TD3BC, DPG = "gradient through the decoder", "action-space candidates", "TD3+BC", "value gradient (DPG)"
+STYLE = {
+    LSI_A: (BLUE, "o"), LSI_B: (SKY, "s"), SHIPPED: (GREEN, "D"), AWR: (BLACK, "v"),
+    THROUGH: (PURPLE, "P"), IN_ACTIONS: (ORANGE, "^"), TD3BC: (YELLOW, "X"), DPG: (VERMILION, "*"),
+}  # fmt: skip
+LATENT_HEADS = (LSI_B, THROUGH)
+NetworkOf = Callable[[int], nn.Module]
+Objective = Callable[[TensorDict], Tensor]
+
+
+class FreeOutputs(nn.Module):
+    """One free output a state: its gradient is the update that the loss asks of each state."""
+
+    def __init__(self, outputs: Tensor) -> None:
+        super().__init__()
+        self.outputs = nn.Parameter(outputs)
+
+    def forward(self, observation: Tensor) -> Tensor:
+        return self.outputs
+
+
+def make_method(
+    name: str, manifold: Manifold, critics: list[nn.Module], network_of: NetworkOf, lsi: dict[str, Any]
+) -> tuple[SPARActor, Objective]:
+    """The actor and the loss of its head."""
+    vae = make_vae(None if name == IN_ACTIONS else manifold)
+    is_latent = name in LATENT_HEADS
+    size = manifold.latent_dim if is_latent else manifold.origin.numel()
+    actor = make_actor(manifold, network_of(size), vae if is_latent else None)
+    if name in (THROUGH, DPG):
+        return actor, lambda batch: -torch.stack(
+            [critic(batch["observation"], actor(batch.select("observation"))["action"]) for critic in critics]
+        ).mean()
+    if name == TD3BC:
+        networks = [TensorDictModule(critic, ["observation", "action"], ["state_action_value"]) for critic in critics]
+        td3bc = TD3BCLoss(
+            actor, networks, bounds=(-ACTION_BOUND, ACTION_BOUND), num_qvalue_nets=len(critics),
+            delay_actor=False, delay_qvalue=False,
+        )  # fmt: skip
+        return actor, lambda batch: td3bc.actor_loss(batch)[0]
+    options = {**lsi, "lsi_coeff": float(name != AWR), "trust_coeff": float(name in (AWR, SHIPPED))}
+    if name == IN_ACTIONS:  # candidates as far away, on average, and nothing clamped
+        options["latent_std"] *= same_reach(manifold)
+        options["latent_bound"] = 10 * ACTION_BOUND
+    loss = make_loss(actor, critics, vae, **options)
+    return actor, lambda batch: loss.residual_loss(batch)[0]
+
+
+def same_reach(manifold: Manifold) -> float:
+    """The spread per action dimension that moves as far as a spread of one in the latent, at the origin."""
+    tangent = manifold.tangent(torch.zeros(1, manifold.latent_dim, dtype=torch.float64))
+    return float(tangent.norm()) / manifold.origin.numel() ** 0.5
+
+
+# ---------------------------------------------------------------------- what is measured
+
+
+def closed_form(cfg: DictConfig, steepness: float) -> dict[str, Any]:
+    """On a plane with a linear Q: the target's move over ``sigma^2 / (tau S) W W^T grad Q``, S the spread of Q's values."""
+    manifold, sigma = affine(), cfg.latent_std
+    origin = manifold.origin
+    plane = manifold.tangent(torch.zeros(1, manifold.latent_dim, dtype=torch.float64))[0]
+    _, normal_slope = torch.autograd.functional.vjp(manifold.defect, origin)
+    slope = plane @ torch.tensor([1.0, -1.0], dtype=torch.float64) + steepness * normal_slope
+    state = TensorDict({"observation": torch.zeros(cfg.states, 1, dtype=torch.float64)}, [cfg.states])
+    state["anchor_action"] = origin.expand(cfg.states, -1)
+    residual = torch.zeros(cfg.states, origin.numel(), dtype=torch.float64)
+
+    def moves(vae_of: Manifold | None, std: float, temperature: float, candidates: int) -> Tensor:
+        vae = make_vae(vae_of)
+        actor = make_actor(manifold, nn.Linear(1, origin.numel(), dtype=torch.float64))
+        loss = make_loss(
+            actor, [LinearCritic(slope)], vae,
+            latent_std=std, latent_bound=100.0, temperature=temperature, num_candidates=candidates,
+        )  # fmt: skip
+        return loss.self_imitation_target(state, residual)[0] - residual
+
+    rows = []
+    for temperature in cfg.temperatures:
+        for candidates in cfg.candidates:
+            move = moves(manifold, sigma, temperature, candidates)
+            # The loss divides the advantages by S, here the standard deviation of Q over the candidates.
+            scale = sigma * (plane.T @ slope).norm()
+            expected = sigma**2 / (temperature * scale) * plane @ (plane.T @ slope)
+            mean = move.mean(0)
+            in_actions = moves(None, sigma * same_reach(manifold), temperature, candidates).mean(0)
+            rows.append({
+                "temperature": temperature, "candidates": candidates,
+                "ratio": ((mean @ expected) / expected.pow(2).sum()).item(),
+                "relative_error": ((mean - expected).norm() / expected.norm()).item(),
+                "normal_share": normal_share(move, plane).item(),
+                "normal_share_action_space": normal_share(in_actions, plane).item(),
+            })  # fmt: skip
+    return {"rows": rows, "normal_share_value_gradient": normal_share(slope, plane).item()}
+
+
+def first_update(manifold: Manifold, cfg: DictConfig, lsi: dict[str, Any]) -> dict[str, float]:
+    """The share of each method's update that is normal to the manifold, from points on it."""
+    batch = draw_batch(manifold, cfg.first_update.states, cfg.spread)
+    latent = cfg.spread * torch.randn(cfg.first_update.states, manifold.latent_dim, dtype=torch.float64)
+    tangent = manifold.tangent(latent)
+    shares = {}
+    for name in STYLE:
+        start = latent if name in LATENT_HEADS else manifold.decode(latent) - manifold.origin
+        tables: list[FreeOutputs] = []
+
+        def table(size: int, start: Tensor = start, tables: list[FreeOutputs] = tables) -> nn.Module:
+            tables.append(FreeOutputs(start.clone()))
+            return tables[-1]
+
+        _, objective = make_method(name, manifold, [Critic(manifold, cfg.steepness)], table, lsi)
+        (gradient,) = torch.autograd.grad(objective(batch), [tables[0].outputs])
+        move = -gradient
+        if name in LATENT_HEADS:
+            move = (tangent @ move.unsqueeze(-1)).squeeze(-1)
+        shares[name] = normal_share(move, tangent).item()
+    return shares
+
+
+def curvature_bias(manifold: Manifold, cfg: DictConfig, lsi: dict[str, Any]) -> list[dict[str, float]]:
+    """Mean distance of the target to the manifold, from points on it: averaged residuals (A), averaged latents (B)."""
+    batch = draw_batch(manifold, cfg.first_update.states, cfg.spread)
+    latent = cfg.spread * torch.randn(cfg.first_update.states, manifold.latent_dim, dtype=torch.float64)
+    state = batch.select("observation")
+    state["anchor_action"] = manifold.origin.expand(cfg.first_update.states, -1)
+    residual = manifold.decode(latent) - manifold.origin
+    flat = LinearCritic(torch.zeros_like(manifold.origin))
+    rows = []
+    for sigma in cfg.first_update.latent_stds:
+        row = {"latent_std": sigma, "expected": sigma**2 / 2}
+        for label, critic in (("flat", flat), ("steep", Critic(manifold, cfg.steepness))):
+            actor = make_actor(manifold, nn.Linear(1, manifold.origin.numel(), dtype=torch.float64))
+            # Many candidates where the expectation is meant, the package's number where its own step is.
+            count = 128 if label == "flat" else lsi["num_candidates"]
+            options = {**lsi, "latent_std": sigma, "latent_bound": 10.0, "num_candidates": count}
+            loss = make_loss(actor, [critic], make_vae(manifold), **options)
+            averaged = loss.self_imitation_target(state, residual)[0] + manifold.origin
+            decoded = manifold.decode(loss.self_imitation_target(state, residual, latent)[0])
+            row[f"head_a_{label}"] = manifold.distance(averaged).mean().item()
+            row[f"head_b_{label}"] = manifold.distance(decoded).mean().item()
+        rows.append(row)
+    return rows
+
+
+def train(name: str, manifold: Manifold, critics: list[nn.Module], cfg: DictConfig, lsi: dict[str, Any]) -> dict:
+    """Distance to the manifold and regret along it, over training; means over states."""
+    torch.manual_seed(cfg.seed)
+
+    def network(size: int) -> nn.Module:
+        return MLP(1, size, num_cells=list(cfg.train.hidden), activation_class=nn.Tanh).double()
+
+    actor, objective = make_method(name, manifold, critics, network, lsi)
+    optimizer = torch.optim.Adam(actor.head.parameters(), cfg.train.lr)
+    states = torch.linspace(-1, 1, 101, dtype=torch.float64).unsqueeze(-1)
+    curve: dict[str, list[float]] = {"step": [], "distance": [], "regret": []}
+    for step in range(cfg.train.steps + 1):
+        if step % cfg.train.interval == 0:
+            with torch.no_grad():
+                action = actor(TensorDict({"observation": states}, [len(states)]))["action"]
+                regret = -utility(manifold, states, manifold.project(action))
+            curve["step"].append(step)
+            curve["distance"].append(manifold.distance(action).mean().item())
+            curve["regret"].append(regret.mean().item())
+        loss = objective(draw_batch(manifold, cfg.train.batch_size, cfg.spread))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return curve
+
+
+def measure(cfg: DictConfig) -> dict[str, Any]:
+    torch.manual_seed(cfg.seed)
+    lsi = dict(cfg.lsi)
+    manifolds = [make() for make in MANIFOLDS]
+    result: dict[str, Any] = {
+        "closed_form": closed_form(cfg.closed_form, cfg.steepness),
+        "first_update_normal_share": {m.name: first_update(m, cfg, lsi) for m in manifolds},
+        "curvature_bias": {m.name: curvature_bias(m, cfg, lsi) for m in manifolds},
+        "training": {"exact": {}, "noisy": {}},
+    }
+    for m in manifolds:
+        noisy = [
+            Critic(m, cfg.steepness, cfg.train.noise, cfg.train.frequency, seed=1 + i)
+            for i in range(cfg.train.num_qvalue_nets)
+        ]
+        for label, critics in (("exact", [Critic(m, cfg.steepness)]), ("noisy", noisy)):
+            result["training"][label][m.name] = {name: train(name, m, critics, cfg, lsi) for name in STYLE}
+    return {"findings": verdict(result, cfg), **result}
+
+
+def verdict(result: dict[str, Any], cfg: DictConfig) -> list[dict[str, Any]]:
+    """What holds exactly, what approximately, what does not."""
+    closed, update = result["closed_form"], result["first_update_normal_share"]
+    curved = [name for name in update if name != "affine"]
+    most = max(cfg.closed_form.candidates)
+    many = [row for row in closed["rows"] if row["candidates"] == most]
+    warm = [row for row in many if row["temperature"] >= 1]
+    sharp = min(closed["rows"], key=lambda row: (row["temperature"], row["candidates"]))
+    normal = max(row["normal_share"] for row in closed["rows"])
+    error = max((row["relative_error"] for row in warm), default=float("nan"))
+
+    def final(label: str, quantity: str, name: str, among: list[str]) -> list[float]:
+        return [result["training"][label][m][name][quantity][-1] for m in among]
+
+    def per_manifold(label: str, quantity: str, name: str) -> dict[str, float]:
+        return {m: result["training"][label][m][name][quantity][-1] for m in update}
+
+    bias = {m: rows[-1]["head_a_flat"] / rows[-1]["expected"] for m, rows in result["curvature_bias"].items()}
+    small = {m: rows[0]["head_a_flat"] / rows[0]["expected"] for m, rows in result["curvature_bias"].items()}
+    latent_bias = max(row[k] for rows in result["curvature_bias"].values() for row in rows for k in row if "head_b" in k)
+    return [
+        finding("affine: the LSI target moves along the manifold alone", grade(normal, 1e-3), normal_share=normal),
+        finding(
+            f"affine, linear Q, tau >= 1, K = {most}: the move is sigma^2 / (tau S) W W^T grad Q",
+            grade(error, 0.05), relative_error=error,
+        ),
+        finding(
+            "the same at the smallest tau and K (the package's defaults): the softmax saturates, only the direction is left",
+            grade(abs(1 - sharp["ratio"]), 0.05), temperature=sharp["temperature"], candidates=sharp["candidates"],
+            ratio_of_move=sharp["ratio"],
+        ),
+        finding(
+            "affine: the raw value gradient points off the manifold (share > 0.9)",
+            closed["normal_share_value_gradient"] > 0.9, normal_share=closed["normal_share_value_gradient"],
+        ),
+        finding(
+            "affine: so do action-space candidates (share > 0.9): the latent removes the drift, not the regression",
+            min(row["normal_share_action_space"] for row in closed["rows"]) > 0.9,
+            smallest_normal_share=min(row["normal_share_action_space"] for row in closed["rows"]),
+        ),
+        finding(
+            "curved: head A's update is free of a normal part",
+            grade(max(update[m][LSI_A] for m in curved), 0.05), normal_share={m: update[m][LSI_A] for m in curved},
+        ),
+        finding(
+            "curved: head B's update is free of a normal part", grade(max(update[m][LSI_B] for m in curved), 0.05),
+            normal_share={m: update[m][LSI_B] for m in curved},
+        ),
+        finding(
+            "curved: averaging residuals (head A, flat Q) leaves the manifold by sigma^2 / 2",
+            grade(max(abs(1 - small[m]) for m in curved), 0.15),
+            ratio_at_smallest_sigma=small, ratio_at_largest_sigma=bias,
+        ),
+        finding("averaging latents (head B) leaves no bias", grade(latent_bias, 1e-3), distance=latent_bias),
+        finding(
+            "trained: head A stays on the manifold", grade(max(per_manifold("exact", "distance", LSI_A).values()), 0.05),
+            distance=per_manifold("exact", "distance", LSI_A),
+        ),
+        finding(
+            "trained: head B stays on the manifold", grade(max(per_manifold("exact", "distance", LSI_B).values()), 0.05),
+            distance=per_manifold("exact", "distance", LSI_B),
+        ),
+        finding(
+            "trained: SPAR as shipped stays on the manifold (the trust term averages data, as AWR does)",
+            grade(max(per_manifold("exact", "distance", SHIPPED).values()), 0.05),
+            distance=per_manifold("exact", "distance", SHIPPED), distance_awr=per_manifold("exact", "distance", AWR),
+        ),
+        finding(
+            "trained: the value gradient, TD3+BC and action-space candidates leave it by more than 0.3",
+            min(min(final("exact", "distance", name, list(update))) for name in (DPG, TD3BC, IN_ACTIONS)) > 0.3,
+            **{name: per_manifold("exact", "distance", name) for name in (DPG, TD3BC, IN_ACTIONS)},
+        ),
+        finding(
+            "a value gradient through an exact decoder leaves it, too",
+            max(per_manifold("exact", "distance", THROUGH).values()) > 0.05,
+            distance=per_manifold("exact", "distance", THROUGH),
+        ),
+        finding(
+            "noisy critics: LSI (head B) ends with less regret than the gradient through the decoder, on every manifold",
+            all(
+                a < b
+                for a, b in zip(final("noisy", "regret", LSI_B, list(update)), final("noisy", "regret", THROUGH, list(update)))
+            ),
+            regret_head_b=per_manifold("noisy", "regret", LSI_B),
+            regret_through_decoder=per_manifold("noisy", "regret", THROUGH),
+        ),
+    ]  # fmt: skip
+
+
+# ---------------------------------------------------------------------- the figure
+
+
+def draw(result: dict[str, Any]) -> Figure:
+    figure, axes = plt.subplots(2, 3, figsize=(15, 8.4), layout="constrained")
+    draw_first_update(axes[0, 0], result)
+    draw_training(axes[0, 1], result)
+    draw_noise(axes[0, 2], result)
+    draw_closed_form(axes[1, 0], result)
+    draw_curvature(axes[1, 1], result)
+    axes[1, 2].axis("off")
+    handles = [
+        plt.Line2D([], [], color=colour, marker=marker, markersize=8, markeredgecolor=BLACK, label=name)
+        for name, (colour, marker) in STYLE.items()
+    ]
+    axes[1, 2].legend(handles=handles, title="methods (top row)", loc="center", fontsize=11, frameon=False)
+    return figure
+
+
+def draw_first_update(axes: Any, result: dict[str, Any]) -> None:
+    shares = result["first_update_normal_share"]
+    for row, (name, (colour, marker)) in enumerate(reversed(STYLE.items())):
+        for offset, (manifold, values) in enumerate(shares.items()):
+            axes.plot(
+                max(values[name], 1e-17), row + 0.18 * (1.5 - offset), marker, color=colour, markersize=7,
+                markeredgecolor=BLACK, markeredgewidth=0.5, alpha=1 if manifold == "affine" else 0.75,
+            )  # fmt: skip
+        axes.axhline(row - 0.5, color=GREY, linewidth=0.4)
+    axes.set_xscale("log")
+    axes.set_yticks(range(len(STYLE)), list(reversed(STYLE)), fontsize=9)
+    axes.set_xlabel("normal share of the first update (0 drawn at 1e-17)")
+    axes.set_title("Latent updates are tangent; gradients in action space are not", fontsize=10.5)
+    axes.text(
+        0.02, 0.02, "in each row, from the top: " + ", ".join(shares), transform=axes.transAxes, fontsize=8,
+        bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8},
+    )  # fmt: skip
+
+
+def draw_training(axes: Any, result: dict[str, Any]) -> None:
+    manifold = list(result["first_update_normal_share"])[-1]
+    for name, curve in result["training"]["exact"][manifold].items():
+        colour, marker = STYLE[name]
+        distance = [max(value, 1e-6) for value in curve["distance"]]
+        axes.plot(
+            curve["step"], distance, "-", marker=marker, markevery=4, color=colour, markersize=6,
+            markeredgecolor=BLACK, markeredgewidth=0.4,
+        )  # fmt: skip
+    axes.set_yscale("log")
+    axes.set_xlabel("gradient steps")
+    axes.set_ylabel("mean distance to the manifold (action units; floor 1e-6)")
+    axes.set_title(f"Training on the {manifold}: who leaves it", fontsize=10.5)
+    axes.grid(alpha=0.3)
+
+
+def draw_noise(axes: Any, result: dict[str, Any]) -> None:
+    shapes = {"affine": 0.25, "circle": 0.5, "parabola": 0.75, "helix": 1.0}
+    for manifold, curves in result["training"]["noisy"].items():
+        for name, curve in curves.items():
+            colour, marker = STYLE[name]
+            axes.plot(
+                max(curve["distance"][-1], 1e-6), curve["regret"][-1], marker, color=colour, markersize=9,
+                markeredgecolor=BLACK, markeredgewidth=0.5, alpha=shapes[manifold],
+            )  # fmt: skip
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("final distance to the manifold (action units; floor 1e-6)")
+    axes.set_ylabel("final regret along the manifold (value units)")
+    axes.set_title("Noisy critics: one point a manifold (palest: affine, darkest: helix)", fontsize=10.5)
+    axes.grid(alpha=0.3)
+
+
+def draw_closed_form(axes: Any, result: dict[str, Any]) -> None:
+    rows = result["closed_form"]["rows"]
+    for temperature, colour, marker in zip(
+        dict.fromkeys(row["temperature"] for row in rows), (VERMILION, BLUE, GREEN), "osD"
+    ):
+        mine = [row for row in rows if row["temperature"] == temperature]
+        axes.plot(
+            [row["candidates"] for row in mine], [row["ratio"] for row in mine], "-", marker=marker, color=colour,
+            label=rf"$\tau$ = {temperature:g}",
+        )  # fmt: skip
+    axes.axhline(1, color=GREY, linestyle="--", label="closed form")
+    axes.set_xscale("log", base=2)
+    axes.set_ylim(0, 1.1)
+    axes.set_xlabel("candidates K")
+    axes.set_ylabel(r"move / ($\sigma^2/(\tau S)\; W W^\top \nabla Q$)")
+    axes.set_title("Affine, linear Q: the closed form holds for large K and tau;\nsharp weights saturate", fontsize=10.5)
+    axes.legend(fontsize=9)
+    axes.grid(alpha=0.3)
+
+
+def draw_curvature(axes: Any, result: dict[str, Any]) -> None:
+    for (manifold, rows), colour, marker in zip(result["curvature_bias"].items(), (GREY, BLUE, ORANGE, GREEN), "vosD"):
+        sigma = [row["latent_std"] for row in rows]
+        for head, line in (("a", "-"), ("b", ":")):
+            values = [max(row[f"head_{head}_flat"], 1e-17) for row in rows]
+            axes.plot(sigma, values, line, marker=marker, color=colour, label=f"{manifold}, head {head.upper()}")
+    axes.plot(sigma, [row["expected"] for row in rows], "--", color=BLACK, label=r"$\sigma^2/2$")
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xlabel(r"spread of the candidates $\sigma$ (latent units)")
+    axes.set_ylabel("distance of the target (action units)")
+    axes.set_title("Averaging residuals (A) costs a curvature bias of order sigma^2/2;\naveraging latents (B) does not", fontsize=10.5)
+    axes.legend(fontsize=8, ncols=2, loc="center right")
+    axes.grid(alpha=0.3)
+
+
+if __name__ == "__main__":
+    run_claim("drift", measure, draw)
