@@ -99,7 +99,10 @@ def _inputs(module: TensorDictModuleBase, state: TensorDictBase, entries: Mappin
 
 
 def _through_tensordict(
-    module: TensorDictModuleBase, params: TensorDictBase | None, state: TensorDictBase, entries: Mapping[NestedKey, Tensor]
+    module: TensorDictModuleBase,
+    params: TensorDictBase | None,
+    state: TensorDictBase,
+    entries: Mapping[NestedKey, Tensor],
 ) -> dict[NestedKey, Tensor]:
     scratch = state.select(*(key for key in module.in_keys if key not in entries))
     for key, value in entries.items():

@@ -35,8 +35,10 @@ def grade(error: float, tolerance: float) -> str:
 
 
 def finding(statement: str, holds: str | bool, **numbers: Any) -> dict[str, Any]:
-    """One line of a claim's verdict: what was asked, whether it holds (yes, no, exactly, approximately), the numbers."""
-    return {"statement": statement, "holds": {True: "yes", False: "no"}.get(holds, holds), **numbers}  # type: ignore[call-overload]
+    """One line of a verdict: what was asked, whether it holds (yes, no, exactly, approximately), the numbers."""
+    if isinstance(holds, bool):
+        holds = "yes" if holds else "no"
+    return {"statement": statement, "holds": holds, **numbers}
 
 
 def run_claim(

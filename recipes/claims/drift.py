@@ -14,10 +14,31 @@ from typing import Any
 import matplotlib.pyplot as plt
 import torch
 from claim_tools import (
-    BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION, YELLOW, finding, grade, run_claim,
+    BLACK,
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    PURPLE,
+    SKY,
+    VERMILION,
+    YELLOW,
+    finding,
+    grade,
+    run_claim,
 )  # fmt: skip
 from manifolds import (
-    ACTION_BOUND, MANIFOLDS, Critic, LinearCritic, Manifold, affine, draw_batch, make_actor, make_loss, make_vae, utility,
+    ACTION_BOUND,
+    MANIFOLDS,
+    Critic,
+    LinearCritic,
+    Manifold,
+    affine,
+    draw_batch,
+    make_actor,
+    make_loss,
+    make_vae,
+    utility,
 )  # fmt: skip
 from matplotlib.figure import Figure
 from omegaconf import DictConfig
@@ -30,12 +51,14 @@ from torchrl.objectives import TD3BCLoss
 from torchrl_spar import SPARActor, normal_share
 
 LSI_A, LSI_B, SHIPPED, AWR = "LSI, head A", "LSI, head B", "SPAR as shipped (A + trust)", "AWR (trust term alone)"
-THROUGH, IN_ACTIONS, TD3BC, DPG = "gradient through the decoder", "action-space candidates", "TD3+BC", "value gradient (DPG)"
+THROUGH, IN_ACTIONS = "gradient through decoder", "action-space candidates"
+TD3BC, DPG = "TD3+BC", "value gradient (DPG)"
 STYLE = {
     LSI_A: (BLUE, "o"), LSI_B: (SKY, "s"), SHIPPED: (GREEN, "D"), AWR: (BLACK, "v"),
     THROUGH: (PURPLE, "P"), IN_ACTIONS: (ORANGE, "^"), TD3BC: (YELLOW, "X"), DPG: (VERMILION, "*"),
 }  # fmt: skip
 LATENT_HEADS = (LSI_B, THROUGH)
+ON_MANIFOLD = (LSI_A, LSI_B, THROUGH)
 NetworkOf = Callable[[int], nn.Module]
 Objective = Callable[[TensorDict], Tensor]
 
@@ -60,9 +83,14 @@ def make_method(
     size = manifold.latent_dim if is_latent else manifold.origin.numel()
     actor = make_actor(manifold, network_of(size), vae if is_latent else None)
     if name in (THROUGH, DPG):
-        return actor, lambda batch: -torch.stack(
-            [critic(batch["observation"], actor(batch.select("observation"))["action"]) for critic in critics]
-        ).mean()
+        return (
+            actor,
+            lambda batch: (
+                -torch.stack(
+                    [critic(batch["observation"], actor(batch.select("observation"))["action"]) for critic in critics]
+                ).mean()
+            ),
+        )
     if name == TD3BC:
         networks = [TensorDictModule(critic, ["observation", "action"], ["state_action_value"]) for critic in critics]
         td3bc = TD3BCLoss(
@@ -88,7 +116,7 @@ def same_reach(manifold: Manifold) -> float:
 
 
 def closed_form(cfg: DictConfig, steepness: float) -> dict[str, Any]:
-    """On a plane with a linear Q: the target's move over ``sigma^2 / (tau S) W W^T grad Q``, S the spread of Q's values."""
+    """On a plane with a linear Q: the target's move over ``sigma^2 / (tau S) W W^T grad Q``, S the spread of Q."""
     manifold, sigma = affine(), cfg.latent_std
     origin = manifold.origin
     plane = manifold.tangent(torch.zeros(1, manifold.latent_dim, dtype=torch.float64))[0]
@@ -200,6 +228,23 @@ def train(name: str, manifold: Manifold, critics: list[nn.Module], cfg: DictConf
     return curve
 
 
+def without_noise(name: str, manifold: Manifold, cfg: DictConfig, lsi: dict[str, Any]) -> dict[str, list[float]]:
+    """The curve with the exact critic."""
+    return train(name, manifold, [Critic(manifold, cfg.steepness)], cfg, lsi)
+
+
+def with_noise(name: str, manifold: Manifold, cfg: DictConfig, lsi: dict[str, Any]) -> dict[str, list[float]]:
+    """Final distance and regret, one each for every draw of the critics' noise."""
+    final: dict[str, list[float]] = {"distance": [], "regret": []}
+    for index in range(cfg.noisy.draws):
+        seeds = range(1 + cfg.noisy.num_qvalue_nets * index, 1 + cfg.noisy.num_qvalue_nets * (index + 1))
+        critics = [Critic(manifold, cfg.steepness, cfg.noisy.std, cfg.noisy.frequency, seed) for seed in seeds]
+        curve = train(name, manifold, critics, cfg, lsi)
+        for quantity, values in final.items():
+            values.append(curve[quantity][-1])
+    return final
+
+
 def measure(cfg: DictConfig) -> dict[str, Any]:
     torch.manual_seed(cfg.seed)
     lsi = dict(cfg.lsi)
@@ -208,15 +253,9 @@ def measure(cfg: DictConfig) -> dict[str, Any]:
         "closed_form": closed_form(cfg.closed_form, cfg.steepness),
         "first_update_normal_share": {m.name: first_update(m, cfg, lsi) for m in manifolds},
         "curvature_bias": {m.name: curvature_bias(m, cfg, lsi) for m in manifolds},
-        "training": {"exact": {}, "noisy": {}},
+        "training": {m.name: {name: without_noise(name, m, cfg, lsi) for name in STYLE} for m in manifolds},
+        "noisy": {m.name: {name: with_noise(name, m, cfg, lsi) for name in ON_MANIFOLD} for m in manifolds},
     }
-    for m in manifolds:
-        noisy = [
-            Critic(m, cfg.steepness, cfg.train.noise, cfg.train.frequency, seed=1 + i)
-            for i in range(cfg.train.num_qvalue_nets)
-        ]
-        for label, critics in (("exact", [Critic(m, cfg.steepness)]), ("noisy", noisy)):
-            result["training"][label][m.name] = {name: train(name, m, critics, cfg, lsi) for name in STYLE}
     return {"findings": verdict(result, cfg), **result}
 
 
@@ -231,15 +270,16 @@ def verdict(result: dict[str, Any], cfg: DictConfig) -> list[dict[str, Any]]:
     normal = max(row["normal_share"] for row in closed["rows"])
     error = max((row["relative_error"] for row in warm), default=float("nan"))
 
-    def final(label: str, quantity: str, name: str, among: list[str]) -> list[float]:
-        return [result["training"][label][m][name][quantity][-1] for m in among]
+    def trained(name: str, quantity: str = "distance") -> dict[str, float]:
+        return {m: result["training"][m][name][quantity][-1] for m in update}
 
-    def per_manifold(label: str, quantity: str, name: str) -> dict[str, float]:
-        return {m: result["training"][label][m][name][quantity][-1] for m in update}
+    def noisy(name: str) -> dict[str, float]:
+        return {m: float(torch.tensor(result["noisy"][m][name]["regret"]).mean()) for m in update}
 
     bias = {m: rows[-1]["head_a_flat"] / rows[-1]["expected"] for m, rows in result["curvature_bias"].items()}
     small = {m: rows[0]["head_a_flat"] / rows[0]["expected"] for m, rows in result["curvature_bias"].items()}
-    latent_bias = max(row[k] for rows in result["curvature_bias"].values() for row in rows for k in row if "head_b" in k)
+    every = [row for rows in result["curvature_bias"].values() for row in rows]
+    latent_bias = max(value for row in every for name, value in row.items() if "head_b" in name)
     return [
         finding("affine: the LSI target moves along the manifold alone", grade(normal, 1e-3), normal_share=normal),
         finding(
@@ -247,7 +287,7 @@ def verdict(result: dict[str, Any], cfg: DictConfig) -> list[dict[str, Any]]:
             grade(error, 0.05), relative_error=error,
         ),
         finding(
-            "the same at the smallest tau and K (the package's defaults): the softmax saturates, only the direction is left",
+            "the same at the package's tau and K: the softmax saturates, only the direction is left",
             grade(abs(1 - sharp["ratio"]), 0.05), temperature=sharp["temperature"], candidates=sharp["candidates"],
             ratio_of_move=sharp["ratio"],
         ),
@@ -275,36 +315,37 @@ def verdict(result: dict[str, Any], cfg: DictConfig) -> list[dict[str, Any]]:
         ),
         finding("averaging latents (head B) leaves no bias", grade(latent_bias, 1e-3), distance=latent_bias),
         finding(
-            "trained: head A stays on the manifold", grade(max(per_manifold("exact", "distance", LSI_A).values()), 0.05),
-            distance=per_manifold("exact", "distance", LSI_A),
+            "trained: head A stays on the manifold", grade(max(trained(LSI_A).values()), 0.05),
+            distance=trained(LSI_A),
         ),
         finding(
-            "trained: head B stays on the manifold", grade(max(per_manifold("exact", "distance", LSI_B).values()), 0.05),
-            distance=per_manifold("exact", "distance", LSI_B),
+            "trained: head B stays on the manifold", grade(max(trained(LSI_B).values()), 0.05),
+            distance=trained(LSI_B),
         ),
         finding(
             "trained: SPAR as shipped stays on the manifold (the trust term averages data, as AWR does)",
-            grade(max(per_manifold("exact", "distance", SHIPPED).values()), 0.05),
-            distance=per_manifold("exact", "distance", SHIPPED), distance_awr=per_manifold("exact", "distance", AWR),
+            grade(max(trained(SHIPPED).values()), 0.05),
+            distance=trained(SHIPPED), distance_awr=trained(AWR),
         ),
         finding(
             "trained: the value gradient, TD3+BC and action-space candidates leave it by more than 0.3",
-            min(min(final("exact", "distance", name, list(update))) for name in (DPG, TD3BC, IN_ACTIONS)) > 0.3,
-            **{name: per_manifold("exact", "distance", name) for name in (DPG, TD3BC, IN_ACTIONS)},
+            min(min(trained(name).values()) for name in (DPG, TD3BC, IN_ACTIONS)) > 0.3,
+            **{name: trained(name) for name in (DPG, TD3BC, IN_ACTIONS)},
         ),
         finding(
             "a value gradient through an exact decoder leaves it, too",
-            max(per_manifold("exact", "distance", THROUGH).values()) > 0.05,
-            distance=per_manifold("exact", "distance", THROUGH),
+            max(trained(THROUGH).values()) > 0.05,
+            distance=trained(THROUGH),
         ),
         finding(
-            "noisy critics: LSI (head B) ends with less regret than the gradient through the decoder, on every manifold",
-            all(
-                a < b
-                for a, b in zip(final("noisy", "regret", LSI_B, list(update)), final("noisy", "regret", THROUGH, list(update)))
-            ),
-            regret_head_b=per_manifold("noisy", "regret", LSI_B),
-            regret_through_decoder=per_manifold("noisy", "regret", THROUGH),
+            "exact critics: LSI (head B) and the gradient through the decoder end within 0.02 of the best value",
+            max(*trained(LSI_B, "regret").values(), *trained(THROUGH, "regret").values()) < 0.02,
+            regret_head_b=trained(LSI_B, "regret"), regret_through_decoder=trained(THROUGH, "regret"),
+        ),
+        finding(
+            "noisy critics: LSI (head B) ends with less regret than the gradient through the decoder",
+            all(noisy(LSI_B)[m] < noisy(THROUGH)[m] for m in update),
+            regret_head_a=noisy(LSI_A), regret_head_b=noisy(LSI_B), regret_through_decoder=noisy(THROUGH),
         ),
     ]  # fmt: skip
 
@@ -313,43 +354,39 @@ def verdict(result: dict[str, Any], cfg: DictConfig) -> list[dict[str, Any]]:
 
 
 def draw(result: dict[str, Any]) -> Figure:
-    figure, axes = plt.subplots(2, 3, figsize=(15, 8.4), layout="constrained")
+    figure, axes = plt.subplots(2, 3, figsize=(15, 9), layout="constrained")
     draw_first_update(axes[0, 0], result)
     draw_training(axes[0, 1], result)
     draw_noise(axes[0, 2], result)
     draw_closed_form(axes[1, 0], result)
     draw_curvature(axes[1, 1], result)
+    for ax in axes.flat:
+        ax.title.set_size(10.5)
     axes[1, 2].axis("off")
     handles = [
         plt.Line2D([], [], color=colour, marker=marker, markersize=8, markeredgecolor=BLACK, label=name)
         for name, (colour, marker) in STYLE.items()
     ]
-    axes[1, 2].legend(handles=handles, title="methods (top row)", loc="center", fontsize=11, frameon=False)
+    axes[1, 2].legend(handles=handles, title="methods of the top row", loc="center", fontsize=11, frameon=False)
     return figure
 
 
 def draw_first_update(axes: Any, result: dict[str, Any]) -> None:
     shares = result["first_update_normal_share"]
     for row, (name, (colour, marker)) in enumerate(reversed(STYLE.items())):
-        for offset, (manifold, values) in enumerate(shares.items()):
-            axes.plot(
-                max(values[name], 1e-17), row + 0.18 * (1.5 - offset), marker, color=colour, markersize=7,
-                markeredgecolor=BLACK, markeredgewidth=0.5, alpha=1 if manifold == "affine" else 0.75,
-            )  # fmt: skip
+        for offset, values in enumerate(shares.values()):
+            y = row + 0.2 * (1.5 - offset)
+            axes.plot(values[name], y, marker, color=colour, markersize=7, markeredgecolor=BLACK, markeredgewidth=0.5)
         axes.axhline(row - 0.5, color=GREY, linewidth=0.4)
-    axes.set_xscale("log")
+    axes.set_xlim(-0.04, 1.04)
     axes.set_yticks(range(len(STYLE)), list(reversed(STYLE)), fontsize=9)
-    axes.set_xlabel("normal share of the first update (0 drawn at 1e-17)")
-    axes.set_title("Latent updates are tangent; gradients in action space are not", fontsize=10.5)
-    axes.text(
-        0.02, 0.02, "in each row, from the top: " + ", ".join(shares), transform=axes.transAxes, fontsize=8,
-        bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8},
-    )  # fmt: skip
+    axes.set_xlabel(f"normal share of the first update\n(in each row, from the top: {', '.join(shares)})")
+    axes.set_title("Latent updates are tangent up to curvature;\nupdates made in action space point off")
 
 
 def draw_training(axes: Any, result: dict[str, Any]) -> None:
     manifold = list(result["first_update_normal_share"])[-1]
-    for name, curve in result["training"]["exact"][manifold].items():
+    for name, curve in result["training"][manifold].items():
         colour, marker = STYLE[name]
         distance = [max(value, 1e-6) for value in curve["distance"]]
         axes.plot(
@@ -358,25 +395,26 @@ def draw_training(axes: Any, result: dict[str, Any]) -> None:
         )  # fmt: skip
     axes.set_yscale("log")
     axes.set_xlabel("gradient steps")
-    axes.set_ylabel("mean distance to the manifold (action units; floor 1e-6)")
-    axes.set_title(f"Training on the {manifold}: who leaves it", fontsize=10.5)
+    axes.set_ylabel("distance to the manifold\n(mean, action units; floor 1e-6)")
+    axes.set_title(
+        f"Training on the {manifold}: action-space updates leave it;\nlatent ones stay, averages up to curvature"
+    )
     axes.grid(alpha=0.3)
 
 
 def draw_noise(axes: Any, result: dict[str, Any]) -> None:
-    shapes = {"affine": 0.25, "circle": 0.5, "parabola": 0.75, "helix": 1.0}
-    for manifold, curves in result["training"]["noisy"].items():
-        for name, curve in curves.items():
+    for place, curves in enumerate(result["noisy"].values()):
+        for shift, (name, final) in zip((-0.22, 0, 0.22), curves.items()):
             colour, marker = STYLE[name]
-            axes.plot(
-                max(curve["distance"][-1], 1e-6), curve["regret"][-1], marker, color=colour, markersize=9,
-                markeredgecolor=BLACK, markeredgewidth=0.5, alpha=shapes[manifold],
-            )  # fmt: skip
-    axes.set_xscale("log")
+            style = {"color": colour, "markersize": 7, "markeredgecolor": BLACK, "markeredgewidth": 0.4}
+            axes.plot([place + shift] * len(final["regret"]), final["regret"], marker, **style)
+    axes.set_xticks(range(len(result["noisy"])), list(result["noisy"]))
     axes.set_yscale("log")
-    axes.set_xlabel("final distance to the manifold (action units; floor 1e-6)")
-    axes.set_ylabel("final regret along the manifold (value units)")
-    axes.set_title("Noisy critics: one point a manifold (palest: affine, darkest: helix)", fontsize=10.5)
+    axes.set_ylabel("final regret (value units)")
+    axes.set_title(
+        "Noisy critics (a point a draw of the noise): a gradient\nthrough the decoder follows it, candidates less so",
+        fontsize=10.5,
+    )
     axes.grid(alpha=0.3)
 
 
@@ -395,24 +433,28 @@ def draw_closed_form(axes: Any, result: dict[str, Any]) -> None:
     axes.set_ylim(0, 1.1)
     axes.set_xlabel("candidates K")
     axes.set_ylabel(r"move / ($\sigma^2/(\tau S)\; W W^\top \nabla Q$)")
-    axes.set_title("Affine, linear Q: the closed form holds for large K and tau;\nsharp weights saturate", fontsize=10.5)
+    axes.set_title("Affine, linear Q: the closed form holds for\nmany candidates and soft weights", fontsize=10.5)
     axes.legend(fontsize=9)
     axes.grid(alpha=0.3)
 
 
 def draw_curvature(axes: Any, result: dict[str, Any]) -> None:
+    floor = 3e-4
     for (manifold, rows), colour, marker in zip(result["curvature_bias"].items(), (GREY, BLUE, ORANGE, GREEN), "vosD"):
         sigma = [row["latent_std"] for row in rows]
-        for head, line in (("a", "-"), ("b", ":")):
-            values = [max(row[f"head_{head}_flat"], 1e-17) for row in rows]
-            axes.plot(sigma, values, line, marker=marker, color=colour, label=f"{manifold}, head {head.upper()}")
+        style = {"marker": marker, "color": colour, "markeredgecolor": BLACK, "markeredgewidth": 0.4}
+        axes.plot(sigma, [max(row["head_a_flat"], floor) for row in rows], "-", label=f"{manifold}, head A", **style)
+    latents = [max(row["head_b_flat"], floor) for row in rows]
+    axes.plot(sigma, latents, ":s", color=SKY, label="all manifolds, head B", markersize=9, fillstyle="none")
     axes.plot(sigma, [row["expected"] for row in rows], "--", color=BLACK, label=r"$\sigma^2/2$")
+    axes.text(sigma[0], floor * 1.25, "drawn at the floor: round-off, below 1e-14", fontsize=8.5)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
+    axes.set_ylim(bottom=floor / 1.3)
     axes.set_xlabel(r"spread of the candidates $\sigma$ (latent units)")
     axes.set_ylabel("distance of the target (action units)")
-    axes.set_title("Averaging residuals (A) costs a curvature bias of order sigma^2/2;\naveraging latents (B) does not", fontsize=10.5)
-    axes.legend(fontsize=8, ncols=2, loc="center right")
+    axes.set_title("Averaging residuals (A) costs a curvature bias\nof sigma^2/2; averaging latents (B) does not")
+    axes.legend(fontsize=8, loc="upper left")
     axes.grid(alpha=0.3)
 
 

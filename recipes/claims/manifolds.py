@@ -1,7 +1,7 @@
 """Manifolds of actions in closed form, analytic critics that rise off them, and the losses on both.
 
-The behaviour's actions are ``g(z)``, ``z ~ N(0, spread^2)``. The anchor plays ``g(0)`` everywhere and ``rho = 1``, so the
-residuals' manifold is the actions' one, moved by a constant.
+The behaviour's actions are ``g(z)``, ``z ~ N(0, spread^2)``. The anchor plays ``g(0)`` everywhere and ``rho = 1``, so
+the residuals' manifold is the actions' one, moved by a constant.
 """
 
 from __future__ import annotations
