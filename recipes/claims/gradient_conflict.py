@@ -2,8 +2,8 @@
 
 On the embedded data, along two runs from one start (anchor, VAE, critics): SPAR, and the same loss with a value
 gradient (dQ/da through the head) in the place of Latent Self-Imitation. At every measurement the cosine of each improve
-gradient with each fit gradient, by the head's parameters, on the same rows. Where a sum of two terms is stationary their
-gradients are opposite whatever the terms are, so a cosine near -1 late in a run is no surprise.
+gradient with each fit gradient, by the head's parameters, on the same rows. Where a sum of two terms is stationary
+their gradients are opposite whatever the terms are, so a cosine near -1 late in a run is no surprise.
 
 python recipes/claims/gradient_conflict.py
 """

@@ -41,20 +41,32 @@ def clone_behaviour(cfg: DictConfig, data: OfflineReplayBuffer, **changes: Any) 
     return fit_anchor(actor, data, **{**cfg.anchor, **changes})
 
 
-def prepare(cfg: DictConfig, data: OfflineReplayBuffer, anchor: TensorDictModuleBase, **options: Any) -> SPARLoss:
-    """The loss after the residual fit and the critics' start."""
+def fit_manifold(cfg: DictConfig, data: OfflineReplayBuffer, anchor: TensorDictModuleBase) -> SPARLoss:
+    """The loss after the residual fit; its critics are untrained."""
     loss = make_spar_loss(
         data.observation_loc.numel(), data.action_spec, anchor=anchor,
-        observation_stats=(data.observation_loc, data.observation_scale), **{**cfg.spar.loss, **options},
+        observation_stats=(data.observation_loc, data.observation_scale), **cfg.spar.loss,
     )  # fmt: skip
-    fit_residual(loss, data, **cfg.fit)
-    fit_value(loss, data, **cfg.value)
+    return fit_residual(loss, data, **cfg.fit)
+
+
+def prepare(cfg: DictConfig, data: OfflineReplayBuffer, anchor: TensorDictModuleBase) -> SPARLoss:
+    """The loss after the residual fit and the critics' start."""
+    return fit_value(fit_manifold(cfg, data, anchor), data, **cfg.value)
+
+
+def take_critics(loss: SPARLoss, other: SPARLoss) -> SPARLoss:
+    """Copies the critics of another loss, and the scale of their rewards."""
+    loss.qvalue_network_params.data.copy_(other.qvalue_network_params.data)
+    loss.reward_scale.copy_(other.reward_scale)
+    loss.sync_targets()
     return loss
 
 
-def make_update(cfg: DictConfig, loss: SPARLoss) -> SPARUpdate:
+def make_update(cfg: DictConfig, loss: SPARLoss, **changes: float) -> SPARUpdate:
+    """The update with the options of `cfg.spar`; `changes` replace some."""
     names = ("qvalue_lr", "actor_lr", "target_rate", "policy_interval")
-    return SPARUpdate(loss, **{name: cfg.spar[name] for name in names})
+    return SPARUpdate(loss, **{**{name: cfg.spar[name] for name in names}, **changes})
 
 
 def improve(
