@@ -60,7 +60,7 @@ def run_claim(
         result = measure(cfg)
         options = {key: value for key, value in OmegaConf.to_container(cfg, resolve=True).items() if key != "out"}  # type: ignore[union-attr]
         facts = {
-            "claim": name, **result, "options": options, "wall_seconds": round(time.perf_counter() - start, 1),
+            "claim": name, **rounded(result), "options": options, "wall_seconds": round(time.perf_counter() - start, 1),
             "versions": {package: version(package) for package in ("torchrl-spar", "torch", "torchrl", "tensordict")},
         }  # fmt: skip
         out.mkdir(parents=True, exist_ok=True)
@@ -71,6 +71,15 @@ def run_claim(
         show(facts, out)
 
     run_recipe(main, f"claims/{name}")
+
+
+def rounded(value: Any) -> Any:
+    """Numbers of five digits: a file that is read, not computed with."""
+    if isinstance(value, dict):
+        return {key: rounded(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [rounded(part) for part in value]
+    return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
 def show(facts: dict[str, Any], out: Path) -> None:

@@ -58,7 +58,7 @@ class Manifold:
         rows = action.reshape(-1, action.shape[-1])
         latent = GRID[torch.cdist(rows, self.decode(GRID)).argmin(-1)]
         for _ in range(NEWTON_STEPS):  # Gauss and Newton, from the nearest point of the grid
-            point, tangent = jvp(self.decode, (latent,), (torch.ones_like(latent),))
+            point, tangent = jvp(self.decode, (latent,), (torch.ones_like(latent),))[:2]
             step = ((rows - point) * tangent).sum(-1, True) / tangent.pow(2).sum(-1, True)
             latent = (latent + step).clamp(GRID[0], GRID[-1])
         return latent.view(*action.shape[:-1], 1)

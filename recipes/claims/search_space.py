@@ -28,10 +28,10 @@ from small_spar import (
     rectified,
     take_critics,
 )
-from tensordict.nn import TensorDictModule
+from tensordict.nn import TensorDictModule, TensorDictModuleBase
 from torch import Tensor
 
-from torchrl_spar import SPARLoss
+from torchrl_spar import OfflineReplayBuffer, SPARLoss
 
 STYLE = {
     "data, from the anchor": (GREY, "-"),
@@ -41,7 +41,7 @@ STYLE = {
 }
 
 
-def train_head(cfg: DictConfig, data: Any, anchor: Any, critics: SPARLoss) -> SPARLoss:
+def train_head(cfg: DictConfig, data: OfflineReplayBuffer, anchor: TensorDictModuleBase, critics: SPARLoss) -> SPARLoss:
     """A head on `anchor`, by the critics of another loss, which stay as they are."""
     loss = take_critics(fit_manifold(cfg, data, anchor), critics)
     improve(cfg, make_update(cfg, loss, qvalue_lr=0.0), data)
@@ -53,25 +53,23 @@ def log_volume(points: Tensor) -> float:
     return (torch.logdet(torch.cov(points.T.double())) / 2 / torch.log(torch.tensor(10.0))).item()
 
 
-@torch.no_grad()
-def compare(cfg: DictConfig, data: Any, seed: int) -> dict[str, Any]:
+def compare(cfg: DictConfig, data: OfflineReplayBuffer, seed: int) -> dict[str, Any]:
     torch.manual_seed(seed)
     trained = prepare(cfg, data, clone_behaviour(cfg, data))
-    with torch.enable_grad():
-        improve(cfg, make_update(cfg, trained), data)
-        space = data.action_spec.space
-        middle = (space.low + space.high) / 2
-        constant = TensorDictModule(lambda s: middle.expand(*s.shape[:-1], -1), ["observation"], ["action"])
-        heads = {"SPAR": train_head(cfg, data, trained.anchor, trained), "unanchored": None}
-        heads["unanchored"] = train_head(cfg, data, constant, trained)
+    improve(cfg, make_update(cfg, trained), data)
+    space = data.action_spec.space
+    middle = (space.low + space.high) / 2
+    constant = TensorDictModule(lambda s: middle.expand(*s.shape[:-1], -1), ["observation"], ["action"])
     rows = fixed_rows(data, cfg.rows)
     moves: dict[str, Tensor] = {}
     value, at_bound = {}, {}
-    for name, origin in (("SPAR", "the anchor"), ("unanchored", "mid-range")):
-        state, _, action = rectified(heads[name], rows)
+    for name, origin, anchor in (("SPAR", "the anchor", trained.anchor), ("unanchored", "mid-range", constant)):
+        loss = train_head(cfg, data, anchor, trained)
+        with torch.no_grad():
+            state, _, action = rectified(loss, rows)
+            value[name] = mean_value(trained, state, action).mean().item()
         moves[f"data, from {origin}"] = rows["action"] - state["anchor_action"]
         moves[f"{name}, from {origin}"] = action - state["anchor_action"]
-        value[name] = mean_value(trained, state, action).mean().item()
         at_bound[name] = ((action <= space.low) | (action >= space.high)).float().mean().item()
     length = {name: move.norm(dim=-1) for name, move in moves.items()}
     edges = torch.linspace(0, (space.high - space.low).norm().item() / 2, cfg.bins + 1)
