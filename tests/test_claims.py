@@ -16,6 +16,7 @@ from torch import nn
 
 pytest.importorskip("hydra")
 import drift
+import drift_methods
 import gradient_conflict
 import hydra
 import manifolds
@@ -123,9 +124,9 @@ def test_drift_reports_what_the_method_must_do(drift_result):
     shares = drift_result["first_update_normal_share"]
     assert set(shares) == {"affine", "circle", "parabola", "helix"}
     for share in shares.values():
-        assert share[drift.LSI_B] < 1e-12 and share[drift.THROUGH] < 1e-12
-        assert share[drift.DPG] > 0.9 and share[drift.TD3BC] > 0.9
-    assert shares["affine"][drift.LSI_A] < 1e-12 < 0.05 < shares["circle"][drift.LSI_A]
+        assert share[drift_methods.LSI_B] < 1e-12 and share[drift_methods.THROUGH] < 1e-12
+        assert share[drift_methods.DPG] > 0.9 and share[drift_methods.TD3BC] > 0.9
+    assert shares["affine"][drift_methods.LSI_A] < 1e-12 < 0.05 < shares["circle"][drift_methods.LSI_A]
     assert statement(drift_result, "LSI target moves along")["holds"] == "exactly"
     assert statement(drift_result, "the move is sigma^2")["holds"] == "approximately"
     assert statement(drift_result, "raw value gradient")["holds"] == "yes"

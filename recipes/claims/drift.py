@@ -8,27 +8,29 @@ python recipes/claims/drift.py
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
-import matplotlib.pyplot as plt
 import torch
-from claim_tools import (
-    BLACK,
-    BLUE,
-    GREEN,
-    GREY,
-    ORANGE,
-    PURPLE,
-    SKY,
-    VERMILION,
-    YELLOW,
-    finding,
-    grade,
-    run_claim,
-)  # fmt: skip
+from claim_tools import finding, grade, run_claim
+from drift_figure import draw
+from drift_methods import (
+    AWR,
+    DPG,
+    IN_ACTIONS,
+    LATENT_HEADS,
+    LSI_A,
+    LSI_B,
+    METHODS,
+    ON_MANIFOLD,
+    SHIPPED,
+    TD3BC,
+    THROUGH,
+    FreeOutputs,
+    make_method,
+    same_reach,
+)
 from manifolds import (
-    ACTION_BOUND,
     MANIFOLDS,
     Critic,
     LinearCritic,
@@ -39,82 +41,16 @@ from manifolds import (
     make_loss,
     make_vae,
     utility,
-)  # fmt: skip
-from matplotlib.figure import Figure
+)
 from omegaconf import DictConfig
 from tensordict import TensorDict
-from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 from torchrl.modules import MLP
-from torchrl.objectives import TD3BCLoss
 
-from torchrl_spar import SPARActor, normal_share
+from torchrl_spar import normal_share
 
-LSI_A, LSI_B, SHIPPED, AWR = "LSI, head A", "LSI, head B", "SPAR as shipped (A + trust)", "AWR (trust term alone)"
-THROUGH, IN_ACTIONS = "gradient through decoder", "action-space candidates"
-TD3BC, DPG = "TD3+BC", "value gradient (DPG)"
-STYLE = {
-    LSI_A: (BLUE, "o"), LSI_B: (SKY, "s"), SHIPPED: (GREEN, "D"), AWR: (BLACK, "v"),
-    THROUGH: (PURPLE, "P"), IN_ACTIONS: (ORANGE, "^"), TD3BC: (YELLOW, "X"), DPG: (VERMILION, "*"),
-}  # fmt: skip
-LATENT_HEADS = (LSI_B, THROUGH)
-ON_MANIFOLD = (LSI_A, LSI_B, THROUGH)
 # Candidates from which the closed form is asked for.
 MANY = 256
-NetworkOf = Callable[[int], nn.Module]
-Objective = Callable[[TensorDict], Tensor]
-
-
-class FreeOutputs(nn.Module):
-    """One free output a state: its gradient is the update that the loss asks of each state."""
-
-    def __init__(self, outputs: Tensor) -> None:
-        super().__init__()
-        self.outputs = nn.Parameter(outputs)
-
-    def forward(self, observation: Tensor) -> Tensor:
-        return self.outputs
-
-
-def make_method(
-    name: str, manifold: Manifold, critics: list[nn.Module], network_of: NetworkOf, lsi: dict[str, Any]
-) -> tuple[SPARActor, Objective]:
-    """The actor and the loss of its head."""
-    vae = make_vae(None if name == IN_ACTIONS else manifold)
-    is_latent = name in LATENT_HEADS
-    size = manifold.latent_dim if is_latent else manifold.origin.numel()
-    actor = make_actor(manifold, network_of(size), vae if is_latent else None)
-    if name in (THROUGH, DPG):
-        return (
-            actor,
-            lambda batch: (
-                -torch.stack(
-                    [critic(batch["observation"], actor(batch.select("observation"))["action"]) for critic in critics]
-                ).mean()
-            ),
-        )
-    if name == TD3BC:
-        networks = [TensorDictModule(critic, ["observation", "action"], ["state_action_value"]) for critic in critics]
-        td3bc = TD3BCLoss(
-            actor, networks, bounds=(-ACTION_BOUND, ACTION_BOUND), num_qvalue_nets=len(critics),
-            delay_actor=False, delay_qvalue=False,
-        )  # fmt: skip
-        return actor, lambda batch: td3bc.actor_loss(batch)[0]
-    options = {**lsi, "lsi_coeff": float(name != AWR), "trust_coeff": float(name in (AWR, SHIPPED))}
-    if name == IN_ACTIONS:  # candidates as far away, on average, and nothing clamped
-        options["latent_std"] *= same_reach(manifold)
-        options["latent_bound"] = 10 * ACTION_BOUND
-    loss = make_loss(actor, critics, vae, **options)
-    return actor, lambda batch: loss.residual_loss(batch)[0]
-
-
-def same_reach(manifold: Manifold) -> float:
-    """The spread per action dimension that moves as far as a spread of one in the latent, at the origin."""
-    tangent = manifold.tangent(torch.zeros(1, manifold.latent_dim, dtype=torch.float64))
-    return float(tangent.norm()) / manifold.origin.numel() ** 0.5
-
-
-# ---------------------------------------------------------------------- what is measured
 
 
 def closed_form(cfg: DictConfig, steepness: float) -> dict[str, Any]:
@@ -162,7 +98,7 @@ def first_update(manifold: Manifold, cfg: DictConfig, lsi: dict[str, Any]) -> di
     latent = cfg.spread * torch.randn(cfg.first_update.states, manifold.latent_dim, dtype=torch.float64)
     tangent = manifold.tangent(latent)
     shares = {}
-    for name in STYLE:
+    for name in METHODS:
         start = latent if name in LATENT_HEADS else manifold.decode(latent) - manifold.origin
         tables: list[FreeOutputs] = []
 
@@ -204,7 +140,7 @@ def curvature_bias(manifold: Manifold, cfg: DictConfig, lsi: dict[str, Any]) -> 
     return rows
 
 
-def train(name: str, manifold: Manifold, critics: list[nn.Module], cfg: DictConfig, lsi: dict[str, Any]) -> dict:
+def train(name: str, manifold: Manifold, critics: Sequence[nn.Module], cfg: DictConfig, lsi: dict[str, Any]) -> dict:
     """Distance to the manifold and regret along it, over training; means over states."""
     torch.manual_seed(cfg.seed)
 
@@ -255,7 +191,7 @@ def measure(cfg: DictConfig) -> dict[str, Any]:
         "closed_form": closed_form(cfg.closed_form, cfg.steepness),
         "first_update_normal_share": {m.name: first_update(m, cfg, lsi) for m in manifolds},
         "curvature_bias": {m.name: curvature_bias(m, cfg, lsi) for m in manifolds},
-        "training": {m.name: {name: without_noise(name, m, cfg, lsi) for name in STYLE} for m in manifolds},
+        "training": {m.name: {name: without_noise(name, m, cfg, lsi) for name in METHODS} for m in manifolds},
         "noisy": {m.name: {name: with_noise(name, m, cfg, lsi) for name in ON_MANIFOLD} for m in manifolds},
     }
     return {"findings": verdict(result, cfg), **result}
@@ -348,114 +284,6 @@ def verdict(result: dict[str, Any], cfg: DictConfig) -> list[dict[str, Any]]:
             regret_head_a=noisy(LSI_A), regret_head_b=noisy(LSI_B), regret_through_decoder=noisy(THROUGH),
         ),
     ]  # fmt: skip
-
-
-# ---------------------------------------------------------------------- the figure
-
-
-def draw(result: dict[str, Any]) -> Figure:
-    figure, axes = plt.subplots(2, 3, figsize=(15, 9), layout="constrained")
-    draw_first_update(axes[0, 0], result)
-    draw_training(axes[0, 1], result)
-    draw_noise(axes[0, 2], result)
-    draw_closed_form(axes[1, 0], result)
-    draw_curvature(axes[1, 1], result)
-    for ax in axes.flat:
-        ax.title.set_size(10.5)
-    axes[1, 2].axis("off")
-    handles = [
-        plt.Line2D([], [], color=colour, marker=marker, markersize=8, markeredgecolor=BLACK, label=name)
-        for name, (colour, marker) in STYLE.items()
-    ]
-    axes[1, 2].legend(handles=handles, title="methods of the top row", loc="center", fontsize=11, frameon=False)
-    return figure
-
-
-def draw_first_update(axes: Any, result: dict[str, Any]) -> None:
-    shares = result["first_update_normal_share"]
-    for row, (name, (colour, marker)) in enumerate(reversed(STYLE.items())):
-        for offset, values in enumerate(shares.values()):
-            y = row + 0.2 * (1.5 - offset)
-            axes.plot(values[name], y, marker, color=colour, markersize=7, markeredgecolor=BLACK, markeredgewidth=0.5)
-        axes.axhline(row - 0.5, color=GREY, linewidth=0.4)
-    axes.set_xlim(-0.04, 1.04)
-    axes.set_yticks(range(len(STYLE)), list(reversed(STYLE)), fontsize=9)
-    axes.set_xlabel(f"normal share of the first update\n(in each row, from the top: {', '.join(shares)})")
-    axes.set_title("Latent updates are tangent up to curvature;\nupdates made in action space point off")
-
-
-def draw_training(axes: Any, result: dict[str, Any]) -> None:
-    manifold = list(result["first_update_normal_share"])[-1]
-    for name, curve in result["training"][manifold].items():
-        colour, marker = STYLE[name]
-        distance = [max(value, 1e-6) for value in curve["distance"]]
-        axes.plot(
-            curve["step"], distance, "-", marker=marker, markevery=4, color=colour, markersize=6,
-            markeredgecolor=BLACK, markeredgewidth=0.4,
-        )  # fmt: skip
-    axes.set_yscale("log")
-    axes.set_xlabel("gradient steps")
-    axes.set_ylabel("distance to the manifold\n(mean, action units; floor 1e-6)")
-    axes.set_title(
-        f"Training on the {manifold}: action-space updates leave it;\nlatent ones stay, averages up to curvature"
-    )
-    axes.grid(alpha=0.3)
-
-
-def draw_noise(axes: Any, result: dict[str, Any]) -> None:
-    for place, curves in enumerate(result["noisy"].values()):
-        for shift, (name, final) in zip((-0.22, 0, 0.22), curves.items()):
-            colour, marker = STYLE[name]
-            style = {"color": colour, "markersize": 7, "markeredgecolor": BLACK, "markeredgewidth": 0.4}
-            axes.plot([place + shift] * len(final["regret"]), final["regret"], marker, **style)
-    axes.set_xticks(range(len(result["noisy"])), list(result["noisy"]))
-    axes.set_yscale("log")
-    axes.set_ylabel("final regret (value units)")
-    axes.set_title(
-        "Noisy critics (a point a draw of the noise): a gradient\nthrough the decoder follows it, candidates less so",
-        fontsize=10.5,
-    )
-    axes.grid(alpha=0.3)
-
-
-def draw_closed_form(axes: Any, result: dict[str, Any]) -> None:
-    rows = result["closed_form"]["rows"]
-    for temperature, colour, marker in zip(
-        dict.fromkeys(row["temperature"] for row in rows), (VERMILION, BLUE, GREEN), "osD"
-    ):
-        mine = [row for row in rows if row["temperature"] == temperature]
-        axes.plot(
-            [row["candidates"] for row in mine], [row["ratio"] for row in mine], "-", marker=marker, color=colour,
-            label=rf"$\tau$ = {temperature:g}",
-        )  # fmt: skip
-    axes.axhline(1, color=GREY, linestyle="--", label="closed form")
-    axes.set_xscale("log", base=2)
-    axes.set_ylim(0, 1.1)
-    axes.set_xlabel("candidates K")
-    axes.set_ylabel(r"move / ($\sigma^2/(\tau S)\; W W^\top \nabla Q$)")
-    axes.set_title("Affine, linear Q: the closed form holds for\nmany candidates and soft weights", fontsize=10.5)
-    axes.legend(fontsize=9)
-    axes.grid(alpha=0.3)
-
-
-def draw_curvature(axes: Any, result: dict[str, Any]) -> None:
-    floor = 3e-4
-    for (manifold, rows), colour, marker in zip(result["curvature_bias"].items(), (GREY, BLUE, ORANGE, GREEN), "vosD"):
-        sigma = [row["latent_std"] for row in rows]
-        style = {"marker": marker, "color": colour, "markeredgecolor": BLACK, "markeredgewidth": 0.4}
-        axes.plot(sigma, [max(row["head_a_flat"], floor) for row in rows], "-", label=f"{manifold}, head A", **style)
-    latents = [max(row["head_b_flat"], floor) for row in rows]
-    axes.plot(sigma, latents, ":s", color=SKY, label="all manifolds, head B", markersize=9, fillstyle="none")
-    axes.plot(sigma, [row["expected"] for row in rows], "--", color=BLACK, label=r"$\sigma^2/2$")
-    axes.text(sigma[0], floor * 1.25, "drawn at the floor: round-off, below 1e-14", fontsize=8.5)
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    axes.set_ylim(bottom=floor / 1.3)
-    axes.set_xlabel(r"spread of the candidates $\sigma$ (latent units)")
-    axes.set_ylabel("distance of the target (action units)")
-    axes.set_title("Averaging residuals (A) costs a curvature bias\nof sigma^2/2; averaging latents (B) does not")
-    axes.legend(fontsize=8, loc="upper left")
-    axes.grid(alpha=0.3)
 
 
 if __name__ == "__main__":

@@ -71,10 +71,10 @@ def follow(cfg: DictConfig, loss: SPARLoss, data: OfflineReplayBuffer, rows: Ten
     update = make_update(cfg, loss)
     if kind == "value":
 
-        def value_gradient(batch: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
-            state, _, action = rectified(loss, batch)
+        def value_gradient(tensordict: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
+            state, _, action = rectified(loss, tensordict)
             value = mean_value(loss, state, action)
-            fit = part_of_residual_loss(loss, batch, lsi=0.0, trust=1.0)
+            fit = part_of_residual_loss(loss, tensordict, lsi=0.0, trust=1.0)
             return fit - cfg.alpha * (value / value.abs().mean().detach()).mean(), {}
 
         update.actor_terms = {"loss_residual": value_gradient}

@@ -7,7 +7,7 @@ the residuals' manifold is the actions' one, moved by a constant.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -215,7 +215,7 @@ def make_actor(manifold: Manifold, network: nn.Module, vae: ResidualVAE | None =
     return SPARActor(anchor, head, action_spec=spec, decoder=vae.decoder if vae else None)
 
 
-def make_loss(actor: SPARActor, critics: list[nn.Module], vae: ResidualVAE, **options: Any) -> SPARLoss:
+def make_loss(actor: SPARActor, critics: Sequence[nn.Module], vae: ResidualVAE, **options: Any) -> SPARLoss:
     """The package's loss on analytic networks."""
     networks = [TensorDictModule(critic, ["observation", "action"], ["state_action_value"]) for critic in critics]
     value = TensorDictModule(nn.Linear(1, 1, dtype=torch.float64), ["observation"], ["state_value"])

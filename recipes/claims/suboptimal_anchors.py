@@ -21,6 +21,8 @@ from small_spar import clone_behaviour, fit_manifold, improve, load_embedded, ma
 
 from torchrl_spar import OfflineReplayBuffer, evaluate, fit_value, load_offline_dataset
 
+WHITE = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
+
 
 def some_episodes(data: OfflineReplayBuffer, share: float) -> OfflineReplayBuffer:
     """A random share of the episodes, at least one."""
@@ -86,7 +88,7 @@ def draw(result: dict[str, Any]) -> Figure:
             score = row[kind]["normalized"]
             label = {"anchor": "anchor", "spar": "SPAR on it"}[kind] if place == 0 else None
             axes.bar(place + shift, score, width=0.36, color=colour, label=label)
-            axes.text(place + shift, score + 0.6, f"{score:.0f}", ha="center", fontsize=9)
+            axes.text(place + shift, score + 0.6, f"{score:.0f}", ha="center", fontsize=9, bbox=WHITE)
     axes.axhline(result["data"]["normalized"], color=GREY, linestyle="--", label="data (mean return)")
     axes.set_xticks(range(len(rows)), [row["anchor_trained_on"].replace(" of", "\nof") for row in rows], fontsize=9)
     axes.set_xlabel("what the anchor was trained on")
