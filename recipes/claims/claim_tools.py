@@ -22,10 +22,6 @@ from rich.console import Console
 from rich.table import Table
 from run_output import check_unused, write_json
 
-# Okabe and Ito's colours, told apart by colour-blind readers, too.
-BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILION, PURPLE, GREY = (
-    "#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#888888"
-)  # fmt: skip
 EXACT = 1e-9
 
 

@@ -15,9 +15,10 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
-from claim_tools import BLUE, GREY, VERMILION, finding, grade, run_claim
+from claim_tools import finding, grade, run_claim
 from matplotlib.figure import Figure
 from omegaconf import DictConfig
+from plots import BLUE, GREY, VERMILION
 from small_spar import (
     clone_behaviour,
     fixed_rows,

@@ -13,9 +13,10 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
-from claim_tools import BLUE, GREEN, GREY, VERMILION, finding, run_claim
+from claim_tools import finding, run_claim
 from matplotlib.figure import Figure
 from omegaconf import DictConfig
+from plots import BLUE, GREEN, GREY, VERMILION
 from small_spar import (
     clone_behaviour,
     fit_manifold,

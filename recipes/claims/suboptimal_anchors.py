@@ -13,10 +13,11 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
-from claim_tools import BLUE, GREY, ORANGE, finding, run_claim
+from claim_tools import finding, run_claim
 from common import summarize
 from matplotlib.figure import Figure
 from omegaconf import DictConfig
+from plots import BLUE, GREY, ORANGE
 from small_spar import clone_behaviour, fit_manifold, improve, load_embedded, make_update, take_critics
 
 from torchrl_spar import OfflineReplayBuffer, evaluate, fit_value, load_offline_dataset

@@ -15,9 +15,10 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
-from claim_tools import BLACK, BLUE, GREEN, GREY, VERMILION, finding, run_claim
+from claim_tools import finding, run_claim
 from matplotlib.figure import Figure
 from omegaconf import DictConfig
+from plots import BLACK, BLUE, GREEN, GREY, VERMILION
 from small_spar import clone_behaviour, improve, load_embedded, make_update, prepare
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
