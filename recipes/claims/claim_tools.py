@@ -56,7 +56,9 @@ def run_claim(
         result = measure(cfg)
         options = {key: value for key, value in OmegaConf.to_container(cfg, resolve=True).items() if key != "out"}  # type: ignore[union-attr]
         facts = {
-            "claim": name, **rounded(result), "options": options, "wall_seconds": round(time.perf_counter() - start, 1),
+            "claim": name, **rounded(result), "options": options,
+            # Beside other jobs the wall shows their load, too.
+            "wall_seconds": round(time.perf_counter() - start, 1), "cpu_seconds": round(time.process_time(), 1),
             "versions": {package: version(package) for package in ("torchrl-spar", "torch", "torchrl", "tensordict")},
         }  # fmt: skip
         out.mkdir(parents=True, exist_ok=True)
