@@ -13,7 +13,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
-from claim_tools import finding, run_claim
+from claim_tools import finding, grade, run_claim
 from matplotlib.figure import Figure
 from omegaconf import DictConfig
 from plots import BLUE, GREEN, GREY, VERMILION
@@ -103,16 +103,16 @@ def verdict(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     volume = [10 ** (run["log10_volume"][before] - run["log10_volume"][wide]) for run in runs]
     data_ratio = ratio("rms", before, wide)
     policy_ratio = ratio("rms", after, before)
-    gain = [run["mean_value"]["SPAR"] - run["mean_value"]["unanchored"] for run in runs]
+    lost = [1 - run["mean_value"]["SPAR"] / run["mean_value"]["unanchored"] for run in runs]
     return [
         finding("with the anchor the head's median move is shorter than without", max(shorter) < 1, ratio=shorter),
         finding("the data's residuals are smaller than its actions (rms)", max(data_ratio) < 1, ratio=data_ratio),
         finding("they fill a smaller volume", max(volume) < 1, volume_ratio=volume),
         finding("the trained residual is smaller than the data's (rms)", max(policy_ratio) < 1, ratio=policy_ratio),
         finding(
-            "by the same critics, the anchored policy is worth at least as much as the unanchored one",
-            min(gain) >= 0,
-            difference_in_value=gain,
+            "by the same critics, the anchored policy is worth as much as the unanchored one",
+            grade(max(map(abs, lost)), 0.01),
+            relative_loss_of_value=lost,
         ),
     ]
 
