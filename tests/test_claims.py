@@ -216,6 +216,15 @@ def test_anchor_data_are_whole_episodes(small):
     assert set(kept.tolist()) <= set(lengths.tolist())
 
 
+def test_rivals_start_from_the_same_critics(small):
+    _, data, loss = small
+    batch = data.sample()
+    values = torch.stack([critic(batch.copy())["state_action_value"] for critic in support.critics_of(loss, 4)])
+    state = batch.select("observation")
+    torch.testing.assert_close(values.mean(0).squeeze(-1), small_spar.mean_value(loss, state, batch["action"]))
+    assert values.requires_grad
+
+
 def test_density_is_one_over_the_action_space():
     torch.manual_seed(0)
     norm = ObservationNorm(torch.zeros(2), torch.ones(2))
