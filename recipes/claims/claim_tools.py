@@ -80,11 +80,11 @@ def rounded(value: Any) -> Any:
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Writes a figure that appears whole or not at all; 64 colours take a third of the space."""
+    """Writes a figure that appears whole or not at all; 256 colours take a third of the space."""
     partial = path.with_name(f".{path.name}.partial")
     figure.savefig(partial, dpi=110, format="png")
     with Image.open(partial) as image:
-        image.convert("RGB").quantize(64).save(partial, format="png", optimize=True)
+        image.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(partial, format="png", optimize=True)
     os.replace(partial, path)
 
 
