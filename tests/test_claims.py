@@ -34,7 +34,8 @@ NAMES = ("drift", "gradient_conflict", "search_space", "suboptimal_anchors", "su
 SHORT = ["anchor.steps=20", "fit.steps=5", "value.steps=5", "spar.updates=4", "spar.loss.hidden=[8]", "batch_size=32"]
 SMALL = {
     "drift": [
-        "closed_form.states=512", "first_update.states=64", "train.steps=4", "train.interval=2", "noisy.draws=1",
+        "closed_form.states=512", "closed_form.candidates=[8, 256]", "closed_form.temperatures=[0.3, 1.0]",
+        "first_update.states=64", "train.steps=4", "train.interval=2", "noisy.draws=1",
     ],
     "gradient_conflict": [*SHORT, "seeds=[0]", "rows=64", "interval=2"],
     "search_space": [*SHORT, "seeds=[0]", "rows=64"],
