@@ -367,6 +367,8 @@ def test_report_gives_mean_and_spread_over_seeds(tmp_path):
         (tmp_path / f"{seed}.json").write_text(json.dumps(facts))
     spread = "20.0 +- 10.0 (10.0 / 30.0)"
     assert report(tmp_path, tmp_path).stdout.splitlines()[-1] == f"| toy | 0, 1 | 20.0 | {spread} | {spread} |"
+    (tmp_path / "claim.json").write_text(json.dumps({"claim": "drift", "findings": []}))
+    assert report(tmp_path, tmp_path).stdout.splitlines()[-1].startswith("| toy | 0, 1 |")
     (tmp_path / "broken.json").write_text("{")
     assert_one_line(report(tmp_path, tmp_path), "broken.json")
     (tmp_path / "empty").mkdir()

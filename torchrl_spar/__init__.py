@@ -3,6 +3,7 @@
 from torchrl_spar.anchor import FrozenAnchor
 from torchrl_spar.build import make_anchor, make_spar_loss
 from torchrl_spar.data import OfflineReplayBuffer, load_offline_dataset
+from torchrl_spar.diagnostics import gradient_cosine, normal_share, support_distance, tangent_normal_split
 from torchrl_spar.errors import InputError
 from torchrl_spar.evaluation import environment_sizes, evaluate, make_env
 from torchrl_spar.evaluator import BackgroundEvaluator
@@ -40,15 +41,19 @@ __all__ = [
     "fit_residual",
     "fit_value",
     "flatten_observation",
+    "gradient_cosine",
     "load_offline_dataset",
     "load_policy",
     "make_anchor",
     "make_env",
     "make_spar_loss",
     "measure_residual_scale",
+    "normal_share",
     "normalized_score",
     "reference_returns",
     "returns_to_go",
     "save_policy",
+    "support_distance",
+    "tangent_normal_split",
     "with_anchor_actions",
 ]
