@@ -69,7 +69,6 @@ def cosines(loss: SPARLoss, batch: TensorDictBase) -> dict[str, float]:
 
 def follow(cfg: DictConfig, loss: SPARLoss, data: OfflineReplayBuffer, rows: TensorDictBase, kind: str) -> dict:
     """One run; the cosines over it."""
-    update = make_update(cfg, loss)
     if kind == "value":
 
         def value_gradient(tensordict: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
@@ -78,7 +77,9 @@ def follow(cfg: DictConfig, loss: SPARLoss, data: OfflineReplayBuffer, rows: Ten
             fit = part_of_residual_loss(loss, tensordict, lsi=0.0, trust=1.0)
             return fit - cfg.alpha * (value / value.abs().mean().detach()).mean(), {}
 
-        update.actor_terms = {"loss_residual": value_gradient}
+        loss.residual_loss = value_gradient  # type: ignore[method-assign]
+    update = make_update(cfg, loss)
+    loss.__dict__.pop("residual_loss", None)  # the update has it; what is measured is SPAR's own again
     curve: dict[str, list[float]] = {"step": []}
 
     def record(step: int) -> None:

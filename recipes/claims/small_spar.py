@@ -9,7 +9,7 @@ import claim_tools  # noqa: F401  (first: it puts the recipes' folder on the pat
 import torch
 from common import RECIPES
 from omegaconf import DictConfig
-from spar_d4rl import EMBEDDED
+from run import EMBEDDED
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
