@@ -62,6 +62,7 @@ def main(cfg: DictConfig) -> None:
         results["evaluation"] = measure_evaluation(cfg, device)
     if cfg.load_steps:
         results["load"] = measure_loading(cfg.load_steps)
+        results["load_short_episodes"] = measure_loading(cfg.load_steps, episode_length=125)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_json(out, results)
     show(results, out)

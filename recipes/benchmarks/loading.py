@@ -15,12 +15,12 @@ import numpy as np
 
 # In a process of its own: the peak memory of a process never falls.
 _LOAD = """
-import json, resource, sys, time
+import json, re, sys, time
 import h5py, minari, torch
 from torchrl_spar import load_offline_dataset
 
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+def peak():  # Linux; ru_maxrss would start at the peak of the process that started this one
+    return 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
 
 torch.set_num_threads(1)
 before = peak()
