@@ -108,20 +108,20 @@ class Run:
         fit_anchor(self.actor, self.data, **cfg.anchor, report=self._phase("anchor"))
         self.loss = self.make_loss(anchor=self.actor)
         self.data = with_anchor_actions(self.loss, self.data)
-        self.scores.add_result("anchor", self.loss.anchor, cfg.eval.final_episodes)
+        self.scores.add_result("anchor", self.loss.anchor.cpu(), cfg.eval.final_episodes)
         if cfg.fit.steps:
             fit_residual(self.loss, self.data, **cfg.fit, report=self._phase("fit"))
         if cfg.value.steps:
             fit_value(self.loss, self.data, **cfg.value, report=self._phase("value"))
 
     def evaluate(self, step: int) -> None:
-        """Adds a point to the learning curve."""
-        self.scores.add_to_curve(step, self.loss.actor, self.cfg.eval.episodes)
+        """Adds a point to the learning curve, from the CPU: one state a step is too little for a GPU."""
+        self.scores.add_to_curve(step, self.loss.actor.cpu(), self.cfg.eval.episodes)
 
     def finish(self, *, updates_per_second: float, start: float) -> None:
         """The final evaluation, and all files."""
         cfg = self.cfg
-        self.scores.add_result("spar", self.loss.actor, cfg.eval.final_episodes)
+        self.scores.add_result("spar", self.loss.actor.cpu(), cfg.eval.final_episodes)
         self.scores.collect(wait=True)
         name = EMBEDDED if cfg.dataset == "embedded" else str(cfg.dataset)
         results = {
