@@ -23,6 +23,7 @@ from tqdm import tqdm
 from torchrl_spar import (
     InputError,
     OfflineReplayBuffer,
+    SPARLoss,
     SPARUpdate,
     environment_sizes,
     evaluate,
@@ -39,6 +40,7 @@ EMBEDDED = "torchrl-spar/hopper/medium-v0"
 VERSIONED = ("torchrl-spar", "torch", "torchrl", "tensordict", "gymnasium", "mujoco")
 # Evaluations of the curve and of the results start from states of their own.
 CURVE_SEED, RESULT_SEED = 10_000, 20_000
+SCORE_COLUMNS = ("return_mean", "return_std", "normalized")
 
 
 def load(cfg: DictConfig, device: torch.device) -> tuple[OfflineReplayBuffer, str]:
@@ -74,63 +76,99 @@ class Phase:
 
 
 def main(cfg: DictConfig) -> None:
+    show(train(cfg), Path(cfg.out))
+
+
+def train(cfg: DictConfig) -> dict[str, Any]:
+    """One run, from data to files; returns its results."""
     start = time.perf_counter()
     torch.set_num_threads(cfg.threads)
-    torch.manual_seed(cfg.seed)
     out = Path(cfg.out)
     check_unused(out)
     device = best_device(cfg.device)
     data, env = load(cfg, device)
-    name = EMBEDDED if cfg.dataset == "embedded" else str(cfg.dataset)
-    stats = (data.observation_loc, data.observation_scale)
-    sizes = (data.observation_loc.numel(), data.action_spec)
-    hidden = list(cfg.spar.loss.hidden)
-    actor = make_anchor(*sizes, observation_stats=stats, hidden=hidden, device=device)
-    # Built before anything is written: a wrong option ends here.
-    options = dict(device=device, observation_stats=stats, **cfg.spar.loss)
-    columns = ["loss_bc", "loss_fit", "reconstruction_error", "kl", *make_spar_loss(*sizes, **options).out_keys]
-    log = MetricLog(out, cfg.logger.backend, [*dict.fromkeys(columns), "return_mean", "return_std", "normalized"])
+    # Asked for before anything is written: a wrong option ends here.
+    log = MetricLog(out, cfg.logger.backend, [*log_columns(cfg, data), *SCORE_COLUMNS])
     save_config(out, cfg)
-
-    fit_anchor(actor, data, **cfg.anchor, report=Phase("anchor", cfg.anchor.steps, log, cfg.logger.interval))
-    loss = make_spar_loss(*sizes, anchor=actor, **options)
-    if cfg.fit.steps:
-        fit_residual(loss, data, **cfg.fit, report=Phase("fit", cfg.fit.steps, log, cfg.logger.interval))
-    if cfg.value.steps:
-        fit_value(loss, data, **cfg.value, report=Phase("value", cfg.value.steps, log, cfg.logger.interval))
+    loss = pretrain(cfg, data, log)
 
     def score(policy: Any, episodes: int, seed: int) -> dict[str, float | None]:
         return summarize(env, evaluate(policy, env, episodes, seed + 100_000 * cfg.seed))
 
     anchor = score(loss.anchor, cfg.eval.final_episodes, RESULT_SEED)
-    curve, rate = improve(cfg, loss, data, log, score)
+    curve, rate = improve(cfg, make_update(cfg, loss), loss.actor, data, log, score)
     spar = score(loss.actor, cfg.eval.final_episodes, RESULT_SEED)
     log.close()
     results = {
-        "dataset": name, "env": env, "seed": cfg.seed, "updates": cfg.spar.updates,
-        "anchor": anchor, "spar": spar, "data": summarize(env, data.episode_returns),
-        "episodes": cfg.eval.final_episodes, "updates_per_second": rate,
-        "wall_seconds": time.perf_counter() - start,
-        "versions": {name: version(name) for name in VERSIONED},
-        "curve": curve,
+        **run_facts(cfg, env, data, "spar" if cfg.spar.loss.head == "residual" else "spar_latent"),
+        "anchor": anchor, "spar": spar,
+        "updates_per_second": rate, "wall_seconds": time.perf_counter() - start, "curve": curve,
     }  # fmt: skip
-    save_policy(loss, out / "policy.pt", env=env, dataset=name, seed=cfg.seed)
+    save_policy(loss, out / "policy.pt", env=env, dataset=results["dataset"], seed=cfg.seed)
     plot_learning_curve(out / "learning_curve.png", curve, results)
     write_json(out / "results.json", results)
-    show(results, out)
+    return results
 
 
-def improve(cfg: DictConfig, loss: Any, data: OfflineReplayBuffer, log: MetricLog, score: Any) -> tuple[list, float]:
+def run_facts(cfg: DictConfig, env: str, data: OfflineReplayBuffer, method: str) -> dict[str, Any]:
+    """What results.json says of a run of any method."""
+    return {
+        "dataset": dataset_name(cfg), "env": env, "seed": cfg.seed, "method": method, "updates": cfg.spar.updates,
+        "data": summarize(env, data.episode_returns), "episodes": cfg.eval.final_episodes,
+        "versions": {name: version(name) for name in VERSIONED},
+    }  # fmt: skip
+
+
+def dataset_name(cfg: DictConfig) -> str:
+    return EMBEDDED if cfg.dataset == "embedded" else str(cfg.dataset)
+
+
+def loss_options(cfg: DictConfig, data: OfflineReplayBuffer) -> dict[str, Any]:
+    """The arguments of make_spar_loss, the anchor left out."""
+    stats = (data.observation_loc, data.observation_scale)
+    sizes = dict(observation_dim=data.observation_loc.numel(), action_spec=data.action_spec)
+    return dict(**sizes, observation_stats=stats, device=data.observation_loc.device, **cfg.spar.loss)
+
+
+def log_columns(cfg: DictConfig, data: OfflineReplayBuffer) -> list[str]:
+    """What the phases of SPAR log."""
+    out_keys = make_spar_loss(**loss_options(cfg, data)).out_keys
+    return list(dict.fromkeys(["loss_bc", "loss_fit", "reconstruction_error", "kl", *out_keys]))
+
+
+def pretrain(cfg: DictConfig, data: OfflineReplayBuffer, log: MetricLog) -> SPARLoss:
+    """Clones the anchor, fits the residuals, starts the critics."""
+    # Here, not earlier: all methods with an anchor have the same one for a seed.
+    torch.manual_seed(cfg.seed)
+    options, interval = loss_options(cfg, data), cfg.logger.interval
+    shared = ("observation_dim", "action_spec", "observation_stats", "device", "hidden")
+    actor = make_anchor(**{name: options[name] for name in shared})
+    fit_anchor(actor, data, **cfg.anchor, report=Phase("anchor", cfg.anchor.steps, log, interval))
+    loss = make_spar_loss(anchor=actor, **options)
+    if cfg.fit.steps:
+        fit_residual(loss, data, **cfg.fit, report=Phase("fit", cfg.fit.steps, log, interval))
+    if cfg.value.steps:
+        fit_value(loss, data, **cfg.value, report=Phase("value", cfg.value.steps, log, interval))
+    return loss
+
+
+def make_update(cfg: DictConfig, loss: SPARLoss) -> SPARUpdate:
+    return SPARUpdate(
+        loss, **{key: cfg.spar[key] for key in ("qvalue_lr", "actor_lr", "target_rate", "policy_interval")}
+    )
+
+
+def improve(
+    cfg: DictConfig, update: Any, policy: Any, data: OfflineReplayBuffer, log: MetricLog, score: Any, name: str = "spar"
+) -> tuple[list, float]:
     """The main phase; returns the evaluation curve and the learner's updates per second, evaluation left out."""
-    options = {key: cfg.spar[key] for key in ("qvalue_lr", "actor_lr", "target_rate", "policy_interval")}
-    update = SPARUpdate(loss, **options)
-    phase = Phase("spar", cfg.spar.updates, log, cfg.logger.interval)
+    phase = Phase(name, cfg.spar.updates, log, cfg.logger.interval)
     curve: list[dict[str, Any]] = []
     learning = 0.0
     metrics: dict[str, Any] = {}
 
     def evaluate_now(step: int) -> dict[str, Any]:
-        row = score(loss.actor, cfg.eval.episodes, CURVE_SEED)
+        row = score(policy, cfg.eval.episodes, CURVE_SEED)
         curve.append({"step": step, **row})
         phase.bar.set_postfix(score=f"{row['return_mean'] if row['normalized'] is None else row['normalized']:.1f}")
         return {name: value for name, value in row.items() if value is not None}
