@@ -22,7 +22,7 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 
 import spar_d4rl
 import torch
-from common import best_device, run_recipe, summarize
+from common import RECIPES, best_device, run_recipe, summarize
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from rivals import BUILDERS
@@ -90,4 +90,6 @@ def method_options(method: DictConfig, dataset: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    # Slurm's processes start with Python's own path.
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(RECIPES), os.environ.get("PYTHONPATH"))))
     run_recipe(main, "compare")
