@@ -21,6 +21,8 @@ NAMES = {
 }  # fmt: skip
 REFERENCE = "spar"
 REPETITIONS = 2_000
+# rliable counts each threshold of each repetition on its own.
+PROFILE_REPETITIONS = 500
 
 
 def score_of(run: Run) -> float:
@@ -109,7 +111,7 @@ class Comparison:
     def profiles(self, thresholds: np.ndarray) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
         """Share of runs above each threshold ``[T]``, and its interval ``[2, T]``, by method."""
         np.random.seed(0)
-        return library.create_performance_profile(self.scores(), thresholds, reps=REPETITIONS)
+        return library.create_performance_profile(self.scores(), thresholds, reps=PROFILE_REPETITIONS)
 
     def curves(self, dataset: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """Updates ``[T]`` and scores ``[seeds, T]`` of the evaluations during training, by method."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import matplotlib
@@ -9,7 +10,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-from comparison import Comparison, Interval, label
+from comparison import REFERENCE, Comparison, Interval, label
 from plots import BLUE, GREY, ORANGE
 
 # One of Okabe and Ito's colours a family, dashes for its variants: also told apart by colour-blind readers.
@@ -19,7 +20,8 @@ STYLES = {
     "spar_iql": (BLUE, ":"), "spar": (BLUE, "-"), "spar_latent": (BLUE, "--"),
 }  # fmt: skip
 UNKNOWN = ("#000000", "-.")
-PANELS_IN_A_ROW = 3
+# Bands of more methods hide each other: then only the reference has one.
+MOST_BANDS = 5
 
 
 def plot_all(comparison: Comparison, folder: Path) -> list[str]:
@@ -39,13 +41,17 @@ def plot_all(comparison: Comparison, folder: Path) -> list[str]:
     return list(figures)
 
 
+def has_band(method: str, methods: int) -> bool:
+    return methods <= MOST_BANDS or method == REFERENCE
+
+
 def _intervals(intervals: dict[str, Interval], title: str, middle: float | None = None) -> plt.Figure:
     """One line a method, its point and its 95 % interval."""
     figure, axes = plt.subplots(figsize=(7.0, 1.0 + 0.36 * len(intervals)), layout="constrained")
     names = list(intervals)[::-1]
     for height, name in enumerate(names):
         interval, color = intervals[name], STYLES.get(name, UNKNOWN)[0]
-        axes.plot([interval.low, interval.high], [height, height], color=color, linewidth=7, alpha=0.35)
+        axes.hlines(height, interval.low, interval.high, color=color, linewidth=7, alpha=0.35)
         axes.plot(interval.point, height, "o", color=color, markersize=7)
     axes.set_yticks(range(len(names)), [label(name) for name in names])
     axes.set_ylim(-0.6, len(names) - 0.4)
@@ -63,18 +69,19 @@ def _profiles(comparison: Comparison, thresholds: np.ndarray) -> plt.Figure:
     for name, share in shares.items():
         color, dashes = STYLES.get(name, UNKNOWN)
         axes.plot(thresholds, share, dashes, color=color, label=label(name), drawstyle="steps-post")
-        low, high = intervals[name]
-        axes.fill_between(thresholds, low, high, color=color, alpha=0.1, step="post", linewidth=0)
+        if has_band(name, len(shares)):
+            low, high = intervals[name]
+            axes.fill_between(thresholds, low, high, color=color, alpha=0.15, step="post", linewidth=0)
     axes.set_xlabel("normalised score")
     axes.set_ylabel("share of runs above it")
     axes.grid(alpha=0.3)
-    figure.legend(loc="outside right center", fontsize=8)
+    figure.legend(loc="outside right center", fontsize=9)
     return figure
 
 
 def _curves(comparison: Comparison) -> plt.Figure:
     """A panel a data set: mean over seeds and one standard deviation."""
-    columns = min(PANELS_IN_A_ROW, len(comparison.datasets))
+    columns = min(3, math.ceil(math.sqrt(len(comparison.datasets))))
     rows = -(-len(comparison.datasets) // columns)
     size = (2.4 + 4.6 * columns, 3.6 * rows)
     figure, panels = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
@@ -84,12 +91,13 @@ def _curves(comparison: Comparison) -> plt.Figure:
             color, dashes = STYLES.get(name, UNKNOWN)
             center, spread = scores.mean(0), scores.std(0)
             (handles[label(name)],) = axes.plot(steps, center, dashes, color=color)
-            axes.fill_between(steps, center - spread, center + spread, color=color, alpha=0.1, linewidth=0)
+            if has_band(name, len(comparison.methods)):
+                axes.fill_between(steps, center - spread, center + spread, color=color, alpha=0.15, linewidth=0)
         axes.set_title(dataset, fontsize=10)
         axes.set_xlabel("updates")
         axes.set_ylabel("normalised score")
         axes.grid(alpha=0.3)
     for axes in panels.flat[len(comparison.datasets) :]:
         axes.remove()
-    figure.legend(handles.values(), handles.keys(), loc="outside right center", fontsize=8)
+    figure.legend(handles.values(), handles.keys(), loc="outside right center", fontsize=9)
     return figure

@@ -72,9 +72,10 @@ def compare(runs: list[Run], folder: Path) -> str:
     episodes = "/".join(sorted({str(run["episodes"]) for run in runs}))
     report = "\n\n".join(
         [
-            f"Normalised scores (D4RL's formula) of the last checkpoint, {episodes} episodes: mean +- standard deviation\n"
-            "over seeds (number of seeds). IQM: interquartile mean over all runs, with 95 % stratified bootstrap\n"
-            f"intervals ({REPETITIONS} repetitions, rliable).",
+            f"Normalised scores (D4RL's formula) of the last checkpoint, {episodes} episodes: mean +- standard\n"
+            "deviation over seeds (number of seeds). IQM: interquartile mean over all runs, with 95 % stratified\n"
+            f"bootstrap intervals ({REPETITIONS} repetitions, rliable). Bands of the figures: one standard deviation\n"
+            "of the curves, the 95 % interval of the profiles.",
             comparison.markdown(),
             *(f"![{Path(name).stem.replace('_', ' ')}]({name})" for name in plot_all(comparison, folder)),
         ]
