@@ -74,8 +74,8 @@ def compare(runs: list[Run], folder: Path) -> str:
         [
             f"Normalised scores (D4RL's formula) of the last checkpoint, {episodes} episodes: mean +- standard\n"
             "deviation over seeds (number of seeds). IQM: interquartile mean over all runs, with 95 % stratified\n"
-            f"bootstrap intervals ({REPETITIONS} repetitions, rliable). Bands of the figures: one standard deviation\n"
-            "of the curves, the 95 % interval of the profiles.",
+            f"bootstrap intervals ({REPETITIONS} repetitions, rliable). Bands (with many methods only SPAR's): one\n"
+            "standard deviation of the learning curves, the 95 % interval of the performance profiles.",
             comparison.markdown(),
             *(f"![{Path(name).stem.replace('_', ' ')}]({name})" for name in plot_all(comparison, folder)),
         ]
