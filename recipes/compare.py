@@ -31,7 +31,7 @@ from run_output import MetricLog, save_config, write_json
 from spar_d4rl import RESULT_SEED, SCORE_COLUMNS
 from sweep import claim, is_finished, run_directory
 
-from torchrl_spar import evaluate
+from torchrl_spar import InputError, evaluate
 
 
 def main(cfg: DictConfig) -> None:
@@ -45,7 +45,7 @@ def main(cfg: DictConfig) -> None:
             return
         try:
             results = spar_d4rl.train(cfg) if cfg.method.algorithm == "spar" else train(cfg)
-        except Exception:
+        except InputError:
             shutil.rmtree(out, ignore_errors=True)
             raise
     score = results["spar"] if "spar" in results else results["policy"]
