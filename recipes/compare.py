@@ -71,7 +71,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
 
     curve, rate = spar_d4rl.improve(cfg, rival, rival.policy, rival.data, log, score, cfg.method.name)
     results = {
-        **spar_d4rl.run_facts(cfg, env, data, cfg.method.name),
+        **spar_d4rl.run_facts(cfg, env, data),
         "policy": score(rival.policy, cfg.eval.final_episodes, RESULT_SEED),
         "updates_per_second": rate, "wall_seconds": time.perf_counter() - start, "curve": curve,
     }  # fmt: skip

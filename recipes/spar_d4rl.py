@@ -40,6 +40,7 @@ EMBEDDED = "torchrl-spar/hopper/medium-v0"
 VERSIONED = ("torchrl-spar", "torch", "torchrl", "tensordict", "gymnasium", "mujoco")
 # Evaluations of the curve and of the results start from states of their own.
 CURVE_SEED, RESULT_SEED = 10_000, 20_000
+HEADS = {"residual": "spar", "latent": "spar_latent"}
 SCORE_COLUMNS = ("return_mean", "return_std", "normalized")
 
 
@@ -100,7 +101,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     spar = score(loss.actor, cfg.eval.final_episodes, RESULT_SEED)
     log.close()
     results = {
-        **run_facts(cfg, env, data, "spar" if cfg.spar.loss.head == "residual" else "spar_latent"),
+        **run_facts(cfg, env, data),
         "anchor": anchor, "spar": spar,
         "updates_per_second": rate, "wall_seconds": time.perf_counter() - start, "curve": curve,
     }  # fmt: skip
@@ -110,8 +111,9 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     return results
 
 
-def run_facts(cfg: DictConfig, env: str, data: OfflineReplayBuffer, method: str) -> dict[str, Any]:
-    """What results.json says of a run of any method."""
+def run_facts(cfg: DictConfig, env: str, data: OfflineReplayBuffer) -> dict[str, Any]:
+    """What results.json says of a run of any method; compare.py names it, else it is SPAR with its head."""
+    method = cfg.method.name if "method" in cfg else HEADS[cfg.spar.loss.head]
     return {
         "dataset": dataset_name(cfg), "env": env, "seed": cfg.seed, "method": method, "updates": cfg.spar.updates,
         "data": summarize(env, data.episode_returns), "episodes": cfg.eval.final_episodes,
