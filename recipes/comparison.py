@@ -36,14 +36,14 @@ def method_of(run: Run) -> str:
 
 @dataclass
 class Interval:
-    """A point estimate and its 95 % interval."""
+    """A point estimate and its 95 % interval, NaN where there is one seed: it says nothing of the spread."""
 
     point: float
     low: float
     high: float
 
     def __str__(self) -> str:
-        return f"{self.point:.2f} [{self.low:.2f}, {self.high:.2f}]"
+        return f"{self.point:.2f} " + ("(one seed)" if np.isnan(self.low) else f"[{self.low:.2f}, {self.high:.2f}]")
 
 
 class Comparison:
@@ -158,6 +158,9 @@ def _estimate(scores: dict[str, Any], statistic: Any) -> dict[str, Interval]:
     # rliable draws from numpy's global generator.
     np.random.seed(0)
     points, intervals = library.get_interval_estimates(scores, lambda *x: np.array([statistic(*x)]), reps=REPETITIONS)
+    for name, arrays in scores.items():
+        if min(map(len, arrays if isinstance(arrays, tuple) else (arrays,))) < 2:
+            intervals[name][:] = np.nan
     return {name: Interval(float(points[name][0]), *map(float, intervals[name][:, 0])) for name in scores}
 
 

@@ -418,6 +418,8 @@ def test_report_says_what_its_statistics_leave_out(tmp_path):
     found = comparison.Comparison(report.read_runs(tmp_path))
     assert found.left_out() == ["iql on a, seed 1"] and "iql on a, seed 1" in found.markdown()
     assert found.scores()["iql"].tolist() == [[20.0, 40.0]]
+    # On a one run of two is better, on b both; one seed has no spread to resample.
+    assert "| IQL | 2 | 30.00 (one seed) | 0.75 (one seed) |" in found.markdown()
 
 
 def test_report_refuses_what_is_not_comparable(tmp_path):
