@@ -96,7 +96,7 @@ LEARNERS = {
 
 @pytest.fixture(scope="module")
 def cloned(bandit):
-    return train(bandit, 120, "method=bc", "method.lr=3e-3")
+    return train(bandit, 300, "method=bc", "method.lr=3e-3")
 
 
 def test_cloning_answers_with_the_mean_action(bandit, cloned):
@@ -107,7 +107,7 @@ def test_cloning_answers_with_the_mean_action(bandit, cloned):
 
 @pytest.mark.parametrize("method", LEARNERS)
 def test_every_rival_learns_and_ends_nearer_to_the_best_action_than_cloning(method, bandit, cloned):
-    rows, distance = train(bandit, 120, f"method={method}", *LEARNERS[method])
+    rows, distance = train(bandit, 300, f"method={method}", *LEARNERS[method])
     assert all(np.isfinite(value) for row in rows for value in row.values())
     if "loss_qvalue" in rows[0] and method != "spar_iql":  # whose critics are there before the first update
         assert np.mean([row["loss_qvalue"] for row in rows[-20:]]) < np.mean([row["loss_qvalue"] for row in rows[:20]])
