@@ -22,62 +22,66 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 
 import spar_d4rl
 import torch
-from common import RECIPES, best_device, run_recipe, summarize
+from common import RECIPES, run_recipe
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from rivals import BUILDERS
 from rivals.base import Problem
-from run_output import MetricLog, save_config, write_json
-from spar_d4rl import RESULT_SEED, SCORE_COLUMNS
+from run import Run, block_length, dataset_name, improve
 from sweep import claim, is_finished, run_directory
 
-from torchrl_spar import InputError, evaluate
+from torchrl_spar import InputError
 
 
 def main(cfg: DictConfig) -> None:
     # A worker of Ray or Slurm may start elsewhere.
     os.chdir(HydraConfig.get().runtime.cwd)
-    out = run_directory(Path(cfg.runs), spar_d4rl.dataset_name(cfg), cfg.method.name, cfg.seed)
-    cfg.out = str(out)
+    if cfg.seeds is not None:
+        raise InputError(f"seeds={cfg.seeds}: an option of spar_d4rl.py; here it is seed=0,1,2")
+    out = run_directory(Path(cfg.runs), dataset_name(cfg), cfg.method.name, cfg.seed)
     with claim(out):
         if is_finished(out, cfg):
             print(f"{out}: finished before", flush=True)
             return
         try:
-            results = spar_d4rl.train(cfg) if cfg.method.algorithm == "spar" else train(cfg)
+            if cfg.method.algorithm == "spar":
+                spar_d4rl.train(cfg, [cfg.seed], [out])
+            else:
+                train(cfg, cfg.seed, out)
         except InputError:
             shutil.rmtree(out, ignore_errors=True)
             raise
-    score = results["spar"] if "spar" in results else results["policy"]
-    shown = score["return_mean"] if score["normalized"] is None else score["normalized"]
-    print(f"{out}: score {shown:.1f}, {results['wall_seconds']:.0f} s", flush=True)
 
 
-def train(cfg: DictConfig) -> dict[str, Any]:
-    """One run of a rival; the files are those of spar_d4rl.py, "policy" in place of "anchor" and "spar"."""
+class RivalRun(Run):
+    """A rival of one seed; its files are SPAR's but for the saved policy and the figure."""
+
+    def __init__(self, cfg: DictConfig, seed: int, out: Path) -> None:
+        super().__init__(cfg, seed, out)
+        torch.manual_seed(seed)
+        build, options = BUILDERS[cfg.method.algorithm], method_options(cfg.method, dataset_name(cfg))
+        self.rival = build(Problem(self.data, self.cfg, self.device), **options)
+        self.policy = self.rival.policy
+        self.open(self.rival.columns)
+
+
+def train(cfg: DictConfig, seed: int, out: Path) -> None:
     start = time.perf_counter()
     torch.set_num_threads(cfg.threads)
-    torch.manual_seed(cfg.seed)
-    out, device = Path(cfg.out), best_device(cfg.device)
-    data, env = spar_d4rl.load(cfg, device)
-    options = method_options(cfg.method, spar_d4rl.dataset_name(cfg))
-    rival = BUILDERS[cfg.method.algorithm](Problem(data, cfg, device), **options)
-    log = MetricLog(out, cfg.logger.backend, [*rival.columns, *SCORE_COLUMNS])
-    save_config(out, cfg)
-    rival.pretrain(log)
+    run = RivalRun(cfg, seed, out)
+    rival, length = run.rival, block_length(cfg)
+    metrics: dict[str, torch.Tensor] = {}
 
-    def score(policy: Any, episodes: int, seed: int) -> dict[str, float | None]:
-        return summarize(env, evaluate(policy, env, episodes, seed + 100_000 * cfg.seed))
+    def make_block() -> dict[str, torch.Tensor]:
+        for _ in range(length):
+            metrics.update(rival(rival.data.sample()))
+        return metrics
 
-    curve, rate = spar_d4rl.improve(cfg, rival, rival.policy, rival.data, log, score, cfg.method.name)
-    results = {
-        **spar_d4rl.run_facts(cfg, env, data),
-        "policy": score(rival.policy, cfg.eval.final_episodes, RESULT_SEED),
-        "updates_per_second": rate, "wall_seconds": time.perf_counter() - start, "curve": curve,
-    }  # fmt: skip
-    log.close()
-    write_json(out / "results.json", results)
-    return results
+    try:
+        rival.pretrain(run)
+        run.finish(updates_per_second=improve([run], run.method, make_block), start=start)
+    finally:
+        run.close()
 
 
 def method_options(method: DictConfig, dataset: str) -> dict[str, Any]:

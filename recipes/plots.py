@@ -11,7 +11,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 # Okabe and Ito's colours: told apart by colour-blind readers, too.
-BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#666666"
+BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILION, PURPLE, GREY = (
+    "#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#666666"
+)  # fmt: skip
 
 
 def plot_learning_curve(path: Path, curve: list[dict[str, float]], results: dict[str, Any]) -> None:
@@ -21,7 +23,7 @@ def plot_learning_curve(path: Path, curve: list[dict[str, float]], results: dict
     steps = [row["step"] for row in curve]
     axes.plot(steps, [row[name] for row in curve], "-o", color=BLUE, markersize=4, label="SPAR (during training)")
     axes.plot(steps[-1:], [results["spar"][name]], "*", color=BLUE, markersize=14, label="SPAR (final evaluation)")
-    axes.axhline(results["anchor"][name], color=ORANGE, linestyle="--", label="anchor (behaviour cloning)")
+    axes.axhline(results["anchor"][name], color=VERMILION, linestyle="--", label="anchor (behaviour cloning)")
     axes.axhline(results["data"][name], color=GREY, linestyle=":", label="data")
     axes.set_xlabel("updates")
     axes.set_ylabel("D4RL-normalised score" if name == "normalized" else "return")

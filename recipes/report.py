@@ -21,11 +21,13 @@ Run = dict[str, Any]
 
 
 def read_runs(folder: Path) -> list[Run]:
-    """Every results file below a folder."""
+    """Every results file of spar_d4rl.py and compare.py below a folder."""
     runs = []
     for path in sorted(folder.rglob("*.json")):
         try:
             result = json.loads(path.read_text())
+            if "claim" in result or "matmul_gflops" in result:  # of recipes/claims and benchmark.py: no scores
+                continue
             names = ("data", "policy") if "policy" in result else ("data", "anchor", "spar")
             scores = [result[name]["normalized"] for name in names]
             result["dataset"], result["seed"]

@@ -14,8 +14,8 @@ from omegaconf import Container, DictConfig, OmegaConf
 
 from torchrl_spar import InputError
 
-# Where a run lies and how many threads it has makes it no other run.
-FREE = ("runs", "out", "threads")
+# What makes it no other run: where it and the data's cache lie, the threads, evaluation beside training.
+FREE = ("runs", "out", "cache", "threads", "eval.background")
 
 
 def run_directory(runs: Path, dataset: str, method: str, seed: int) -> Path:

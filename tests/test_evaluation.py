@@ -2,12 +2,31 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
 import pytest
 import torch
+from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import nn
+from torchrl.data import Bounded
 
-from torchrl_spar import InputError, environment_sizes, evaluate, make_env
+from torchrl_spar import (
+    BackgroundEvaluator,
+    InputError,
+    environment_sizes,
+    evaluate,
+    make_anchor,
+    make_env,
+    make_spar_loss,
+)
+from torchrl_spar.inference import action_function
 
 gymnasium = pytest.importorskip("gymnasium")
 
@@ -97,3 +116,165 @@ def test_bad_input_is_named():
         evaluate(policy(actions=2), "Pendulum-v1", episodes=1)
     with pytest.raises(InputError, match="episodes=0"):
         evaluate(policy(), "Pendulum-v1", episodes=0)
+
+
+def default_policy(head="residual", low=-2.0, high=2.0, seed=0):
+    """The policy of a loss with weights, statistics and scale away from their start."""
+    torch.manual_seed(seed)
+    stats = (torch.randn(3), torch.rand(3) + 0.5)
+    loss = make_spar_loss(3, Bounded(low, high, (1,)), head=head, hidden=[16, 16], observation_stats=stats)
+    actor = loss.actor
+    with torch.no_grad():
+        for tensor in actor.head.parameters():
+            tensor += 0.3 * torch.randn_like(tensor)
+        actor.residual_scale.fill_(0.4)
+    return actor
+
+
+@pytest.mark.parametrize("head", ["residual", "latent"])
+def test_default_policies_return_what_their_tensordict_calls_do(head):
+    actor = default_policy(head)
+    returns = evaluate(actor, "Pendulum-v1", episodes=3, seed=11)
+    expected = torch.tensor([by_hand(actor, "Pendulum-v1", 11 + i) for i in range(3)], dtype=torch.float64)
+    torch.testing.assert_close(returns, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("n", [1, 7])
+@pytest.mark.parametrize("bounds", [(-1.0, 1.0), (-2.0, 0.5)])
+@pytest.mark.parametrize("head", ["residual", "latent"])
+def test_actions_are_the_policys_to_the_last_bit(head, bounds, n):
+    actor = default_policy(head, *bounds)
+    anchor = make_anchor(3, Bounded(*bounds, (1,)), hidden=[16])
+    x = 3 * torch.randn(n, 3)
+    for policy in (actor, actor.anchor, anchor):
+        with torch.no_grad():
+            assert torch.equal(action_function(policy)(x), policy(TensorDict({"observation": x}, [n]))["action"])
+
+
+def test_a_changed_policy_keeps_its_own_call():
+    """Whatever the default networks do not do: hooks, subclasses, other layers."""
+    x = torch.randn(4, 3)
+    hooked = default_policy()
+    hooked.head.module.mlp[0].register_forward_hook(lambda module, args, out: out + 1)
+    subclassed = default_policy()
+    subclassed.__class__ = type("Loud", (type(subclassed),), {"compose": lambda self, anchor, residual: anchor + 5})
+    layered = default_policy()
+    layered.head.module.mlp[1] = nn.Tanh()
+    plain = action_function(default_policy())(x)
+    for changed in (hooked, subclassed, layered):
+        found = action_function(changed)(x)
+        assert torch.equal(found, changed(observation=x))
+        assert not torch.allclose(found, plain)
+
+
+@pytest.fixture(scope="module")
+def evaluator():
+    with BackgroundEvaluator() as running:
+        yield running
+
+
+def test_background_returns_equal_evaluate_of_the_snapshot(evaluator):
+    actor = default_policy()
+    expected = []
+    for step in range(3):
+        evaluator.submit(step, actor, "Pendulum-v1", episodes=2, seed=4)
+        expected.append((step, evaluate(actor, "Pendulum-v1", episodes=2, seed=4).tolist()))
+        with torch.no_grad():  # after the snapshot
+            actor.head.module.mlp[0].weight.add_(0.5)
+    assert [(step, returns.tolist()) for step, returns in evaluator.drain()] == expected
+    assert len({tuple(returns) for _, returns in expected}) == 3
+    assert evaluator.poll() == [] and evaluator.drain() == []
+
+
+def test_poll_never_waits_and_keeps_the_order(evaluator):
+    actor, finished = default_policy(), []
+    evaluator.submit("long", actor, "Pendulum-v1", episodes=20)
+    evaluator.submit("short", actor, "Pendulum-v1", episodes=1)
+    assert evaluator.poll() == []
+    while len(finished) < 2:
+        finished += evaluator.poll()
+        time.sleep(0.01)
+    assert [(key, len(returns)) for key, returns in finished] == [("long", 20), ("short", 1)]
+
+
+def test_errors_of_the_other_process_surface_here(evaluator):
+    evaluator.submit(2, policy(), "Pendulum-v1", episodes=1)
+    evaluator.submit(3, policy(size=4), "Pendulum-v1", episodes=1)
+    evaluator.submit(4, policy(), "Pendulum-v1", episodes=1)
+    with pytest.raises(InputError, match=r"evaluation 3: .*Pendulum-v1.*size 3"):
+        evaluator.drain()
+    assert [key for key, _ in evaluator.drain()] == [2, 4]
+    locked = policy()
+    locked.lock = threading.Lock()
+    with pytest.raises(InputError, match=r"evaluation 5: .*pickle"):
+        evaluator.submit(5, locked, "Pendulum-v1")
+    broken = policy()
+    broken.module = nn.Identity()  # a bug, not an input: keeps its traceback
+    broken.out_keys = ["nothing"]
+    evaluator.submit(6, broken, "Pendulum-v1", episodes=1)
+    with pytest.raises(RuntimeError, match=r"(?s)evaluation 6 .*Traceback"):
+        evaluator.drain()
+
+
+@pytest.mark.parametrize("moment", ["starting", "evaluating", "idle"])
+def test_a_killed_evaluation_is_named(moment):
+    before = set(multiprocessing.active_children())
+    with BackgroundEvaluator() as running:
+        (process,) = set(multiprocessing.active_children()) - before
+        if moment != "starting":
+            running.submit("first", policy(), "Pendulum-v1", episodes=1)
+            running.drain()
+        if moment != "idle":
+            running.submit(2000, policy(), "Pendulum-v1", episodes=500)
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        with pytest.raises(InputError, match=rf"evaluation 2000: its process {process.pid} was killed by SIGKILL"):
+            running.submit(2000, policy(), "Pendulum-v1", episodes=500)
+            running.drain()
+    assert not process.is_alive()
+
+
+def is_running(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+PARENT = """
+import multiprocessing, time
+from test_evaluation import policy
+from torchrl_spar import BackgroundEvaluator
+if __name__ == "__main__":
+    with BackgroundEvaluator() as evaluator:
+        evaluator.submit("first", policy(), "Pendulum-v1", episodes=1)
+        evaluator.drain()
+        evaluator.submit("second", policy(), "Pendulum-v1", episodes=5000)
+        print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+        time.sleep(600)
+"""
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="reads the processes of Linux")
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT])
+def test_no_process_outlives_its_parent(end, tmp_path):
+    (tmp_path / "parent.py").write_text(PARENT)
+    here = os.path.dirname(__file__)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([here, os.environ.get("PYTHONPATH", "")])}
+    parent = subprocess.Popen(
+        [sys.executable, str(tmp_path / "parent.py")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=environment, cwd=os.path.dirname(here), start_new_session=True,
+    )  # fmt: skip
+    children = [int(pid) for pid in parent.stdout.readline().split()]
+    assert len(children) == 1 and all(map(is_running, children))
+    if end == signal.SIGINT:
+        os.killpg(parent.pid, end)  # as the terminal does
+    else:
+        parent.send_signal(end)
+    _, errors = parent.communicate(timeout=60)
+    assert errors.count("Traceback") == (end == signal.SIGINT)  # the parent's own KeyboardInterrupt alone
+    deadline = time.monotonic() + 30
+    while any(map(is_running, children)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(map(is_running, children))

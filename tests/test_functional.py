@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import make_batch, total
+from conftest import ACTION, OBSERVATION, make_batch, total
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import nn
+from torchrl.data import Bounded
 
-from torchrl_spar import functional
+from torchrl_spar import functional, make_spar_loss
 from torchrl_spar.functional import call, call_ensemble
 from torchrl_spar.networks import ObservationNorm, StateMLP
 
@@ -30,6 +31,22 @@ def test_inputs_repeat_the_observation(layer_norm, lead, batch):
     found = net.functional(TensorDict.from_module(net).to_dict(), observation, action, latent)
     expected = net(observation.expand(*lead, *batch, 3), action.expand(*lead, *batch, 2), latent)
     torch.testing.assert_close(found, expected)
+
+
+def test_an_anchor_without_parameters_serves_as_one():
+    torch.manual_seed(0)
+    idle = TensorDictModule(lambda s: 0 * s[..., :ACTION] + 0.25, ["observation"], ["action"])
+    loss = make_spar_loss(OBSERVATION, Bounded(-1, 1, (ACTION,)), anchor=idle, hidden=[8])
+    batch = make_batch(16)
+    whole = batch.copy()
+    for part in (whole, whole["next"]):
+        part["anchor_action"] = torch.full((16, ACTION), 0.25)
+    found = []
+    for rows in (batch, whole):
+        torch.manual_seed(1)
+        found.append(total(loss(rows.copy())))
+    torch.testing.assert_close(*found)
+    found[0].backward()
 
 
 @pytest.mark.parametrize("head", ["residual", "latent"])

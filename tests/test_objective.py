@@ -162,8 +162,8 @@ def test_residual_loss_matches_reference(case, bound):
     if latent is not None:
         residual = ref.decode(s, a_b, latent)
     centre = ref.encode(s, a_b, residual)[0] if latent is None else latent
-    noise = torch.randn(8, *centre.shape, dtype=torch.float64)
-    latents = [(centre + 0.5 * (noise[k] if k else 0)).clamp(-2, 2) for k in range(8)]
+    noise = torch.randn(7, *centre.shape, dtype=torch.float64)
+    latents = [(centre + 0.5 * (noise[k - 1] if k else 0)).clamp(-2, 2) for k in range(8)]
     residuals = [ref.decode(s, a_b, z) for z in latents]
     q = [ref.q(s, ref.act(a_b, r), ref.critics) for r in residuals]
     advantage = torch.stack([bound_of(q_k - q[0]) for q_k in q])
@@ -198,13 +198,39 @@ def test_forward_is_the_four_terms(case):
         torch.testing.assert_close(out[f"loss_{term.removesuffix('_loss')}"], getattr(loss, term)(batch)[0])
 
 
-def test_candidate_blocks_do_not_change_the_target(make_loss, monkeypatch):
-    loss, batch = make_loss(), make_batch(16)
+@pytest.mark.parametrize("head", HEADS)
+def test_given_noise_replaces_the_drawn(make_loss, head):
+    loss, batch = make_loss(head=head), make_batch(12)
+    keys = ["action_noise", "candidate_noise", "latent_noise"]
     torch.manual_seed(0)
-    whole = loss.residual_loss(batch)[0]
-    monkeypatch.setattr("torchrl_spar.objective.CPU_BLOCK_ROWS", 16)
+    noisy = batch.clone()
+    noisy["latent_noise"] = torch.randn(12, 2 * ACTION)
+    noisy["action_noise"] = torch.randn(12, ACTION)
+    candidates = torch.randn(7, 12, 2 * ACTION)
+    noisy["candidate_noise"] = torch.cat((torch.full_like(candidates[:1], 1e3), candidates)).movedim(0, 1)
     torch.manual_seed(0)
-    torch.testing.assert_close(loss.residual_loss(batch)[0], whole)
+    expected = loss(batch)
+    found = loss(noisy)
+    torch.testing.assert_close(found, expected)
+    for key, term in zip(keys, ("loss_qvalue", "loss_residual", "loss_fit")):
+        assert loss(noisy.clone().set(key, noisy[key] + 1))[term] != found[term]
+
+
+def test_candidates_in_bfloat16_are_close_and_leave_weights_and_gradients_in_float32(make_loss):
+    plain, rounded = make_loss(), make_loss(candidate_dtype=torch.bfloat16)
+    rounded.load_state_dict(plain.state_dict())
+    batch = make_batch(64)
+    values = []
+    for loss in (plain, rounded):
+        torch.manual_seed(0)
+        value, metadata = loss.residual_loss(batch)
+        value.backward()
+        values.append((value, metadata))
+    (value, metadata), (near, near_metadata) = values
+    assert near != value and near.dtype == torch.float32  # it does round
+    torch.testing.assert_close(near, value, rtol=0.02, atol=0)
+    torch.testing.assert_close(near_metadata["trust_advantage"], metadata["trust_advantage"], rtol=0, atol=0)
+    assert all(p.dtype == torch.float32 and (p.grad is None or p.grad.dtype == p.dtype) for p in rounded.parameters())
 
 
 # ---------------------------------------------------------------- gradients

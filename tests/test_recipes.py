@@ -23,8 +23,10 @@ from PIL import Image
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 EMBEDDED = RECIPES / "data" / "torchrl-spar" / "hopper" / "medium-v0"
-TINY = ["preset=smoke", "anchor.steps=5", "fit.steps=5", "spar.updates=4", "eval.interval=2", "eval.final_episodes=2"]
-TINY += ["spar.loss.hidden=[8]", "logger.interval=2"]
+SMALL = ["preset=smoke", "anchor.steps=5", "fit.steps=5", "spar.updates=4", "eval.interval=2", "eval.final_episodes=2"]
+SMALL += ["spar.loss.hidden=[8]", "logger.interval=2", "cache=null"]
+# A second process costs seconds to start.
+TINY = [*SMALL, "eval.background=false"]
 
 
 def run(script, *overrides, cwd):
@@ -36,7 +38,7 @@ def run(script, *overrides, cwd):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     cwd = tmp_path_factory.mktemp("run")
-    done = run("spar_d4rl", *TINY, "seed=3", "out=result", "logger.backend=csv", cwd=cwd)
+    done = run("spar_d4rl", *SMALL, "seed=3", "out=result", "logger.backend=csv", cwd=cwd)
     assert done.returncode == 0, done.stderr
     return done, cwd
 
@@ -52,6 +54,7 @@ def test_main_job_leaves_everything_it_promises(finished):
     for name in ("anchor", "spar", "data"):
         assert set(results[name]) == {"return_mean", "return_std", "normalized"}
     assert (results["env"], results["seed"], results["updates"]) == ("Hopper-v5", 3, 4)
+    assert results["method"] == "spar"
     assert [row["step"] for row in results["curve"]] == [0, 2, 4]
     assert results["versions"]["torch"] == torch.__version__
     rows = list(csv.DictReader((out / "metrics.csv").open()))
@@ -65,6 +68,20 @@ def test_main_job_leaves_everything_it_promises(finished):
     assert (out / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
     for word in ("data", "anchor", "spar", f"{results['spar']['return_mean']:.1f}"):
         assert word in done.stdout
+
+
+def test_in_line_evaluation_gives_the_same_run(finished, tmp_path):
+    _, cwd = finished
+    done = run("spar_d4rl", *TINY, "seed=3", "out=result", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found, expected = (json.loads((path / "result" / "results.json").read_text()) for path in (cwd, tmp_path))
+    for timing in ("updates_per_second", "wall_seconds"):
+        assert found.pop(timing) > 0 and expected.pop(timing) > 0
+    assert found == expected
+    # Rows of the background evaluation come when they are done.
+    found, expected = (sorted((path / "result" / "metrics.csv").open()) for path in (cwd, tmp_path))
+    assert found == expected
+    assert [line.split(",")[1] for line in expected if line.startswith("eval,")] == ["0", "2", "4"]
 
 
 def test_reported_return_is_the_saved_policys(finished):
@@ -306,6 +323,39 @@ def test_multirun_leaves_one_run_a_seed(tmp_path):
     assert seeds == [0, 1]
 
 
+@pytest.mark.parametrize("stacked", [False, True])
+def test_seeds_at_once_are_the_single_runs(finished, tmp_path, stacked):
+    """On a CPU a process for each seed: the same bits. As one stack, what a GPU does: the same to round-off."""
+    if stacked:  # the script's own function, in a process of its own
+        code = "import sys; sys.path.insert(0, sys.argv.pop(1))\n"
+        code += "import hydra, spar_d4rl as job; from pathlib import Path\n"
+        code += "from omegaconf import OmegaConf; OmegaConf.register_new_resolver('recipe_dir', str)\n"
+        code += "with hydra.initialize_config_dir(str(Path(job.__file__).parent / 'config'), version_base=None):\n"
+        code += "    cfg = hydra.compose('spar_d4rl', [*sys.argv[1:], 'out=many'])\n"
+        code += "job.train(cfg, [2, 3], [Path('many/seed_2'), Path('many/seed_3')])"
+        command = [sys.executable, "-W", "ignore", "-c", code, str(RECIPES), *TINY]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    else:
+        done = run("spar_d4rl", *TINY, "seeds=[2,3]", "out=many", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert sorted(os.listdir(tmp_path / "many")) == ["seed_2", "seed_3"]
+    (_, cwd), out = finished, tmp_path / "many" / "seed_3"
+    states = [load_policy(folder / "policy.pt")[0].state_dict() for folder in (cwd / "result", out)]
+    torch.testing.assert_close(
+        states[1], states[0], **(dict(rtol=1e-4, atol=1e-5) if stacked else dict(rtol=0, atol=0))
+    )
+    results = json.loads((out / "results.json").read_text())
+    assert results["seed"] == 3 and "seed: 3\n" in (out / "config.yaml").read_text()
+    if not stacked:
+        assert results["curve"] == json.loads((cwd / "result" / "results.json").read_text())["curve"]
+
+
+def test_wrong_seeds_end_in_one_line(tmp_path):
+    assert_one_line(run("spar_d4rl", *TINY, "seeds=[1,1]", "out=x", cwd=tmp_path), "seeds=")
+    assert_one_line(run("spar_d4rl", *TINY, "eval.interval=0", "out=x", cwd=tmp_path), "eval.interval=0")
+    assert_one_line(run("spar_d4rl", *TINY, "spar.loss.candidate_dtype=half2", "out=x", cwd=tmp_path), "half2")
+
+
 def report(folder, cwd):
     command = [sys.executable, str(RECIPES / "report.py"), str(folder)]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
@@ -318,6 +368,8 @@ def test_report_gives_mean_and_spread_over_seeds(tmp_path):
         (tmp_path / f"{seed}.json").write_text(json.dumps(facts))
     spread = "20.0 +- 10.0 (10.0 / 30.0)"
     assert report(tmp_path, tmp_path).stdout.splitlines()[-1] == f"| toy | 0, 1 | 20.0 | {spread} | {spread} |"
+    (tmp_path / "claim.json").write_text(json.dumps({"claim": "drift", "findings": []}))
+    assert report(tmp_path, tmp_path).stdout.splitlines()[-1].startswith("| toy | 0, 1 |")
     (tmp_path / "broken.json").write_text("{")
     assert_one_line(report(tmp_path, tmp_path), "broken.json")
     (tmp_path / "empty").mkdir()

@@ -11,6 +11,7 @@ import threading
 import time
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -68,11 +69,8 @@ def train(data, updates, *overrides):
         Problem(data, cfg, torch.device("cpu")), **compare.method_options(cfg.method, "toy")
     )
     rows = []
-
-    class Log:
-        write = staticmethod(lambda *row: None)
-
-    rival.pretrain(Log())
+    unlogged = SimpleNamespace(add_result=lambda *result: None)
+    rival.pretrain(SimpleNamespace(cfg=cfg, data=data, seed=0, phase=lambda name: None, scores=unlogged))
     for _ in range(updates):
         rows.append({name: float(value) for name, value in rival(rival.data.sample()).items()})
     assert set().union(*rows) <= set(rival.columns)
@@ -250,11 +248,12 @@ def test_a_task_has_its_published_values():
 
 
 TINY = ["preset=smoke", "spar.loss.hidden=[8]", "anchor.steps=5", "fit.steps=5", "value.steps=5", "batch_size=8"]
-TINY += ["eval.episodes=1", "eval.final_episodes=2", "runs=runs"]
+TINY += ["eval.episodes=1", "eval.final_episodes=2", "eval.background=false", "cache=null"]
 
 
-def start(cwd, *overrides, **environment):
-    command = [sys.executable, str(RECIPES / "compare.py"), *TINY, *overrides]
+def start(cwd, *overrides, script="compare", **environment):
+    where = ["runs=runs"] if script == "compare" else []
+    command = [sys.executable, str(RECIPES / f"{script}.py"), *TINY, *where, *overrides]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     streams = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     return subprocess.Popen(command, cwd=cwd, env=environment, start_new_session=True, **streams)
@@ -263,6 +262,11 @@ def start(cwd, *overrides, **environment):
 def kill(process):
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
+
+
+def without_times(out):
+    results = json.loads((out / "results.json").read_text())
+    return {key: value for key, value in results.items() if key not in ("updates_per_second", "wall_seconds")}
 
 
 def runs_of(cwd, method):
@@ -278,10 +282,12 @@ def wait_for(condition, process, seconds=120):
 
 
 def test_a_killed_sweep_goes_on(tmp_path):
-    sweep_of = ["method=spar,spar_latent", "seed=0", "hydra.launcher.n_jobs=1", "spar.updates=60", "eval.interval=20"]
+    options = ["spar.updates=60", "eval.interval=20"]
+    sweep_of = ["method=spar,spar_latent,spar_iql", "seed=0", "hydra.launcher.n_jobs=1", *options]
     process = start(tmp_path, *sweep_of)
-    first, second = (
-        tmp_path / "runs" / "torchrl-spar-hopper-medium-v0" / method / "seed0" for method in ("spar", "spar_latent")
+    first, second, third = (
+        tmp_path / "runs" / "torchrl-spar-hopper-medium-v0" / method / "seed0"
+        for method in ("spar", "spar_latent", "spar_iql")
     )
     try:
         wait_for(lambda: (second / "metrics.csv").exists(), process)
@@ -296,10 +302,10 @@ def test_a_killed_sweep_goes_on(tmp_path):
     assert f"{first.relative_to(tmp_path)}: finished before" in output
     assert before == {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in first.iterdir()}
     assert not (second / "left_by_the_killed_run").exists()
-    one, other = (json.loads((out / "results.json").read_text()) for out in (first, second))
-    assert (one["method"], other["method"]) == ("spar", "spar_latent")
-    # One seed, one anchor, whatever the head.
-    assert one["anchor"] == other["anchor"] and one["spar"] != other["spar"]
+    one, other, extracted = (json.loads((out / "results.json").read_text()) for out in (first, second, third))
+    assert [run["method"] for run in (one, other, extracted)] == ["spar", "spar_latent", "spar_iql"]
+    # One seed, one anchor, whatever the head and whatever is drawn from the critic.
+    assert one["anchor"] == other["anchor"] == extracted["anchor"] and one["spar"] != other["spar"]
     assert [row["step"] for row in other["curve"]] == [0, 20, 40, 60]
 
     # A wrong option ends in one line, after the other runs, and leaves nothing.
@@ -311,15 +317,23 @@ def test_a_killed_sweep_goes_on(tmp_path):
     assert set(found) == set(one) - {"anchor", "spar"} | {"policy"}
     assert found["data"] == one["data"] and found["updates"] == 60
 
+    # The main job is the same run, to the bit.
+    output, _ = (process := start(tmp_path, *options, "seed=0", "out=alone", script="spar_d4rl")).communicate()
+    assert process.returncode == 0, output
+    assert without_times(tmp_path / "alone") == without_times(first)
+    assert (tmp_path / "alone" / "metrics.csv").read_text() == (first / "metrics.csv").read_text()
+
 
 def test_a_finished_run_with_other_options_is_refused(tmp_path):
-    cfg = OmegaConf.create({"runs": "a", "out": "b", "seed": 1, "spar": {"updates": 5, "lr": 1e-3}})
+    cfg = OmegaConf.create(
+        {"runs": "a", "out": "b", "seed": 1, "spar": {"updates": 5, "lr": 1e-3}, "eval": {"background": False}}
+    )
     out = tmp_path / "seed1"
     assert not sweep.is_finished(out, cfg)
     out.mkdir()
     (out / "config.yaml").write_text(OmegaConf.to_yaml(cfg))
     (out / "results.json").write_text("{}")
-    cfg.runs = "elsewhere"
+    cfg.runs, cfg.eval.background = "elsewhere", True
     assert sweep.is_finished(out, cfg)
     cfg.spar.updates = 6
     with pytest.raises(InputError, match=r"seed1: .*\(spar\.updates\)"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from conftest import ACTION, OBSERVATION, make_batch, total
@@ -10,10 +12,13 @@ from tensordict.nn import NormalParamExtractor, TensorDictModule
 from torch import nn
 from torchrl.data import Bounded
 from torchrl.modules import MLP, ProbabilisticActor, TanhNormal, ValueOperator
-from torchrl.objectives import IQLLoss
+from torchrl.objectives import IQLLoss, SoftUpdate
 
 from torchrl_spar import (
+    BatchSampler,
+    InputError,
     SPARUpdate,
+    StackedSPARLoss,
     fit_anchor,
     fit_residual,
     fit_value,
@@ -22,6 +27,7 @@ from torchrl_spar import (
     make_spar_loss,
     measure_residual_scale,
     returns_to_go,
+    with_anchor_actions,
 )  # fmt: skip
 
 
@@ -193,6 +199,133 @@ def test_head_is_updated_every_policy_interval_steps():
         update(make_batch(12))
         changed = not (loss.actor_network_params["head"].data == before).all()
         assert changed == (step % 3 == 0)
+
+
+@pytest.mark.parametrize("options", [{}, {"head": "latent"}, {"value_mix": 0.5}, {"candidate_dtype": torch.bfloat16}])
+@pytest.mark.parametrize("joint_fit", [False, True])
+def test_the_update_is_the_plain_loop(options, joint_fit):
+    options = dict(hidden=[16, 16], joint_fit=joint_fit, num_candidates=4, **options)
+    torch.manual_seed(0)
+    fast = make_spar_loss(OBSERVATION, Bounded(-1, 1, (ACTION,)), **options)
+    plain = make_spar_loss(OBSERVATION, Bounded(-1, 1, (ACTION,)), **options)
+    plain.load_state_dict(fast.state_dict())
+    update = SPARUpdate(fast, target_rate=0.05, policy_interval=2)
+    critics = [*plain.qvalue_network_params.parameters(), *plain.value_network_params.parameters()]
+    others = [p for p in plain.parameters() if all(p is not q for q in critics)]
+    optimizer, actor_optimizer = torch.optim.Adam(critics, lr=5e-4), torch.optim.Adam(others, lr=1e-3)
+    updater = SoftUpdate(plain, tau=0.05)
+    for step in range(1, 41):
+        batch = make_batch(32, seed=step)
+        noise = {"action_noise": (32, ACTION), "candidate_noise": (32, 4, 2 * ACTION), "latent_noise": (32, 2 * ACTION)}
+        for key, shape in noise.items():
+            batch[key] = torch.randn(shape)
+        update(batch.copy())
+        optimizer.zero_grad()
+        actor_optimizer.zero_grad()
+        total(plain(batch)).backward()
+        optimizer.step()
+        if step % 2 == 0:
+            actor_optimizer.step()
+        updater.step()
+    if not options.get("value_mix"):  # nothing reads the value network, so the update leaves it alone
+        plain.value_network_params.data.copy_(fast.value_network_params.data)
+    torch.testing.assert_close(fast.state_dict(), plain.state_dict(), rtol=1e-4, atol=1e-5)
+
+
+def test_the_compiled_update_is_the_eager_one(monkeypatch):
+    # The tracing is what can go wrong; generating code as well would take a minute.
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    torch.manual_seed(0)
+    losses = [make_spar_loss(OBSERVATION, Bounded(-1, 1, (ACTION,)), hidden=[8], joint_fit=False) for _ in range(2)]
+    losses[1].load_state_dict(losses[0].state_dict())
+    for loss, compile in zip(losses, (False, True)):
+        update = SPARUpdate(loss, compile=compile)
+        torch.manual_seed(1)
+        for step in range(4):
+            batch = make_batch(12, seed=step)
+            batch["action_noise"], batch["candidate_noise"] = torch.randn(12, ACTION), torch.randn(12, 8, 2 * ACTION)
+            update(batch)
+    torch.testing.assert_close(losses[1].state_dict(), losses[0].state_dict(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"head": "latent"}, {"joint_fit": True, "value_mix": 0.5}])
+def test_stacked_seeds_are_the_single_runs(fitted, options):
+    _, data = fitted
+    options = {"hidden": [16, 16], "joint_fit": False, "num_candidates": 4, **options}
+
+    def build(seed):
+        torch.manual_seed(seed)
+        loss = make_spar_loss(2, Bounded(-1, 1, (2,)), **options)
+        return loss, BatchSampler(loss, data, length=6, seed=seed)
+
+    singles, metrics = [build(seed) for seed in range(3)], []
+    for loss, sampler in singles:
+        update = SPARUpdate(loss, policy_interval=2)
+        metrics.append([update(batch) for _ in range(3) for batch in next(sampler)][-1])
+    runs = [build(seed) for seed in range(3)]
+    stack = StackedSPARLoss([loss for loss, _ in runs])
+    update = SPARUpdate(stack, policy_interval=2)
+    for _ in range(3):
+        stacked = update.run(torch.stack([next(sampler) for _, sampler in runs], 1))
+    for name, value in stacked.items():
+        torch.testing.assert_close(value, torch.stack([m[name] for m in metrics]), rtol=1e-3, atol=1e-5)
+    before = runs[0][0].state_dict()["qvalue_network_params.module.mlp.0.weight"].clone()
+    stack.copy_back()
+    for (single, _), (loss, _) in zip(singles, runs):
+        torch.testing.assert_close(loss.state_dict(), single.state_dict(), rtol=1e-3, atol=1e-5)
+    assert not before.equal(runs[0][0].state_dict()["qvalue_network_params.module.mlp.0.weight"])
+
+
+def test_stacks_are_of_one_kind():
+    spec = Bounded(-1, 1, (2,))
+    with pytest.raises(InputError, match="differ in their options"):
+        StackedSPARLoss([make_spar_loss(2, spec, hidden=[4], kappa=kappa) for kappa in (0.0, 1.0)])
+    with pytest.raises(InputError, match="joint_fit=True with head='latent'"):
+        StackedSPARLoss([make_spar_loss(2, spec, hidden=[4], head="latent")])
+
+
+def test_blocks_depend_on_their_seed_alone(fitted):
+    loss, data = fitted
+    torch.manual_seed(0)
+    first = [next(sampler) for sampler in [BatchSampler(loss, data, length=3, seed=7)] for _ in range(2)]
+    torch.manual_seed(1)
+    second = [next(sampler) for sampler in [BatchSampler(loss, data, length=3, seed=7)] for _ in range(2)]
+    assert all((a == b).all() for a, b in zip(first, second))
+    assert not (first[0] == first[1]).all()
+    rows = data[:]
+    for batch in first[0]:  # every row is one of the data's, with its own outcome
+        index = (rows["observation"].unsqueeze(0) == batch["observation"].unsqueeze(1)).all(-1).int().argmax(1)
+        for key in ("action", ("next", "reward"), ("next", "terminated")):
+            assert rows[key][index].equal(batch[key])
+    big = next(BatchSampler(loss, data, length=50, seed=0))
+    for key in ("action_noise", "candidate_noise"):
+        assert abs(big[key].mean()) < 0.02 and abs(big[key].std() - 1) < 0.02
+
+
+def test_cuda_graphs_need_a_cuda_device():
+    with pytest.raises(InputError, match="cudagraph=True: the loss is on cpu"):
+        SPARUpdate(make_spar_loss(OBSERVATION, Bounded(-1, 1, (ACTION,)), hidden=[8]), cudagraph=True)
+
+
+def test_anchor_actions_computed_once_are_the_anchors(fitted):
+    loss, data = fitted
+    rows = with_anchor_actions(loss, data)[:]
+    for state in (rows, rows["next"]):
+        torch.testing.assert_close(state["anchor_action"], loss.anchor(state.select("observation"))["action"])
+    assert "anchor_action" not in data[:].keys()
+    assert rows["observation"].data_ptr() == data[:]["observation"].data_ptr()
+    assert measure_residual_scale(loss, with_anchor_actions(loss, data)).equal(measure_residual_scale(loss, data))
+
+
+def test_learning_rates_fall_along_a_cosine():
+    loss = make_spar_loss(OBSERVATION, Bounded(-1, 1, (ACTION,)), hidden=[8], joint_fit=False)
+    update = SPARUpdate(loss, qvalue_lr=1e-2, actor_lr=1e-3, decay_steps=4)
+    rates = []
+    for _ in range(6):
+        update(make_batch(12))
+        rates.append([o.param_groups[0]["lr"] for o in (update.critic_optimizer, update.actor_optimizer)])
+    share = [1, 0.853553, 0.5, 0.146447, 0, 0]
+    torch.testing.assert_close(rates, [[1e-2 * x, 1e-3 * x] for x in share], rtol=1e-5, atol=1e-12)
 
 
 def test_reports_reach_every_step(fitted):

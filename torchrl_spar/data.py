@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch
 from tensordict import TensorDict, TensorDictBase, is_tensor_collection
 from torchrl.data import Bounded, ImmutableDatasetWriter, TensorDictReplayBuffer, TensorSpec, TensorStorage
 
+from torchrl_spar.cache import Content, load_cached
 from torchrl_spar.errors import InputError
 from torchrl_spar.readers import Steps, find_minari, read_file, read_minari, read_tensordict
 
@@ -90,6 +93,7 @@ def load_offline_dataset(
     device: torch.device | str | None = None,
     root: str | os.PathLike[str] | None = None,
     action_spec: TensorSpec | None = None,
+    cache: str | os.PathLike[str] | None = None,
 ) -> OfflineReplayBuffer:
     """Reads and checks a data set, whole, into a replay buffer.
 
@@ -110,6 +114,11 @@ def load_offline_dataset(
         root: Minari's directory; by default ``MINARI_DATASETS_PATH``, else ``~/.minari/datasets``.
         action_spec: the actions' bounds, a ``Bounded [a]``. By default Minari's action space, and
             -1 to 1 for files and TensorDicts.
+        cache: a directory of your own, such as ``~/.cache/torchrl_spar`` (the recipes' choice). What is read from a
+            source on disk is written there, and the next load maps it into memory instead of reading the source; it
+            is the same bit for bit, and copy-on-write. A source whose path, size or times changed is read
+            again and takes its old entry's place; a damaged entry or a directory that cannot be written gives a
+            warning. By default nothing is written.
 
     Returns:
         A buffer of N rows, raw units: ``observation [N, d]``, ``action [N, a]``,
@@ -152,103 +161,122 @@ def load_offline_dataset(
         raise InputError(f"batch_size={batch_size}: at least one row is needed")
     name = "TensorDict" if is_tensor_collection(source) else str(source)
     try:
-        steps = _read(source, root)
-        spec = _action_spec(steps, action_spec)
-        _check_actions(steps, spec)
-        data = _to_ted(steps)
+        given = None if action_spec is None else _bounds(action_spec)
+        if is_tensor_collection(source):
+            content, facts = _check(read_tensordict(source), given)
+        else:
+            path, read = _find(source, root)
+
+            def build() -> Content:
+                return _check(read(path), given)
+
+            options = None if given is None else [bound.tolist() for bound in given]
+            content, facts = load_cached(path, options, Path(cache).expanduser(), build) if cache else build()
     except InputError as err:
         raise InputError(f"{name}: {err}") from err.__cause__
-    # bincount sums in float64 whatever the rewards' type
-    returns = torch.from_numpy(np.bincount(steps.episode, weights=steps.reward))
+    if facts["note"]:
+        warnings.warn(f"{name}: {facts['note']}", stacklevel=2)
+    low, high = content["action_low"], content["action_high"]
     return OfflineReplayBuffer(
-        data,
-        action_spec=spec,
-        episode_returns=returns,
+        content["rows"],
+        action_spec=Bounded(low, high, low.shape, dtype=torch.float32),
+        episode_returns=content["episode_returns"],
         name=name,
-        env_id=steps.env_id,
+        env_id=facts["env_id"],
         device=device,
         batch_size=batch_size,
     )
 
 
-def _read(source: Any, root: str | os.PathLike[str] | None) -> Steps:
-    if is_tensor_collection(source):
-        return read_tensordict(source)
+def _find(source: Any, root: str | os.PathLike[str] | None) -> tuple[Path, Callable[[Path], Steps]]:
+    """Where the source lies, and its reader."""
     if isinstance(source, str) and source.startswith("minari:"):
-        return read_minari(find_minari(source.removeprefix("minari:"), root))
+        return find_minari(source.removeprefix("minari:"), root), read_minari
     if isinstance(source, str) and source.startswith("d4rl:"):
         raise InputError("D4RL's ids are not downloaded: give the path of the data set's .hdf5 file instead")
     if isinstance(source, (str, os.PathLike)):
         path = Path(source).expanduser()
         if path.is_dir():
-            return read_minari(path)
+            return path, read_minari
         if path.suffix.lower() in (".hdf5", ".h5", ".npz"):
-            return read_file(path)
+            return path, read_file
     raise InputError(
         "no such directory, or no known form of source. Accepted are 'minari:<id>', the directory of a Minari data "
         "set, a .hdf5, .h5 or .npz file with D4RL's arrays, and a TensorDict in TED form"
     )
 
 
-def _action_spec(steps: Steps, given: TensorSpec | None) -> Bounded:
-    """The given bounds or the source's, as float32 ``[action_dim]``."""
-    if given is None:
-        low, high = (torch.as_tensor(bound, dtype=torch.float32) for bound in steps.action_bounds)
-    elif isinstance(given, Bounded):
-        low, high = (torch.as_tensor(bound).float().cpu() for bound in (given.space.low, given.space.high))
-    else:
-        raise InputError(f"action_spec must be a torchrl.data.Bounded, not {type(given).__name__}")
-    shape = torch.Size(steps.action.shape[1:])
+def _check(steps: Steps, given: tuple[torch.Tensor, torch.Tensor] | None) -> Content:
+    """The rows in TED form and all that belongs to them, as the cache keeps it."""
+    bounds = given or tuple(torch.as_tensor(bound, dtype=torch.float32) for bound in steps.action_bounds)
+    _check_actions(steps, *bounds)
+    content = {
+        # bincount sums in float64 whatever the rewards' type
+        "episode_returns": torch.from_numpy(np.bincount(steps.episode, weights=steps.reward)),
+        "action_low": bounds[0],
+        "action_high": bounds[1],
+        "rows": _to_ted(steps),
+    }
+    return TensorDict(content), {"env_id": steps.env_id, "note": steps.note}
+
+
+def _bounds(spec: TensorSpec) -> tuple[torch.Tensor, torch.Tensor]:
+    if not isinstance(spec, Bounded):
+        raise InputError(f"action_spec must be a torchrl.data.Bounded, not {type(spec).__name__}")
+    return spec.space.low.float().cpu(), spec.space.high.float().cpu()
+
+
+def _check_actions(steps: Steps, low: torch.Tensor, high: torch.Tensor) -> None:
+    shape = steps.action.shape[1:]
     if low.shape != shape:
         raise InputError(f"actions are of shape {tuple(shape)}, their bounds of shape {tuple(low.shape)}")
     if not (low.isfinite().all() and high.isfinite().all()):
         raise InputError("the action space has no finite bounds: give them as action_spec=Bounded(low, high, shape)")
-    return Bounded(low, high, shape, dtype=torch.float32)
-
-
-def _check_actions(steps: Steps, spec: Bounded) -> None:
-    low, high = spec.space.low.numpy(), spec.space.high.numpy()
-    outside = np.maximum(low - steps.action, steps.action - high) > ACTION_TOLERANCE
-    if outside.any():
+    least, most = low.numpy(), high.numpy()
+    extremes = np.maximum(least - steps.action.min(axis=0), steps.action.max(axis=0) - most)
+    if (extremes > ACTION_TOLERANCE).any():
+        outside = np.maximum(least - steps.action, steps.action - most) > ACTION_TOLERANCE
         row, column = np.argwhere(outside)[0]
         raise InputError(
             f"{outside.any(axis=1).sum()} of {len(outside)} actions leave their bounds, the first in row {row}: "
-            f"component {column} is {steps.action[row, column]:.6g}, its bounds are {low[column]:.6g} to "
-            f"{high[column]:.6g}. Clip the actions, or give the true bounds as action_spec=Bounded(low, high, shape)"
+            f"component {column} is {steps.action[row, column]:.6g}, its bounds are {least[column]:.6g} to "
+            f"{most[column]:.6g}. Clip the actions, or give the true bounds as action_spec=Bounded(low, high, shape)"
         )
 
 
 def _to_ted(steps: Steps) -> TensorDict:
-    if not steps.known.any():
+    """The rows whose next observation is known; ``steps`` is empty afterwards, so that no row is in memory twice."""
+    known = steps.known
+    if not known.any():
         raise InputError("no step has a known next observation, so no row is left")
+    fields = vars(steps)
 
-    def column(array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(array[steps.known]).unsqueeze(-1)  # a mask copies: the source's memory stays its own
+    def rows(name: str) -> torch.Tensor:
+        array = fields.pop(name)
+        return torch.from_numpy(array if known.all() else array[known])
 
-    rows = [int(steps.known.sum())]
-    root = {flag: torch.zeros(*rows, 1, dtype=torch.bool) for flag in ("done", "terminated", "truncated")}
-    outcome = {
-        "observation": torch.from_numpy(steps.next_observation[steps.known]),
-        "reward": column(steps.reward).float(),
-        "done": column(steps.terminated | steps.truncated),
-        "terminated": column(steps.terminated),
-        "truncated": column(steps.truncated),
-    }
+    count = int(known.sum())
+    root = {flag: torch.zeros(count, 1, dtype=torch.bool) for flag in ("done", "terminated", "truncated")}
+    outcome = {name: rows(name).unsqueeze(-1) for name in ("terminated", "truncated")}
+    outcome["done"] = outcome["terminated"] | outcome["truncated"]
+    outcome["reward"] = rows("reward").float().unsqueeze(-1)
+    outcome["observation"] = rows("next_observation")
     return TensorDict(
         {
-            "observation": torch.from_numpy(steps.observation[steps.known]),
-            "action": torch.from_numpy(steps.action[steps.known]),
-            "episode": torch.from_numpy(steps.episode[steps.known]),
+            "observation": rows("observation"),
+            "action": rows("action"),
+            "episode": rows("episode"),
             **root,
-            "next": TensorDict(outcome, rows),
+            "next": TensorDict(outcome, [count]),
         },
-        rows,
+        [count],
     )
 
 
 def _observation_statistics(observation: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    # A dimension at a time: a float64 copy of all of a large set would cost more than the set.
-    moments = [torch.std_mean(column.double(), correction=0) for column in observation.unbind(-1)]
+    # A dimension at a time in one buffer: a float64 copy of all of a large set would cost more than the set.
+    buffer = torch.empty_like(observation[:, 0], dtype=torch.float64)
+    moments = [torch.std_mean(buffer.copy_(column), correction=0) for column in observation.unbind(-1)]
     scale, loc = (torch.stack(values) for values in zip(*moments))
     scale = torch.where(scale < SCALE_FLOOR * loc.abs().clamp(min=1), 1.0, scale)
     return loc.float(), scale.float()

@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from tensordict import TensorDict
 from tensordict.nn import TensorDictModuleBase
 from torchrl.data import Bounded
 
 from torchrl_spar.errors import InputError
+from torchrl_spar.inference import action_function
 from torchrl_spar.observations import flatten_observation
 
 
@@ -87,8 +87,8 @@ def evaluate(
     """Undiscounted returns of a policy, all episodes side by side.
 
     Episode ``i`` runs in an environment of its own, seeded with ``seed + i``; each step is
-    one call of the policy on the episodes that still run. The policy is called under
-    ``no_grad`` in the exploration type in force (TorchRL's default: deterministic).
+    one call of the policy on the episodes that still run, under ``no_grad`` in the exploration
+    type in force (TorchRL's default: deterministic).
 
     Args:
         policy: a module that reads ``"observation"`` ``[n, observation_dim]`` (raw units,
@@ -115,14 +115,18 @@ def evaluate(
         raise InputError(f"episodes={episodes}: at least one episode is needed")
     state = chain(policy.parameters(), policy.buffers())
     device = next((tensor.device for tensor in state), torch.device("cpu"))
+    act = action_function(policy)
     envs = [make_env(env_id, **env_kwargs) for _ in range(episodes)]
     try:
-        returns = torch.zeros(episodes, dtype=torch.float64)
+        space = envs[0].action_space
+        returns = [0.0] * episodes
         observations = [flatten_observation(env.reset(seed=seed + i)[0]) for i, env in enumerate(envs)]
         running = list(range(episodes))
         while running:
-            batch = TensorDict({"observation": torch.from_numpy(np.stack(observations))}, [len(running)], device=device)
-            actions = _act(policy, batch, env_id, envs[0].action_space)
+            batch = np.empty((len(running), *observations[0].shape), np.float32)
+            for row, observation in enumerate(observations):
+                batch[row] = observation
+            actions = _act(act, torch.from_numpy(batch).to(device), env_id, space)
             still_running, observations = [], []
             for i, action in zip(running, actions):
                 observation, reward, terminated, truncated, _ = envs[i].step(action)
@@ -133,19 +137,19 @@ def evaluate(
             running = still_running
             if on_step is not None:
                 on_step(envs)
-        return returns
+        return torch.tensor(returns, dtype=torch.float64)
     finally:
         for env in envs:
             env.close()
 
 
 @torch.no_grad()
-def _act(policy: TensorDictModuleBase, batch: TensorDict, env_id: str, space: Any) -> np.ndarray:
+def _act(act: Callable[[torch.Tensor], torch.Tensor], observation: torch.Tensor, env_id: str, space: Any) -> np.ndarray:
     try:
-        action = policy(batch).get("action")
+        action = act(observation)
     except RuntimeError as err:
         raise InputError(
-            f"the policy does not accept {env_id!r}'s observations of size {batch['observation'].shape[-1]}: {err}"
+            f"the policy does not accept {env_id!r}'s observations of size {observation.shape[-1]}: {err}"
         ) from None
     if action.shape[1:] != space.shape:
         raise InputError(f"the policy's actions have shape {tuple(action.shape[1:])}, {env_id!r} takes {space.shape}")

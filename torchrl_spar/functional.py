@@ -7,6 +7,7 @@ A network with a method ``functional(params, *inputs)`` is called without either
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 
 def call(
     module: TensorDictModuleBase,
-    params: TensorDictBase,
+    params: TensorDictBase | None,
     state: TensorDictBase,
     entries: Mapping[NestedKey, Tensor],
     *,
@@ -27,7 +28,7 @@ def call(
 
     Args:
         module: any TensorDictModule.
-        params: its parameters and buffers, nested as in the module.
+        params: its parameters and buffers, nested as in the module; None where it has none.
         state: batch ``[*B]``; not changed.
         entries: inputs beside the state's, ``[*L, *B, features]``; the state repeats along ``L``.
         frozen: whether gradients pass through the module and leave ``params`` as they are.
@@ -43,8 +44,8 @@ def call(
         torch.Size([5, 2])
     """
     network = _direct(module)
-    if network is None:
-        return _through_tensordict(module, params.data if frozen else params, state, entries)
+    if network is None or params is None:
+        return _through_tensordict(module, params.data if frozen and params is not None else params, state, entries)
     nested = params.to_dict()["module"]
     outputs = network(_detached(nested) if frozen else nested, *_inputs(module, state, entries))
     return dict(zip(module.out_keys, outputs if isinstance(outputs, tuple) else (outputs,)))
@@ -57,6 +58,7 @@ def call_ensemble(
     entries: Mapping[NestedKey, Tensor],
     *,
     out_key: NestedKey,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """One output of every member of an ensemble, ``[E, *L, *B, features]``.
 
@@ -66,6 +68,7 @@ def call_ensemble(
         state: as for :func:`call`.
         entries: as for :func:`call`.
         out_key: the output.
+        dtype: what this package's networks compute their hidden layers in, without gradient.
 
     Source: ours. A loop, not ``vmap``, which takes LayerNorm apart and is slower on a CPU.
 
@@ -84,7 +87,8 @@ def call_ensemble(
         return torch.stack([_through_tensordict(module, member, state, entries)[out_key] for member in members])
     nested, inputs = params.to_dict()["module"], _inputs(module, state, entries)
     dicts = _unbound(nested, params.batch_size[0]) if params.ndim else [nested]
-    return torch.stack([network(member, *inputs) for member in dicts])
+    options = {} if dtype is None else {"dtype": dtype}
+    return torch.stack([network(member, *inputs, **options) for member in dicts])
 
 
 def _direct(module: TensorDictModuleBase) -> Any:
@@ -98,7 +102,10 @@ def _inputs(module: TensorDictModuleBase, state: TensorDictBase, entries: Mappin
 
 
 def _through_tensordict(
-    module: TensorDictModuleBase, params: TensorDictBase, state: TensorDictBase, entries: Mapping[NestedKey, Tensor]
+    module: TensorDictModuleBase,
+    params: TensorDictBase | None,
+    state: TensorDictBase,
+    entries: Mapping[NestedKey, Tensor],
 ) -> dict[NestedKey, Tensor]:
     scratch = state.select(*(key for key in module.in_keys if key not in entries))
     for key, value in entries.items():
@@ -106,7 +113,7 @@ def _through_tensordict(
         if lead and scratch.batch_size == state.batch_size:
             scratch = scratch.expand(*lead, *state.batch_size)
         scratch.set(key, value)
-    with params.to_module(module, preserve_module_state=False):
+    with nullcontext() if params is None else params.to_module(module, preserve_module_state=False):
         out = module(scratch)
     return {key: out[key] for key in module.out_keys}
 
@@ -117,9 +124,11 @@ def _detached(params: Any) -> Any:
     return {name: _detached(value) for name, value in params.items()}
 
 
-def _unbound(params: Any, size: int) -> list[Any]:
+def _unbound(params: Mapping[str, Any], size: int) -> list[dict[str, Any]]:
     """A list of ``size`` nested dicts from one of stacked tensors."""
-    if isinstance(params, Tensor):
-        return list(params.unbind(0))
-    members = {name: _unbound(value, size) for name, value in params.items()}
-    return [{name: values[index] for name, values in members.items()} for index in range(size)]
+    members: list[dict[str, Any]] = [{} for _ in range(size)]
+    for name, value in params.items():
+        parts = value.unbind(0) if isinstance(value, Tensor) else _unbound(value, size)
+        for member, part in zip(members, parts):
+            member[name] = part
+    return members

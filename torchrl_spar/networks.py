@@ -79,13 +79,20 @@ class StateMLP(nn.Module):
     def forward(self, observation: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
         return self.mlp(torch.cat((self.norm(observation), *inputs), -1))
 
-    def functional(self, params: Mapping[str, Any], observation: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
+    def functional(
+        self,
+        params: Mapping[str, Any],
+        observation: torch.Tensor,
+        *inputs: torch.Tensor,
+        dtype: torch.dtype | None = None,
+    ) -> torch.Tensor:
         """The same with other parameters, for inputs that may repeat the observation along leading dimensions.
 
         Args:
             params: this module's parameters and buffers as a nested dict.
             observation: ``[*B, observation_dim]``.
-            *inputs: ``[*B, features]`` or, all with the same leading ``L``, ``[*L, *B, features]``.
+            *inputs: ``[*B, features]`` and, after those, ``[*L, *B, features]``, all with the same leading ``L``.
+            dtype: what the hidden layers are computed in, without gradient; by default the parameters' own type.
 
         Examples:
             >>> from tensordict import TensorDict
@@ -96,26 +103,37 @@ class StateMLP(nn.Module):
         """
         norm, layers = params["norm"], params["mlp"]
         out = (observation - norm["loc"]) / norm["scale"]
+        last = len(self.mlp) - 1
         for index, layer in enumerate(self.mlp):
             own = layers.get(str(index))
+            if own is not None and dtype is not None and index < last:
+                own = {name: value.to(dtype) for name, value in own.items()}
             if index == 0:
-                out = _linear_of_parts((out, *inputs), own["weight"], own["bias"])
+                parts = [part if dtype is None else part.to(dtype) for part in (out, *inputs)]
+                out = _linear_of_parts(parts, own["weight"], own["bias"])
             elif isinstance(layer, nn.Linear):
-                out = F.linear(out, own["weight"], own["bias"])
+                # What is asked for is small differences of outputs: the last layer keeps the weights' own precision.
+                out = F.linear(out.to(own["weight"].dtype), own["weight"], own["bias"])
             elif isinstance(layer, nn.LayerNorm):
                 out = F.layer_norm(out, layer.normalized_shape, own["weight"], own["bias"], layer.eps)
+            elif isinstance(layer, nn.ReLU):
+                # In place: neither a linear layer nor a LayerNorm needs its output for its gradient.
+                out = F.relu_(out)
             else:
                 out = layer(out)
         return out
 
 
 def _linear_of_parts(parts: Sequence[torch.Tensor], weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """``linear(cat(parts))``, where what parts of fewer dimensions add is computed once and repeated."""
+    """``linear(cat(parts))``, where what the first parts add is computed once and repeated if they have fewer dims."""
     rank = max(part.ndim for part in parts)
-    if all(part.ndim == rank for part in parts):
-        return F.linear(torch.cat(list(parts), -1), weight, bias)
-    columns = weight.split([part.shape[-1] for part in parts], -1)
-    shared = [(part, column) for part, column in zip(parts, columns) if part.ndim < rank]
-    own = [(part, column) for part, column in zip(parts, columns) if part.ndim == rank]
-    once = F.linear(torch.cat([part for part, _ in shared], -1), torch.cat([column for _, column in shared], -1), bias)
-    return once + F.linear(torch.cat([part for part, _ in own], -1), torch.cat([column for _, column in own], -1))
+    first = next(index for index, part in enumerate(parts) if part.ndim == rank)
+    if first == 0:
+        return F.linear(_cat(parts), weight, bias)
+    columns = sum(part.shape[-1] for part in parts[:first])
+    once = F.linear(_cat(parts[:first]), weight[:, :columns], bias)
+    return F.linear(_cat(parts[first:]), weight[:, columns:]).add_(once)
+
+
+def _cat(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(tuple(parts), -1)

@@ -31,13 +31,11 @@ from torchrl.objectives.value import ValueEstimatorBase
 from torchrl_spar.errors import InputError
 from torchrl_spar.functional import call, call_ensemble
 from torchrl_spar.residual import ResidualVAE, SPARActor
-from torchrl_spar.value import Bound, lower_bound
+from torchrl_spar.value import Bound, lower_bound, spread
 
 # exp(2.3) is about 10: no sample weighs more than ten average ones before normalisation.
 TRUST_LOG_WEIGHT_RANGE = (-5.0, 2.3)
 TINY = 1e-8
-# Measured on a CPU with 256 x 256 networks: 1,024 rows at once take half the time of 2,048.
-CPU_BLOCK_ROWS = 1024
 
 
 class SPARLoss(LossModule):
@@ -80,6 +78,9 @@ class SPARLoss(LossModule):
         num_candidates: candidates K for each state, the policy's own included (ours: 8).
         latent_std: sigma, the spread of the candidates in the latent (ours: 0.5).
         latent_bound: candidates are clamped to +- this (ours: 2).
+        candidate_dtype: what the hidden layers of the default critics compute in while they score
+            candidates, such as ``torch.bfloat16``; by default the parameters' own type. Weights and
+            gradients are not touched.
         temperature: tau of the candidates' weights; small is greedy (ours: 0.3).
         lsi_coeff: weight of self-imitation; 0 leaves it out (the ablation). Can be scheduled.
         trust_coeff: lambda, the weight of the advantage-weighted fit to the data's own
@@ -122,6 +123,9 @@ class SPARLoss(LossModule):
         Attributes:
             action: the data's action, and where the actor writes and the critics read theirs.
             anchor_action: the anchor's action.
+            action_noise: noise on the bootstrapped action.
+            candidate_noise: noise that makes the candidates; the first candidate's is not used.
+            latent_noise: the VAE's sample in the fit.
             residual: the scaled residual that the head (A) or decoder (B) writes, the encoder reads.
             latent: the latent that the decoder reads and head B writes.
             latent_loc: the mean that the encoder writes.
@@ -137,6 +141,9 @@ class SPARLoss(LossModule):
 
         action: NestedKey = "action"
         anchor_action: NestedKey = "anchor_action"
+        action_noise: NestedKey = "action_noise"
+        candidate_noise: NestedKey = "candidate_noise"
+        latent_noise: NestedKey = "latent_noise"
         residual: NestedKey = "residual"
         latent: NestedKey = "latent"
         latent_loc: NestedKey = "latent_loc"
@@ -192,6 +199,7 @@ class SPARLoss(LossModule):
         num_candidates: int = 8,
         latent_std: float = 0.5,
         latent_bound: float = 2.0,
+        candidate_dtype: torch.dtype | None = None,
         temperature: float = 0.3,
         lsi_coeff: float = 1.0,
         trust_coeff: float = 1.0,
@@ -243,6 +251,7 @@ class SPARLoss(LossModule):
         self.num_candidates = num_candidates
         self.latent_std = latent_std
         self.latent_bound = latent_bound
+        self.candidate_dtype = candidate_dtype
         self.temperature = temperature
         self.latent_reg = latent_reg
         self.has_lsi, self.has_trust = lsi_coeff > 0, trust_coeff > 0
@@ -271,7 +280,8 @@ class SPARLoss(LossModule):
         state = self._anchored(tensordict)
         residual = self._data_residual(tensordict, state)
         loc, log_std = self._encode(state, residual)
-        latent = loc + log_std.exp() * torch.randn_like(loc)
+        noise = tensordict.get(self.tensor_keys.latent_noise, None)
+        latent = loc + log_std.exp() * (torch.randn_like(loc) if noise is None else noise)
         error = (self._decode(state, latent) - residual).pow(2).mean(-1)
         kl = (0.5 * (loc.pow(2) + (2 * log_std).exp() - 1) - log_std).mean(-1)
         mask = self._valid(tensordict, error)
@@ -291,7 +301,7 @@ class SPARLoss(LossModule):
         state = tensordict.select(*self._state_keys(self.value_network, self.qvalue_network))
         with torch.no_grad():
             qvalue = self._lower_bound(
-                self._qvalue(state, tensordict[self.tensor_keys.action], self._target("qvalue_network"))
+                self._qvalue(state, tensordict[self.tensor_keys.action], self.target_params("qvalue_network"))
             )
         difference = qvalue - self._value(state)
         weight = torch.where(difference > 0, self.expectile, 1 - self.expectile)
@@ -310,12 +320,23 @@ class SPARLoss(LossModule):
         Source: conservative values are the paper's; bound, noise (TD3) and targets are ours.
         """
         with torch.no_grad():
-            next_value = self._next_value(tensordict["next"])
             keys = self.tensor_keys
+            next_value = self._next_value(tensordict["next"], tensordict.get(keys.action_noise, None))
             outcome = tensordict.select(*(_under_next(key) for key in (keys.reward, keys.done, keys.terminated)))
             outcome.set(_under_next(keys.reward), self.reward_scale * outcome[_under_next(keys.reward)])
             outcome.set(_under_next(keys.value), next_value.unsqueeze(-1))
             target = self.value_estimator.value_estimate(outcome).squeeze(-1)
+        loss, metadata = self.qvalue_regression(tensordict, target)
+        return loss, metadata | {"next_state_value": _masked_mean(next_value, self._valid(tensordict, target))}
+
+    def qvalue_regression(self, tensordict: TensorDictBase, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Regression of all critics, at the data's actions, on a target ``[*B]`` in scaled reward units.
+
+        Returns:
+            As :meth:`qvalue_loss`, without ``next_state_value``.
+
+        Source: ours; :func:`~torchrl_spar.fit_value` starts the critics with it.
+        """
         qvalue = self._qvalue(tensordict, tensordict[self.tensor_keys.action], self.qvalue_network_params)
         error = distance_loss(qvalue, target.expand_as(qvalue), self.loss_function)
         mask = self._valid(tensordict, target)
@@ -323,7 +344,6 @@ class SPARLoss(LossModule):
             "td_error": (qvalue.detach() - target).pow(2).amax(0),
             "pred_value": _masked_mean(qvalue.detach().mean(0), mask),
             "target_value": _masked_mean(target, mask),
-            "next_state_value": _masked_mean(next_value, mask),
         }
         return self._reduce(error.sum(0), tensordict), metadata
 
@@ -348,7 +368,8 @@ class SPARLoss(LossModule):
         loss = torch.zeros_like(residual[..., 0])
         metadata: dict[str, Tensor] = {}
         if self.has_lsi:
-            target, diagnostics = self.self_imitation_target(state, residual, latent, mask)
+            noise = tensordict.get(self.tensor_keys.candidate_noise, None)
+            target, diagnostics = self.self_imitation_target(state, residual, latent, mask, noise)
             prediction = residual if latent is None else latent
             loss = loss + self.lsi_coeff * (prediction - target).pow(2).mean(-1)
             metadata.update(diagnostics)
@@ -365,7 +386,12 @@ class SPARLoss(LossModule):
 
     @torch.no_grad()
     def self_imitation_target(
-        self, state: TensorDictBase, residual: Tensor, latent: Tensor | None = None, mask: Tensor | None = None
+        self,
+        state: TensorDictBase,
+        residual: Tensor,
+        latent: Tensor | None = None,
+        mask: Tensor | None = None,
+        noise: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """What the head should have said: the value-weighted mean of its own neighbours.
 
@@ -381,6 +407,7 @@ class SPARLoss(LossModule):
             residual: the policy's scaled residual ``[*B, action_dim]``.
             latent: head B's latent ``[*B, latent_dim]``; by default the encoder's mean for ``residual``.
             mask: valid positions ``[*B]``.
+            noise: standard normal ``[*B, K, latent_dim]``; drawn by default.
 
         Returns:
             The target (residual, or latent where ``latent`` is given), without gradient,
@@ -388,25 +415,25 @@ class SPARLoss(LossModule):
             first), ``lsi_advantage`` (weighted mean of ``A_k``), ``candidate_value_std``.
         """
         centre = self._encode(state, residual)[0] if latent is None else latent
-        noise = torch.randn((self.num_candidates, *centre.shape), dtype=centre.dtype, device=centre.device)
-        noise[0] = 0
-        latents = (centre + self.latent_std * noise).clamp(-self.latent_bound, self.latent_bound)
-        residual_blocks, qvalue_blocks = [], []
-        for block in latents.split(self._block_size(centre)):
-            residual_blocks.append(self._decode(state, block))
-            actions = self._compose(state.get(self.tensor_keys.anchor_action), residual_blocks[-1])
-            qvalue_blocks.append(self._qvalue(state, actions, self.qvalue_network_params))
-        residuals, qvalue = torch.cat(residual_blocks), torch.cat(qvalue_blocks, 1)
+        if noise is None:
+            noise = centre.new_empty(self.num_candidates - 1, *centre.shape).normal_()
+        else:
+            noise = noise.movedim(-2, 0)[1:]
+        latents = torch.cat((centre.unsqueeze(0), centre + self.latent_std * noise))
+        latents = latents.clamp(-self.latent_bound, self.latent_bound)
+        residuals = self._decode(state, latents)
+        actions = self._compose(state.get(self.tensor_keys.anchor_action), residuals)
+        qvalue = self._qvalue(state, actions, self.qvalue_network_params, dtype=self.candidate_dtype)
         difference = qvalue - qvalue[:, :1]
         advantage = self._lower_bound(difference)
-        scale = _masked_mean(difference.mean(0).std(0, correction=0), mask).clamp_min(TINY)
+        scale = _masked_mean(spread(difference.mean(0)), mask).clamp_min(TINY)
         weight = (advantage / (self.temperature * scale)).softmax(0)
         target = (weight.unsqueeze(-1) * (residuals if latent is None else latents)).sum(0)
         metadata = {
             "effective_sample_size": _masked_mean(1 / weight.pow(2).sum(0), mask),
             "candidate_diversity": _masked_mean((residuals - residuals[:1]).pow(2).mean((0, -1)), mask).sqrt(),
             "lsi_advantage": _masked_mean((weight * advantage).sum(0), mask),
-            "candidate_value_std": _masked_mean(qvalue.std(0, correction=0).mean(0), mask),
+            "candidate_value_std": _masked_mean(spread(qvalue).mean(0), mask),
         }
         return target, metadata
 
@@ -435,7 +462,7 @@ class SPARLoss(LossModule):
         weight = (advantage / std.clamp_min(TINY)).clamp(*TRUST_LOG_WEIGHT_RANGE).exp()
         metadata = {
             "trust_advantage": mean,
-            "data_value_std": _masked_mean(qvalue[:, 0].std(0, correction=0), mask),
+            "data_value_std": _masked_mean(spread(qvalue[:, 0]), mask),
         }
         return weight / _masked_mean(weight, mask), metadata
 
@@ -457,6 +484,15 @@ class SPARLoss(LossModule):
             tensordict.set(self.tensor_keys.priority, td_error)
         return TensorDict(out)
 
+    @torch.no_grad()
+    def noise_shapes(self, tensordict: TensorDictBase) -> dict[NestedKey, tuple[int, ...]]:
+        """The noise that the terms draw for a batch like this one: keys, and shapes after the batch's own."""
+        keys, state = self.tensor_keys, self._anchored(tensordict)
+        residual = self._data_residual(tensordict, state)
+        action, latent = residual.shape[-1], self._encode(state, residual)[0].shape[-1]
+        shapes = {keys.action_noise: (action,), keys.candidate_noise: (self.num_candidates, latent)}
+        return shapes | ({keys.latent_noise: (latent,)} if self.joint_fit else {})
+
     # ------------------------------------------------------------------ policies
 
     @property
@@ -466,7 +502,7 @@ class SPARLoss(LossModule):
         A module of its own that shares the targets' memory, so it follows training;
         ``deepcopy`` it for a snapshot.
         """
-        return _stateful(self.actor_network, self._target("actor_network"))
+        return _stateful(self.actor_network, self.target_params("actor_network"))
 
     @property
     def anchor(self) -> TensorDictModuleBase:
@@ -480,12 +516,17 @@ class SPARLoss(LossModule):
 
     @residual_scale.setter
     def residual_scale(self, scale: Tensor) -> None:
-        for params in (self.actor_network_params, self._target("actor_network")):
+        for params in (self.actor_network_params, self.target_params("actor_network")):
             params.get("residual_scale").data.copy_(scale)
 
     # ------------------------------------------------------------------ calls of the networks
 
-    def _target(self, name: str) -> TensorDictParams:
+    def network_params(self, name: str) -> TensorDictParams:
+        """The parameters of ``"actor_network"``, ``"qvalue_network"``, ``"value_network"`` or ``"residual_vae"``."""
+        return self._modules[f"{name}_params"]
+
+    def target_params(self, name: str) -> TensorDictParams:
+        """The targets of ``"actor_network"`` or ``"qvalue_network"``."""
         # Not by attribute: TorchRL warns there until an updater exists, which pre-training does not need.
         return self._modules[f"target_{name}_params"]
 
@@ -507,7 +548,7 @@ class SPARLoss(LossModule):
     def _rectify(self, state: TensorDictBase, *, target: bool = False) -> tuple[Tensor | None, Tensor]:
         """The head's latent (head B, else None) and residual; the moving average's with ``target``."""
         actor = self.actor_network
-        params = self._target("actor_network") if target else self.actor_network_params
+        params = self.target_params("actor_network") if target else self.actor_network_params
         out = call(actor.head, params.get("head"), state, {})
         if not actor.is_latent:
             return None, out[self.tensor_keys.residual]
@@ -537,30 +578,29 @@ class SPARLoss(LossModule):
     def _value(self, state: TensorDictBase) -> Tensor:
         return call(self.value_network, self.value_network_params, state, {})[self.tensor_keys.value].squeeze(-1)
 
-    def _qvalue(self, state: TensorDictBase, action: Tensor, params: TensorDictBase) -> Tensor:
+    def _qvalue(
+        self, state: TensorDictBase, action: Tensor, params: TensorDictBase, *, dtype: torch.dtype | None = None
+    ) -> Tensor:
         """All critics, ``[E, *B]``; actions with more leading dimensions repeat the state along them."""
         keys = self.tensor_keys
         entries = {keys.action: action}
-        return call_ensemble(self.qvalue_network, params, state, entries, out_key=keys.state_action_value).squeeze(-1)
-
-    def _block_size(self, centre: Tensor) -> int:
-        """Candidates scored at once: on a CPU as many as keep a layer's output in cache, else all."""
-        rows = centre[..., 0].numel()
-        return self.num_candidates if centre.is_cuda else max(1, CPU_BLOCK_ROWS // max(1, rows))
+        out_key = keys.state_action_value
+        return call_ensemble(self.qvalue_network, params, state, entries, out_key=out_key, dtype=dtype).squeeze(-1)
 
     def _lower_bound(self, values: Tensor) -> Tensor:
         return lower_bound(values, bound=self.bound, kappa=self.kappa)
 
-    def _next_value(self, following: TensorDictBase) -> Tensor:
+    def _next_value(self, following: TensorDictBase, noise: Tensor | None) -> Tensor:
         """The bootstrapped value of the next state, ``[*B]``."""
         if self.value_mix == 1:
             return self._value(following)
         state = self._anchored(following, self.actor_network, self.qvalue_network)
         action = self._compose(state.get(self.tensor_keys.anchor_action), self._rectify(state, target=True)[1])
         low, high = self.actor_network_params.get("low"), self.actor_network_params.get("high")
-        noise = (torch.randn_like(action) * self.policy_noise).clamp(-self.noise_clip, self.noise_clip)
+        noise = torch.randn_like(action) if noise is None else noise
+        noise = (noise * self.policy_noise).clamp(-self.noise_clip, self.noise_clip)
         action = (action + noise * (high - low) / 2).clamp(low, high)
-        value = self._lower_bound(self._qvalue(state, action, self._target("qvalue_network")))
+        value = self._lower_bound(self._qvalue(state, action, self.target_params("qvalue_network")))
         if self.value_mix > 0:
             value = value.lerp(self._value(following), self.value_mix)
         return value
@@ -601,7 +641,7 @@ class SPARLoss(LossModule):
     def sync_targets(self) -> None:
         """Copies every network with a target into its target."""
         for name in ("actor_network", "qvalue_network"):
-            self._target(name).data.copy_(self._modules[f"{name}_params"].data)
+            self.target_params(name).data.copy_(self._modules[f"{name}_params"].data)
 
     def _state_keys(self, *modules: TensorDictModuleBase) -> list[NestedKey]:
         """What modules read of the state: their in_keys less what this loss writes itself."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -57,6 +56,7 @@ class Steps:
     episode: np.ndarray  # int64 [n], from 0
     action_bounds: tuple[np.ndarray, np.ndarray]  # low and high [action_dim]
     env_id: str | None = None
+    note: str | None = None  # what the user is warned of
 
 
 def find_minari(dataset_id: str, root: str | os.PathLike[str] | None) -> Path:
@@ -84,28 +84,22 @@ def read_minari(directory: Path) -> Steps:
     minari = _require("minari")
     with _readable():
         dataset = minari.MinariDataset(directory / "data")
-        episodes = [_minari_episode(episode) for episode in dataset.iterate_episodes() if len(episode.rewards)]
-    if not episodes:
-        raise InputError("the data set holds no step")
     space = dataset.action_space
     if not hasattr(space, "low") or space.dtype.kind != "f":
         raise InputError(f"the action space is {space}; SPAR needs continuous actions")
-
-    def join(name: str, rows: slice = slice(None)) -> tuple[str, np.ndarray]:
-        with _readable():
-            return name, np.concatenate([episode[name][rows] for episode in episodes])
-
-    fields = _clean(
-        {
-            "observation": join("observations", slice(None, -1)),
-            "next_observation": ("observations (as next)", join("observations", slice(1, None))[1]),
-            "action": join("actions"),
-            "reward": join("rewards"),
-            "terminated": join("terminations"),
-            "truncated": join("truncations"),
-        }
-    )
-    lengths = [len(episode["rewards"]) for episode in episodes]
+    with _readable(), np.errstate(over="ignore"):  # what overflows float32 is reported as infinity
+        arrays, lengths = _stack(_minari_episodes(dataset), dataset.total_steps)
+    if not lengths:
+        raise InputError("the data set holds no step")
+    labels = {
+        "observation": "observations",
+        "next_observation": "observations (as next)",
+        "action": "actions",
+        "reward": "rewards",
+        "terminated": "terminations",
+        "truncated": "truncations",
+    }
+    fields = _clean({field: (label, arrays.pop(label)) for field, label in labels.items()})
     return Steps(
         **fields,
         known=np.ones(sum(lengths), dtype=bool),
@@ -126,11 +120,10 @@ def read_file(path: Path) -> Steps:
     for field, keys in _FILE_KEYS.items():
         key = next((key for key in keys if key in arrays), None)
         if key is not None:
-            raw[field] = (key, arrays[key])
+            raw[field] = (key, arrays.pop(key))
         elif field not in ("truncated", "next_observation"):
             raise _missing(" or ".join(repr(key) for key in keys), present)
-    if "truncated" not in raw and "next_observation" not in raw:
-        warnings.warn(f"{path}: no 'timeouts', so episodes are taken to end at 'terminals' alone", stacklevel=4)
+    guessed = "truncated" not in raw and "next_observation" not in raw
     fields = _clean(raw)
     terminated, truncated, observation = fields["terminated"], fields["truncated"], fields["observation"]
     ends = terminated | truncated
@@ -140,7 +133,13 @@ def read_file(path: Path) -> Steps:
         fields["next_observation"] = np.concatenate([observation[1:], observation[-1:]])
         fields["next_observation"][ends] = observation[ends]  # never the next episode's
         known = ~ends | terminated  # a terminal's next observation is masked, so any will do
-    return Steps(**fields, known=known, episode=_count(ends), action_bounds=_unit_bounds(fields))
+    return Steps(
+        **fields,
+        known=known,
+        episode=_count(ends),
+        action_bounds=_unit_bounds(fields),
+        note="no 'timeouts', so episodes are taken to end at 'terminals' alone" if guessed else None,
+    )
 
 
 def read_tensordict(data: TensorDictBase) -> Steps:
@@ -156,7 +155,8 @@ def read_tensordict(data: TensorDictBase) -> Steps:
             if not isinstance(value, torch.Tensor):
                 raise InputError(f"{key!r} is a {type(value).__name__}, not a tensor")
             with _readable():
-                raw[field] = (repr(key), value.detach().cpu().flatten(0, data.ndim - 1).numpy())
+                # a copy: the source's memory stays its own
+                raw[field] = (repr(key), value.detach().cpu().flatten(0, data.ndim - 1).numpy().copy())
     fields = _clean(raw)
     fields["truncated"] = fields["truncated"] | (fields.pop("done", False) & ~fields["terminated"])
     ends = fields["terminated"] | fields["truncated"]
@@ -167,16 +167,81 @@ def read_tensordict(data: TensorDictBase) -> Steps:
     return Steps(**fields, known=np.ones_like(ends), episode=_count(ends), action_bounds=_unit_bounds(fields))
 
 
-def _minari_episode(episode: Any) -> dict[str, np.ndarray]:
-    steps = len(episode.rewards)
-    with np.errstate(over="ignore"):  # what overflows float32 is reported as infinity
-        arrays = {"observations": flatten_observation(episode.observations)}
-    arrays |= {name: np.asarray(getattr(episode, name)) for name in ("actions", "terminations", "truncations")}
-    for name, array in arrays.items():
-        expected = steps + 1 if name == "observations" else steps
-        if len(array) != expected:
-            raise InputError(f"episode {episode.id} has {steps} rewards and {len(array)} {name}, not {expected}")
-    return {**arrays, "rewards": episode.rewards}
+def _minari_episodes(dataset: Any) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Every episode's number and its arrays by Minari's names, checked for their lengths."""
+    names = ("rewards", "observations", "actions", "terminations", "truncations")
+    if dataset.storage.FORMAT == "hdf5" and _is_plain(dataset.observation_space):
+        episodes = _hdf5_episodes(dataset.storage.data_path / "main_data.hdf5", dataset.total_episodes, names)
+    else:
+        episodes = ((data.id, {name: getattr(data, name) for name in names}) for data in dataset.iterate_episodes())
+    for number, episode in episodes:
+        steps = len(episode["rewards"])
+        if not steps:
+            continue
+        episode["observations"] = flatten_observation(episode["observations"])
+        for name in names[1:]:
+            expected = steps + 1 if name == "observations" else steps
+            if len(episode[name]) != expected:
+                raise InputError(
+                    f"episode {number} has {steps} rewards and {len(episode[name])} {name}, not {expected}"
+                )
+        yield number, episode
+
+
+def _is_plain(space: Any) -> bool:
+    """Whether Minari stores a space as it is: vectors and dictionaries of them, no images, texts or tuples."""
+    if isinstance(getattr(space, "spaces", None), Mapping):
+        return all(map(_is_plain, space.spaces.values()))
+    return space.shape is not None and len(space.shape) == 1
+
+
+def _hdf5_episodes(path: Path, count: int, names: tuple[str, ...]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Minari's HDF5 episodes by h5py's low level, several times as fast as Minari's reader (which decodes infos)."""
+    h5py = _require("h5py")
+
+    def read(group: Any, name: bytes) -> Any:
+        item = h5py.h5o.open(group, name)
+        if isinstance(item, h5py.h5g.GroupID):
+            return {key.decode(): read(item, key) for key in item}
+        array = np.empty(item.shape, item.dtype)
+        item.read(h5py.h5s.ALL, h5py.h5s.ALL, array)
+        return array
+
+    with h5py.File(path, "r") as file:
+        # By default HDF5 keeps tens of kB of metadata for each episode, in all more than many a data set's size.
+        config = file.id.get_mdc_config()
+        config.set_initial_size, config.initial_size, config.min_size, config.max_size = True, *3 * (2**20,)
+        file.id.set_mdc_config(config)
+        for number in range(count):
+            group = h5py.h5g.open(file.id, b"episode_%d" % number)
+            yield number, {name: read(group, name.encode()) for name in names}
+
+
+def _stack(episodes: Iterator[tuple[int, dict[str, Any]]], rows: int) -> tuple[dict[str, np.ndarray], list[int]]:
+    """All episodes in arrays of float32 (rewards: float64), allocated once if ``rows`` is right, and their lengths."""
+    arrays: dict[str, np.ndarray] = {}
+    lengths: list[int] = []
+    start = 0
+    for number, episode in episodes:
+        stop = start + len(episode["rewards"])
+        observations = episode.pop("observations")
+        episode |= {"observations": observations[:-1], "observations (as next)": observations[1:]}
+        for name, values in episode.items():
+            part = np.asarray(values)
+            (_check_continuous if name == "actions" else _check_numbers)(name, part)
+            if name not in arrays:
+                arrays[name] = np.empty((rows, *part.shape[1:]), np.float64 if name == "rewards" else np.float32)
+            array = arrays[name]
+            if part.shape[1:] != array.shape[1:]:  # numpy would repeat a row of length one
+                raise ValueError(f"episode {number} has {name} of shape {part.shape}, others {array.shape[1:]} a row")
+            if stop > len(array):
+                array.resize((max(stop, len(array) * 3 // 2), *array.shape[1:]), refcheck=False)
+            array[start:stop] = part
+        lengths.append(stop - start)
+        start = stop
+    for array in arrays.values():
+        array.resize((start, *array.shape[1:]), refcheck=False)
+    return arrays, lengths
 
 
 def _load_npz(path: Path, wanted: list[str]) -> tuple[dict[str, np.ndarray], list[str]]:
@@ -192,21 +257,25 @@ def _load_hdf5(path: Path, wanted: list[str]) -> tuple[dict[str, np.ndarray], li
         return {key: file[key][()] for key in wanted if key in present}, present
 
 
-def _clean(raw: Mapping[str, tuple[str, np.ndarray]]) -> dict[str, Any]:
-    """Checks ``field -> (its name in the source, array)`` and casts to the types of :class:`Steps`."""
+def _clean(raw: dict[str, tuple[str, np.ndarray]]) -> dict[str, Any]:
+    """Checks ``field -> (its name in the source, array)`` and casts to the types of :class:`Steps`.
+
+    Empties ``raw``, so that a large set is not in memory twice.
+    """
+    labels = {field: label for field, (label, _) in raw.items()}
     lengths = {label: len(array) if array.ndim else 0 for label, array in raw.values()}
     if len(set(lengths.values())) > 1:
         raise InputError("arrays of different lengths: " + ", ".join(f"{key} {n}" for key, n in lengths.items()))
     if not all(lengths.values()):
         raise InputError("the data set holds no step")
-    fields = {field: _CASTS[field](label, array) for field, (label, array) in raw.items()}
+    fields = {field: _CASTS[field](*raw.pop(field)) for field in labels}
     width, next_width = (fields.get(key, fields["observation"]).shape[1] for key in ("observation", "next_observation"))
     if width != next_width:
         raise InputError(f"observations have {width} dimensions, the next ones {next_width}")
     for field in ("observation", "action"):
         if not fields[field].any():
             raise InputError(
-                f"{raw[field][0]}: all {len(fields[field])} rows are exactly zero. TorchRL's MinariExperienceReplay "
+                f"{labels[field]}: all {len(fields[field])} rows are exactly zero. TorchRL's MinariExperienceReplay "
                 "returns such zeros silently; if this data passed through it, load the source itself with "
                 "load_offline_dataset"
             )
@@ -222,34 +291,49 @@ def _vectors(label: str, array: np.ndarray) -> np.ndarray:
 
 
 def _actions(label: str, array: np.ndarray) -> np.ndarray:
-    if array.dtype.kind in "iub":
-        raise InputError(f"{label}: type {array.dtype}; SPAR needs continuous actions, as floats")
+    _check_continuous(label, array)
     return _vectors(label, array)
 
 
 def _scalars(label: str, array: np.ndarray) -> np.ndarray:
-    if array.shape not in ((len(array),), (len(array), 1)):
-        raise InputError(f"{label}: shape {array.shape}, expected [n] or [n, 1]")
-    _check_finite(label, array)
-    return array.reshape(-1).astype(np.float64)
+    _check_scalars(label, array)
+    return array.reshape(-1).astype(np.float64, copy=False)
 
 
 def _flags(label: str, array: np.ndarray) -> np.ndarray:
-    values = _scalars(label, array)
+    _check_scalars(label, array)
+    values = array.reshape(-1)
     strange = (values != 0) & (values != 1)
     if strange.any():
         raise InputError(f"{label}: {strange.sum()} values are neither 0 nor 1, the first in row {strange.argmax()}")
     return values.astype(bool)
 
 
-def _check_finite(label: str, array: np.ndarray) -> None:
+def _check_scalars(label: str, array: np.ndarray) -> None:
+    if array.shape not in ((len(array),), (len(array), 1)):
+        raise InputError(f"{label}: shape {array.shape}, expected [n] or [n, 1]")
+    _check_finite(label, array)
+
+
+def _check_numbers(label: str, array: np.ndarray) -> None:
     if array.dtype.kind not in "fiub":
         raise InputError(f"{label}: type {array.dtype}, expected numbers")
+
+
+def _check_continuous(label: str, array: np.ndarray) -> None:
+    if array.dtype.kind in "iub":
+        raise InputError(f"{label}: type {array.dtype}; SPAR needs continuous actions, as floats")
+    _check_numbers(label, array)
+
+
+def _check_finite(label: str, array: np.ndarray) -> None:
+    _check_numbers(label, array)
     with np.errstate(over="ignore"):
+        if np.isfinite(np.array([array.min(), array.max()]).astype(np.float32)).all():
+            return  # NaN passes through both: the rest only finds where it is
         bad = ~np.isfinite(array.astype(np.float32, copy=False))
-    if bad.any():
-        row = np.argwhere(bad)[0, 0]
-        raise InputError(f"{label}: {bad.sum()} values are NaN or infinite in float32, the first in row {row}")
+    row = np.argwhere(bad)[0, 0]
+    raise InputError(f"{label}: {bad.sum()} values are NaN or infinite in float32, the first in row {row}")
 
 
 _CASTS: dict[str, Callable[[str, np.ndarray], np.ndarray]] = {

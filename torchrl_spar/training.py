@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache
 
 import torch
-from tensordict import NestedKey, TensorDictBase
-from tensordict.nn import TensorDictModuleBase
+from tensordict import NestedKey, TensorDict, TensorDictBase
+from tensordict.nn import CudaGraphModule, TensorDictModuleBase
 from torch import Tensor
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torchrl.data import ReplayBuffer
-from torchrl.objectives import BCLoss, SoftUpdate
+from torchrl.objectives import BCLoss
 from torchrl.objectives.value.functional import reward2go
 
+from torchrl_spar.errors import InputError
 from torchrl_spar.objective import SPARLoss
+from torchrl_spar.sampling import with_anchor_actions
+from torchrl_spar.seeds import StackedSPARLoss
 
 Report = Callable[[int, dict[str, Tensor]], None]
+Term = Callable[[TensorDictBase], tuple[Tensor, dict[str, Tensor]]]
+Program = Callable[[TensorDictBase], dict[str, Tensor]]
 # In half action ranges: a dimension the anchor reproduces exactly still gets a usable scale.
 RESIDUAL_SCALE_FLOOR = 1e-2
-ROWS_PER_CALL = 16_384
 
 
 def fit_anchor(
@@ -149,15 +156,15 @@ def fit_value(
     data = replay_buffer[:]
     returns = returns_to_go(data, float(loss.value_estimator.gamma), reward_key=loss.tensor_keys.reward)
     loss.reward_scale.copy_(1 / returns.std().clamp_min(1e-6))
-    rows = data.select(*loss.in_keys).clone(False)
-    # With the return for a reward and termination everywhere, the critics' target is the return itself.
-    rows["next", loss.tensor_keys.reward] = returns
-    rows["next", loss.tensor_keys.terminated] = torch.ones_like(rows["next", loss.tensor_keys.terminated])
+    rows = data.select(*loss.in_keys).exclude("next").set("return", returns * loss.reward_scale)
 
     def sample() -> TensorDictBase:
         return rows[torch.randint(len(rows), (replay_buffer.batch_size,), device=returns.device)]
 
-    _fit("loss_qvalue", loss.qvalue_loss, loss.qvalue_network_params, sample, steps, lr, report)
+    def regression(batch: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
+        return loss.qvalue_regression(batch, batch["return"].squeeze(-1))
+
+    _fit("loss_qvalue", regression, loss.qvalue_network_params, sample, steps, lr, report)
     loss.sync_targets()
     if loss.value_mix > 0:
         _fit("loss_value", loss.value_loss, loss.value_network_params, sample, steps, lr)
@@ -221,29 +228,38 @@ def measure_residual_scale(loss: SPARLoss, replay_buffer: ReplayBuffer) -> Tenso
         >>> measure_residual_scale(make_spar_loss(3, Bounded(-1, 1, (2,))), load_offline_dataset(data)).shape
         torch.Size([2])
     """
-    anchor, action_key = loss.anchor, loss.tensor_keys.action
+    action_key, anchor_key = loss.tensor_keys.action, loss.tensor_keys.anchor_action
     data = replay_buffer[:]
-    total = torch.zeros((), dtype=torch.float64)
-    for rows in data.split(ROWS_PER_CALL):
-        difference = rows.get(action_key) - anchor(rows.select(*anchor.in_keys)).get(action_key)
-        total = total.to(difference.device) + difference.double().pow(2).sum(0)
+    if anchor_key not in data.keys(True):
+        data = with_anchor_actions(loss, replay_buffer)[:]
+    difference = data[action_key] - data[anchor_key]
+    mean_square = torch.stack([column.double().pow(2).mean() for column in difference.unbind(-1)])
     params = loss.actor_network_params
     floor = RESIDUAL_SCALE_FLOOR * (params.get("high") - params.get("low")) / 2
-    return (total / len(data)).sqrt().to(floor).maximum(floor)
+    return mean_square.sqrt().to(floor).maximum(floor)
 
 
 class SPARUpdate:
     """One gradient update of SPAR: critics every time, the head every ``policy_interval`` times.
 
-    The value network is left alone where nothing bootstraps from it (``value_mix=0``), and
-    the VAE unless the loss was built with ``joint_fit=True``.
+    All terms are taken at the same parameters, so the numbers are those of the plain loop: sum of
+    the losses, ``torch.optim.Adam``, TorchRL's ``SoftUpdate``. The value network is left alone where
+    nothing bootstraps from it (``value_mix=0``), and the VAE unless the loss was built with
+    ``joint_fit=True``.
 
     Args:
-        loss: the loss; trained in place.
+        loss: the loss, trained in place, or a :class:`~torchrl_spar.StackedSPARLoss` of several seeds.
         qvalue_lr: learning rate of the critics and the value network (ours: 5e-4).
         actor_lr: learning rate of the head and, if it is trained jointly, the VAE (ours: 1e-3).
         target_rate: Polyak rate of all targets, the deployed head included (ours: 0.005).
         policy_interval: updates of the critics for one of the head (ours: 2, after TD3).
+        decay_steps: updates over which both learning rates fall to zero along a cosine; never by default.
+        compile: whether the update goes through ``torch.compile``.
+        cudagraph: whether updates are captured as a CUDA graph and replayed; batches must keep their
+            shape, and the next call overwrites the metrics.
+
+    Raises:
+        InputError: for ``cudagraph`` with a loss that is not on a CUDA device.
 
     Source: ours.
 
@@ -263,59 +279,112 @@ class SPARUpdate:
 
     def __init__(
         self,
-        loss: SPARLoss,
+        loss: SPARLoss | StackedSPARLoss,
         *,
         qvalue_lr: float = 5e-4,
         actor_lr: float = 1e-3,
         target_rate: float = 0.005,
         policy_interval: int = 2,
+        decay_steps: int | None = None,
+        compile: bool = False,
+        cudagraph: bool = False,
     ) -> None:
+        critic_params = list(loss.network_params("qvalue_network").values(True, True))
+        device = critic_params[0].device
+        if cudagraph and device.type != "cuda":
+            raise InputError(f"cudagraph=True: the loss is on {device}, not on a CUDA device")
+        _keep_scratch_memory()
         self.loss = loss
         self.policy_interval = policy_interval
+        self.decay_steps = decay_steps
         self.steps = 0
-        self.critic_terms = {"loss_qvalue": loss.qvalue_loss}
-        critic_params = list(loss.qvalue_network_params.values(True, True))
+        critic_terms: dict[str, Term] = {"loss_qvalue": loss.qvalue_loss}
         if loss.value_mix > 0:
-            self.critic_terms["loss_value"] = loss.value_loss
-            critic_params += loss.value_network_params.values(True, True)
-        self.actor_terms = {"loss_residual": loss.residual_loss}
-        actor_params = list(loss.actor_network_params.get("head").values(True, True))
+            critic_terms["loss_value"] = loss.value_loss
+            critic_params += loss.network_params("value_network").values(True, True)
+        actor_terms: dict[str, Term] = {"loss_residual": loss.residual_loss}
+        actor_params = list(loss.network_params("actor_network").get("head").values(True, True))
         if loss.joint_fit:
-            self.actor_terms["loss_fit"] = loss.fit_loss
-            actor_params += loss.residual_vae_params.values(True, True)
-        self.critic_optimizer = _adam(critic_params, qvalue_lr)
-        self.actor_optimizer = _adam(actor_params, actor_lr)
-        self.target_updater = SoftUpdate(loss, tau=target_rate)
+            actor_terms["loss_fit"] = loss.fit_loss
+            actor_params += loss.network_params("residual_vae").values(True, True)
+        self.qvalue_lr, self.actor_lr = qvalue_lr, actor_lr
+        self.critic_optimizer = _adam(critic_params, qvalue_lr, capturable=cudagraph)
+        self.actor_optimizer = _adam(actor_params, actor_lr, capturable=cudagraph)
+        sources, targets = _trained_with_targets(loss)
+        follow = get_ema_multi_avg_fn(1 - target_rate)
+
+        def program(terms: Mapping[str, Term], *optimizers: torch.optim.Optimizer) -> Program:
+            def update(batch: TensorDictBase) -> dict[str, Tensor]:
+                values: list[Tensor] = []
+                metrics: dict[str, Tensor] = {}
+                for name, term in terms.items():
+                    value, metadata = term(batch)
+                    values.append(value)
+                    metrics |= {name: value.detach(), **metadata}
+                _descend(torch.stack(values).sum(), *optimizers)
+                follow(targets, sources, 0)
+                metrics.pop("td_error", None)
+                return metrics
+
+            return torch.compile(update) if compile else update
+
+        critics = program(critic_terms, self.critic_optimizer)
+        everything = program(critic_terms | actor_terms, self.critic_optimizer, self.actor_optimizer)
+
+        @lru_cache(maxsize=2 * policy_interval)
+        def sequence(offset: int, length: int) -> Callable[[TensorDictBase], TensorDict]:
+            def run(block: TensorDictBase) -> TensorDict:
+                metrics: dict[str, Tensor] = {}
+                for step, batch in enumerate(block.unbind(0), start=offset + 1):
+                    metrics |= (critics if step % policy_interval else everything)(batch)
+                return TensorDict(metrics)
+
+            return CudaGraphModule(run) if cudagraph else run
+
+        self._sequence = sequence
+
+    def run(self, block: TensorDictBase) -> dict[str, Tensor]:
+        """Updates on every batch of a block ``[n, *B]`` in turn, with ``cudagraph`` as one graph.
+
+        The learning rates are those at the block's start.
+
+        Returns:
+            The losses and diagnostics of the last update that has them, detached.
+        """
+        if self.decay_steps is not None:
+            share = 0.5 + 0.5 * math.cos(math.pi * min(1.0, self.steps / self.decay_steps))
+            for optimizer, lr in ((self.critic_optimizer, self.qvalue_lr), (self.actor_optimizer, self.actor_lr)):
+                _set_lr(optimizer, share * lr)
+        update = self._sequence(self.steps % self.policy_interval, len(block))
+        self.steps += len(block)
+        return dict(update(block).items())
 
     def __call__(self, batch: TensorDictBase) -> dict[str, Tensor]:
-        """Updates on one batch ``[*B]``; returns the losses and diagnostics, detached."""
-        self.steps += 1
-        metrics = self._minimize(self.critic_terms, self.critic_optimizer, batch)
-        if self.steps % self.policy_interval == 0:
-            metrics |= self._minimize(self.actor_terms, self.actor_optimizer, batch)
-        self.target_updater.step()
-        return metrics
+        """One update on a batch ``[*B]`` (``[S, B]`` for S seeds); see :meth:`run`."""
+        return self.run(batch.unsqueeze(0))
 
-    @staticmethod
-    def _minimize(
-        terms: Mapping[str, Callable[[TensorDictBase], tuple[Tensor, dict[str, Tensor]]]],
-        optimizer: torch.optim.Optimizer,
-        batch: TensorDictBase,
-    ) -> dict[str, Tensor]:
-        metrics: dict[str, Tensor] = {}
-        values = []
-        for name, term in terms.items():
-            value, metadata = term(batch)
-            values.append(value)
-            metrics |= {name: value.detach(), **metadata}
-        _descend(torch.stack(values).sum(), optimizer)
-        metrics.pop("td_error", None)
-        return metrics
+
+def _keep_scratch_memory() -> None:
+    """Has glibc keep the megabytes that an update frees, instead of mapping them anew in the next one.
+
+    Its allocator returns free memory to the system above twice the largest block that it has mapped and freed.
+    """
+    del_me = torch.empty(31 * 2**20, dtype=torch.uint8)
+    del del_me
+
+
+def _trained_with_targets(loss: SPARLoss | StackedSPARLoss) -> tuple[list[Tensor], list[Tensor]]:
+    """Every trained parameter that has a target, and the targets in the same order."""
+    pairs = []
+    for name in ("actor_network", "qvalue_network"):
+        params, targets = loss.network_params(name), loss.target_params(name)
+        pairs += [(param, targets.get(key).data) for key, param in params.items(True, True) if param.requires_grad]
+    return [param for param, _ in pairs], [target for _, target in pairs]
 
 
 def _fit(
     name: str,
-    term: Callable[[TensorDictBase], tuple[Tensor, dict[str, Tensor]]],
+    term: Term,
     params: torch.nn.Module,
     sample: Callable[[], TensorDictBase],
     steps: int,
@@ -334,12 +403,24 @@ def _fit(
             report(step, {name: value.detach(), **metadata})
 
 
-def _adam(params: Iterable[Tensor], lr: float) -> torch.optim.Adam:
-    # Fused: one call for all parameters, on a CPU too.
-    return torch.optim.Adam([param for param in params if param.requires_grad], lr=lr, fused=True)
+def _adam(params: Iterable[Tensor], lr: float, *, capturable: bool = False) -> torch.optim.Adam:
+    # Fused: one call for all parameters, on a CPU too. A captured graph reads its learning rate from a tensor.
+    params = [param for param in params if param.requires_grad]
+    rate = torch.tensor(lr, device=params[0].device) if capturable else lr
+    return torch.optim.Adam(params, lr=rate, fused=True, capturable=capturable)
 
 
-def _descend(loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
-    optimizer.zero_grad(set_to_none=True)
+def _set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
+
+
+def _descend(loss: Tensor, *optimizers: torch.optim.Optimizer) -> None:
+    for optimizer in optimizers:
+        optimizer.zero_grad(set_to_none=True)
     loss.backward()
-    optimizer.step()
+    for optimizer in optimizers:
+        optimizer.step()

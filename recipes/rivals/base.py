@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig
-from run_output import MetricLog
+from run import Run
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
+from torchrl.data import ReplayBuffer
 from torchrl.objectives import SoftUpdate
 
 from rivals.networks import Networks
@@ -86,7 +87,7 @@ class Rival:
         target_interval: updates between two moves of the targets.
     """
 
-    data: OfflineReplayBuffer
+    data: ReplayBuffer
     policy: TensorDictModuleBase
     steps: list[Step]
     targets: SoftUpdate | None = None
@@ -98,7 +99,7 @@ class Rival:
         """The names of all that the updates return."""
         return [name for step in self.steps for name in (step.name, *step.metrics)]
 
-    def pretrain(self, log: MetricLog) -> None:
+    def pretrain(self, run: Run) -> None:
         """What comes before the updates; nothing, but for SPAR's critic."""
 
     def __call__(self, batch: TensorDictBase) -> dict[str, Tensor]:

@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-from run_output import MetricLog
-from spar_d4rl import log_columns, make_update, pretrain
+from run import Run
+from spar_run import log_columns, make_update, pretrain
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
@@ -49,12 +49,12 @@ class ExtractedPolicy(Rival):
 
     @property
     def columns(self) -> list[str]:
-        return [*log_columns(self.problem.cfg, self.data), "loss_actor"]
+        return [*log_columns(self.problem.cfg, self.problem.data), "loss_actor"]
 
-    def pretrain(self, log: MetricLog) -> None:
-        cfg, actor = self.problem.cfg, self.policy
-        loss = pretrain(cfg, self.data, log)
-        self.spar = make_update(cfg, loss)
+    def pretrain(self, run: Run) -> None:
+        actor = self.policy
+        loss, self.data = pretrain(run)
+        self.spar = make_update(self.problem.cfg, loss)
         optimizer = adam(actor.parameters(), self.lr)
 
         def actor_loss(batch: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:

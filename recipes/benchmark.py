@@ -1,0 +1,185 @@
+"""How fast everything is, as ratios within one run: SPAR's update, TorchRL's, evaluation, loading, policy latency.
+
+python recipes/benchmark.py                     # one CPU core
+python recipes/benchmark.py device=cuda         # CUDA graphs, one and many seeds
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from benchmarks import evaluation
+from benchmarks.flops import update_flops
+from benchmarks.loading import measure_loading
+from benchmarks.matmul import MatmulTrace
+from benchmarks.updates import (
+    ACTION_DIM,
+    BLOCK,
+    OBSERVATION_DIM,
+    make_data,
+    make_losses,
+    spar,
+    spar_plain_loop,
+    torchrl_iql,
+    torchrl_td3bc,
+)
+from benchmarks.windows import measure_rates, median_ratio
+from common import best_device, run_recipe
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.table import Table
+from run_output import write_json
+
+from torchrl_spar import InputError, SPARLoss, environment_sizes, make_spar_loss
+
+
+def main(cfg: DictConfig) -> None:
+    torch.set_num_threads(cfg.threads)
+    device = best_device(cfg.device)
+    out = Path(cfg.out)
+    if out.exists():
+        raise InputError(f"out={out}: exists; give another file or remove it")
+    if device.type != "cuda":
+        print("No CUDA device: the CPU is measured, the figures for CUDA graphs and many seeds on a GPU are left out.")
+    results = {
+        **measure_updates(cfg, device),
+        "policy_latency_ms": measure_latency(cfg, device),
+        "import_seconds": measure_import(),
+        "machine": describe_machine(device),
+    }
+    if cfg.env is not None:
+        results["evaluation"] = measure_evaluation(cfg, device)
+    if cfg.load_steps:
+        results["load"] = measure_loading(cfg.load_steps)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_json(out, results)
+    show(results, out)
+
+
+def measure_updates(cfg: DictConfig, device: torch.device) -> dict[str, Any]:
+    sizes = dict(num_candidates=cfg.num_candidates, num_qvalue_nets=cfg.num_qvalue_nets)
+    data = make_data(cfg.batch_size, device)
+    on_gpu = device.type == "cuda"
+
+    def losses(count: int, **options: Any) -> list[SPARLoss]:
+        return make_losses(range(count), cfg.hidden, device, **sizes, **options)
+
+    traced = spar(losses(1), data)
+    with MatmulTrace() as trace:
+        traced()
+    contenders: dict[str, tuple[Any, int]] = {
+        "matmul_fp32": (trace.replay(torch.float32, device), BLOCK),
+        "matmul_bf16": (trace.replay(torch.bfloat16, device), BLOCK),
+        "spar": (spar(losses(1), data, cudagraph=on_gpu), BLOCK),
+        "spar_bf16_candidates": (spar(losses(1, candidate_dtype=torch.bfloat16), data, cudagraph=on_gpu), BLOCK),
+        "spar_plain_loop": (spar_plain_loop(losses(1)[0], data), 1),
+        "spar_plain_loop_same_work": (spar_plain_loop(losses(1)[0], data, policy_interval=2), 1),
+        "torchrl_iql": (torchrl_iql(data, cfg.hidden, device), 1),
+        "torchrl_td3bc": (torchrl_td3bc(data, cfg.hidden, device), 1),
+        "sampling": (data.sample, 1),
+    }
+    if cfg.compile:
+        contenders["spar_compiled"] = (spar(losses(1), data, compile=True, cudagraph=on_gpu), BLOCK)
+    for count in cfg.seeds:
+        contenders[f"spar_{count}_seeds"] = (spar(losses(count), data, cudagraph=on_gpu), BLOCK * count)
+    clock = time.perf_counter if on_gpu else time.process_time
+    rates = measure_rates(contenders, rounds=cfg.rounds, window=cfg.window, device=device, clock=clock)
+    mflop = update_flops(
+        OBSERVATION_DIM, ACTION_DIM, cfg.hidden, batch_size=cfg.batch_size, **sizes
+    ) / 1e6  # fmt: skip
+    unit = "updates_per_second" if on_gpu else "updates_per_cpu_second"
+    done = trace.flops() / BLOCK / 1e6
+    results: dict[str, Any] = {
+        "matmul_gflops": {dtype: median(rates[f"matmul_{dtype}"]) * done / 1e3 for dtype in ("fp32", "bf16")},
+        "sampling": {"batches_per_second": median(rates["sampling"])},
+    }
+    for name in contenders:
+        if name.startswith(("spar", "torchrl")):
+            values = rates[name]
+            results[name] = {
+                unit: median(values), "lowest": min(values), "highest": max(values),
+                "relative_to_spar": median_ratio(rates, name, "spar"),
+            }  # fmt: skip
+    for name in ("spar", "spar_bf16_candidates"):
+        share = median_ratio(rates, name, "matmul_fp32") * mflop / done
+        results[name] |= {"mflop_per_update": mflop, "share_of_matmul": share}
+    results["spar"]["mflop_done"] = done
+    return results
+
+
+def measure_evaluation(cfg: DictConfig, device: torch.device) -> dict[str, Any]:
+    """A random policy's episodes, and what they cost a learner beside them."""
+    observation_dim, action_spec = environment_sizes(cfg.env)
+    policy = make_spar_loss(observation_dim, action_spec, hidden=list(cfg.hidden), device=device).actor
+    learner = spar(make_losses([0], cfg.hidden, device), make_data(cfg.batch_size, device), block=1)
+    return evaluation.measure_evaluation(policy, learner, cfg.env, rounds=cfg.rounds, seconds=cfg.window)
+
+
+@torch.no_grad()
+def measure_latency(cfg: DictConfig, device: torch.device) -> dict[str, float]:
+    """Milliseconds of one call of the deployed policy."""
+    policy: Any = make_losses([0], cfg.hidden, device)[0].actor
+    latency = {}
+    for rows in (1, 1024):
+        observation = torch.randn(rows, OBSERVATION_DIM, device=device)
+        rates = measure_rates(
+            {"policy": (partial(policy, observation=observation), 1)},
+            rounds=cfg.rounds, window=min(cfg.window, 0.2), device=device, clock=time.perf_counter,
+        )  # fmt: skip
+        latency[f"batch_{rows}"] = 1e3 / median(rates["policy"])
+    return latency
+
+
+def measure_import() -> dict[str, float]:
+    """Wall seconds of a fresh interpreter that imports; TorchRL's own share beside ours."""
+    seconds = {}
+    for module in ("torchrl.objectives", "torchrl_spar"):
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-W", "ignore", "-c", f"import {module}"], check=True)
+        seconds[module] = time.perf_counter() - start
+    return seconds
+
+
+def describe_machine(device: torch.device) -> dict[str, Any]:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+    versions = {package: version(package) for package in ("torch", "torchrl", "tensordict")}
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return {
+        "device": name, "cores": len(os.sched_getaffinity(0)), "python": platform.python_version(),
+        "peak_rss_mib": memory, **versions,
+    }  # fmt: skip
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    names = [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+    return names[0] if names else platform.processor()
+
+
+def show(results: dict[str, Any], out: Path) -> None:
+    table = Table(title=f"Updates, {results['machine']['device']}")
+    for column in ("", "updates/s", "to SPAR", "of the matmul rate"):
+        table.add_column(column, justify="left" if not column else "right")
+    for name, row in results.items():
+        if isinstance(row, dict) and "relative_to_spar" in row:
+            rate = row.get("updates_per_second") or row["updates_per_cpu_second"]
+            share = f"{row['share_of_matmul']:.0%}" if "share_of_matmul" in row else ""
+            table.add_row(name, f"{rate:.1f}", f"{row['relative_to_spar']:.2f}", share)
+    console = Console()
+    console.print(table)
+    console.print(f"matrix products alone: {results['matmul_gflops']['fp32']:.0f} GFLOP/s; everything in {out}")
+
+
+if __name__ == "__main__":
+    run_recipe(main, "benchmark")

@@ -1,0 +1,101 @@
+"""How fast and in how much memory a Minari set of a given size is loaded, cached and sampled."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+# In a process of its own: the peak memory of a process never falls.
+_LOAD = """
+import json, resource, sys, time
+import h5py, minari, torch
+from torchrl_spar import load_offline_dataset
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+torch.set_num_threads(1)
+before = peak()
+start = time.perf_counter()
+buffer = load_offline_dataset(sys.argv[1], cache=sys.argv[2] or None)
+seconds = time.perf_counter() - start
+after = peak()
+size = sum(tensor.numel() * tensor.element_size() for tensor in buffer[:].values(True, True))
+for _ in range(200):
+    buffer.sample()
+start = time.perf_counter()
+for _ in range(2000):
+    buffer.sample()
+rate = 2000 / (time.perf_counter() - start)
+print(json.dumps({"seconds": seconds, "peak_memory_over_size": (after - before) / size, "samples_per_second": rate}))
+"""
+
+
+def measure_loading(steps: int, episode_length: int = 1000) -> dict[str, Any]:
+    """Loads a temporary Minari set (random numbers in Hopper's sizes) and returns seconds, memory and sampling rate.
+
+    Args:
+        steps: of the whole set, a multiple of ``episode_length``.
+        episode_length: many short episodes take longer than few long ones.
+
+    Returns:
+        ``rows_per_second`` without a cache, ``steps``, ``episodes`` and, for ``"load"`` (no cache),
+        ``"load_and_cache"`` and ``"cached_start"``, the ``seconds`` of ``load_offline_dataset`` in a fresh process
+        (imports done, page cache warm), its ``peak_memory_over_size`` (what the process's peak grew by, over the rows'
+        bytes) and ``samples_per_second`` (batches of 256).
+    """
+    with tempfile.TemporaryDirectory() as directory:
+        source = write_random_minari(Path(directory) / "datasets", steps // episode_length, episode_length)
+        caches = {"load": "", "load_and_cache": f"{directory}/cache", "cached_start": f"{directory}/cache"}
+        results: dict[str, Any] = {"steps": steps, "episodes": steps // episode_length}
+        for name, cache in caches.items():
+            command = [sys.executable, "-c", _LOAD, str(source), cache]
+            results[name] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+    return {"rows_per_second": steps / results["load"]["seconds"], **results}
+
+
+def write_random_minari(root: Path, episodes: int, length: int, observation_dim: int = 11, action_dim: int = 3) -> Path:
+    """A Minari set of random numbers, in the types that Minari records of MuJoCo."""
+    import minari
+    from gymnasium.spaces import Box
+    from minari.data_collector import EpisodeBuffer
+
+    rng = np.random.default_rng(0)
+    buffers = []
+    for number in range(episodes):
+        flags = np.zeros((2, length), dtype=bool)
+        flags[number % 2, -1] = True
+        buffers.append(
+            EpisodeBuffer(
+                observations=rng.normal(size=(length + 1, observation_dim)),
+                actions=rng.uniform(-1, 1, size=(length, action_dim)).astype(np.float32),
+                rewards=rng.normal(size=length),
+                terminations=flags[0],
+                truncations=flags[1],
+            )
+        )
+    root.mkdir(parents=True)
+    os.environ["MINARI_DATASETS_PATH"], before = str(root), os.environ.get("MINARI_DATASETS_PATH")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Minari asks for an author and a description
+            minari.create_dataset_from_buffers(
+                "benchmark/random-v0",
+                buffers,
+                observation_space=Box(-np.inf, np.inf, (observation_dim,), np.float64),
+                action_space=Box(-1, 1, (action_dim,), np.float32),
+            )
+    finally:
+        if before is None:
+            del os.environ["MINARI_DATASETS_PATH"]
+        else:
+            os.environ["MINARI_DATASETS_PATH"] = before
+    return root / "benchmark/random-v0"

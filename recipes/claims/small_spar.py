@@ -1,0 +1,108 @@
+"""A small SPAR on the embedded data, for the claims on real data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import claim_tools  # noqa: F401  (first: it puts the recipes' folder on the path)
+import torch
+from common import RECIPES
+from omegaconf import DictConfig
+from run import EMBEDDED
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModuleBase
+from torch import Tensor
+
+from torchrl_spar import (
+    OfflineReplayBuffer,
+    SPARLoss,
+    SPARUpdate,
+    fit_anchor,
+    fit_residual,
+    fit_value,
+    load_offline_dataset,
+    make_anchor,
+    make_spar_loss,
+)  # fmt: skip
+from torchrl_spar.functional import call_ensemble
+
+
+def load_embedded(cfg: DictConfig) -> OfflineReplayBuffer:
+    return load_offline_dataset(RECIPES / "data" / EMBEDDED, batch_size=cfg.batch_size)
+
+
+def clone_behaviour(cfg: DictConfig, data: OfflineReplayBuffer, **changes: Any) -> TensorDictModuleBase:
+    """A cloned behaviour policy with the data's observation statistics; `changes` replace options of the phase."""
+    stats = (data.observation_loc, data.observation_scale)
+    actor = make_anchor(
+        data.observation_loc.numel(), data.action_spec, observation_stats=stats, hidden=list(cfg.spar.loss.hidden)
+    )
+    return fit_anchor(actor, data, **{**cfg.anchor, **changes})
+
+
+def fit_manifold(cfg: DictConfig, data: OfflineReplayBuffer, anchor: TensorDictModuleBase) -> SPARLoss:
+    """The loss after the residual fit; its critics are untrained."""
+    loss = make_spar_loss(
+        data.observation_loc.numel(), data.action_spec, anchor=anchor,
+        observation_stats=(data.observation_loc, data.observation_scale), **cfg.spar.loss,
+    )  # fmt: skip
+    return fit_residual(loss, data, **cfg.fit)
+
+
+def prepare(cfg: DictConfig, data: OfflineReplayBuffer, anchor: TensorDictModuleBase) -> SPARLoss:
+    """The loss after the residual fit and the critics' start."""
+    return fit_value(fit_manifold(cfg, data, anchor), data, **cfg.value)
+
+
+def take_critics(loss: SPARLoss, other: SPARLoss) -> SPARLoss:
+    """Copies the critics of another loss, and the scale of their rewards."""
+    loss.qvalue_network_params.data.copy_(other.qvalue_network_params.data)
+    loss.reward_scale.copy_(other.reward_scale)
+    loss.sync_targets()
+    return loss
+
+
+def make_update(cfg: DictConfig, loss: SPARLoss, **changes: float) -> SPARUpdate:
+    """The update with the options of `cfg.spar`; `changes` replace some."""
+    names = ("qvalue_lr", "actor_lr", "target_rate", "policy_interval")
+    return SPARUpdate(loss, **{**{name: cfg.spar[name] for name in names}, **changes})
+
+
+def improve(
+    cfg: DictConfig, update: SPARUpdate, data: OfflineReplayBuffer, on_step: Callable[[int], None] = lambda step: None
+) -> None:
+    """The improvement; `on_step` is called before the first update and after each."""
+    on_step(0)
+    for step in range(1, cfg.spar.updates + 1):
+        update(data.sample())
+        on_step(step)
+
+
+def rectified(loss: SPARLoss, batch: TensorDictBase) -> tuple[TensorDictBase, Tensor, Tensor]:
+    """The state with the anchor's action, the current head's (A) residual and action, with gradient to the head."""
+    with loss.actor_network_params.to_module(loss.actor_network):
+        actor = loss.actor_network
+        state = batch.select(*actor.anchor.in_keys)
+        anchor_action = actor.anchor(state.copy())["action"]
+        state["anchor_action"] = anchor_action
+        residual = actor.head(state.copy())["residual"]
+        return state, residual, actor.compose(anchor_action, residual)
+
+
+def mean_value(loss: SPARLoss, state: TensorDictBase, action: Tensor) -> Tensor:
+    """The mean of the critics, ``[*B]``, with gradient to the action."""
+    params = loss.qvalue_network_params.data
+    values = call_ensemble(loss.qvalue_network, params, state, {"action": action}, out_key="state_action_value")
+    return values.squeeze(-1).mean(0)
+
+
+def head_parameters(loss: SPARLoss) -> list[Tensor]:
+    """What the head learns."""
+    return [p for p in loss.actor_network_params.get("head").values(True, True) if p.requires_grad]
+
+
+def fixed_rows(data: OfflineReplayBuffer, count: int) -> TensorDictBase:
+    """Random rows, without repetition."""
+    everything = data[:]
+    return everything[torch.randperm(len(everything))[:count]]

@@ -1,0 +1,243 @@
+"""Claim 4, support: do the policy's actions stay where the data has some, and where do TD3+BC's go?
+
+On the embedded data, on states of held-out episodes: the distance of (state, action) to the nearest rows of the other
+episodes, and the density of the action under a model trained on those rows alone, which no policy ever sees. The
+data's own held-out actions give the measure. TD3+BC is TorchRL's, from the same anchor and the same start of the
+critics, with the same networks, learning rates and number of updates.
+
+python recipes/claims/support.py
+"""
+
+from __future__ import annotations
+
+import math
+from copy import deepcopy
+from typing import Any
+
+import matplotlib.pyplot as plt
+import torch
+from claim_tools import finding, grade, run_claim
+from matplotlib.figure import Figure
+from omegaconf import DictConfig
+from plots import BLUE, GREEN, GREY, PURPLE, VERMILION
+from small_spar import clone_behaviour, improve, load_embedded, make_update, prepare
+from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import TensorDictModuleBase
+from torch import Tensor, nn
+from torchrl.modules import MLP
+from torchrl.objectives import SoftUpdate, TD3BCLoss
+
+from torchrl_spar import OfflineReplayBuffer, SPARLoss, load_offline_dataset, support_distance
+from torchrl_spar.networks import ObservationNorm
+
+RIVALS = ("TD3+BC", "TD3+BC, larger alpha")
+STYLE = {"data (held out)": GREY, "anchor": GREEN, "SPAR": BLUE, RIVALS[0]: VERMILION, RIVALS[1]: PURPLE}
+
+
+class ActionDensity(nn.Module):
+    """A mixture of diagonal Gaussians over the action, given the state.
+
+    Args:
+        norm: standardises the observation.
+        action_dim: size of the action.
+        components: of the mixture.
+        hidden: widths of the network.
+    """
+
+    def __init__(self, norm: ObservationNorm, action_dim: int, components: int, hidden: list[int]) -> None:
+        super().__init__()
+        self.norm, self.shape = norm, (components, 1 + 2 * action_dim)
+        self.network = MLP(norm.loc.numel(), math.prod(self.shape), num_cells=hidden, activation_class=nn.ReLU)
+
+    def forward(self, observation: Tensor, action: Tensor) -> Tensor:
+        """The log density, in nats, ``[B]``."""
+        logit, loc, log_scale = (
+            self.network(self.norm(observation))
+            .unflatten(-1, self.shape)
+            .split([1, action.shape[-1], action.shape[-1]], -1)
+        )
+        normal = torch.distributions.Normal(loc, log_scale.clamp(-4, 2).exp())
+        return (normal.log_prob(action.unsqueeze(-2)).sum(-1) + logit.squeeze(-1).log_softmax(-1)).logsumexp(-1)
+
+
+def fit_density(cfg: DictConfig, data: OfflineReplayBuffer) -> ActionDensity:
+    """Maximum likelihood on the data."""
+    norm = ObservationNorm(data.observation_loc, data.observation_scale)
+    model = ActionDensity(norm, data.action_spec.shape[-1], cfg.density.components, list(cfg.density.hidden))
+    optimizer = torch.optim.Adam(model.parameters(), cfg.density.lr)
+    for _ in range(cfg.density.steps):
+        batch = data.sample()
+        loss = -model(batch["observation"], batch["action"]).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return model
+
+
+def critics_of(loss: SPARLoss, count: int) -> list[TensorDictModuleBase]:
+    """The first critics of a loss as modules of their own."""
+    members = loss.qvalue_network_params.data.unbind(0)[:count]
+    modules = [deepcopy(loss.qvalue_network).requires_grad_() for _ in members]
+    for module, params in zip(modules, members):
+        TensorDict.from_module(module).data.copy_(params)
+    return modules
+
+
+def train_td3bc(
+    cfg: DictConfig, data: OfflineReplayBuffer, start: SPARLoss, anchor: TensorDictModuleBase, alpha: float
+) -> TensorDictModuleBase:
+    """TorchRL's TD3+BC from the anchor and from SPAR's start of the critics."""
+    actor = deepcopy(anchor)
+    critics = critics_of(start, cfg.td3bc.num_qvalue_nets)
+    loss = TD3BCLoss(actor, critics, action_spec=data.action_spec, num_qvalue_nets=len(critics), alpha=alpha)
+    loss.make_value_estimator(gamma=0.99)
+    updater = SoftUpdate(loss, tau=cfg.spar.target_rate)
+    value_optimizer = torch.optim.Adam(loss.qvalue_network_params.values(True, True), cfg.spar.qvalue_lr)
+    actor_optimizer = torch.optim.Adam(actor.parameters(), cfg.spar.actor_lr)
+    for step in range(1, cfg.spar.updates + 1):
+        batch = data.sample()
+        batch["next", "reward"] = start.reward_scale * batch["next", "reward"]
+        descend(loss.qvalue_loss(batch)[0], value_optimizer)
+        if step % cfg.spar.policy_interval == 0:
+            descend(loss.actor_loss(batch)[0], actor_optimizer)
+        updater.step()
+    return actor
+
+
+def descend(loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+
+def hold_out(cfg: DictConfig, data: OfflineReplayBuffer) -> tuple[OfflineReplayBuffer, TensorDictBase]:
+    """The episodes to learn from, and rows of the others."""
+    rows = data[:]
+    chosen = torch.rand(int(rows["episode"].max()) + 1)[rows["episode"]] < cfg.held_out
+    learn = load_offline_dataset(rows[~chosen], batch_size=cfg.batch_size, action_spec=data.action_spec)
+    held = rows[chosen]
+    return learn, held[torch.randperm(len(held))[: cfg.rows]]
+
+
+def compare(cfg: DictConfig, data: OfflineReplayBuffer, seed: int) -> dict[str, Any]:
+    torch.manual_seed(seed)
+    learn, held = hold_out(cfg, data)
+    density = fit_density(cfg, learn)
+    actor = clone_behaviour(cfg, learn)
+    loss = prepare(cfg, learn, actor)
+    start = deepcopy(loss)
+    improve(cfg, make_update(cfg, loss), learn)
+    policies = {"anchor": loss.anchor, "SPAR": loss.actor}
+    for name, alpha in zip(RIVALS, cfg.td3bc.alphas):
+        policies[name] = train_td3bc(cfg, learn, start, actor, alpha)
+    with torch.no_grad():
+        actions = {"data (held out)": held["action"]}
+        actions |= {name: policy(held.select("observation"))["action"] for name, policy in policies.items()}
+        everything = learn[:]
+        scale = everything["action"].std(0)
+
+        def joint(observation: Tensor, action: Tensor) -> Tensor:
+            return torch.cat(((observation - learn.observation_loc) / learn.observation_scale, action / scale), -1)
+
+        reference = joint(everything["observation"], everything["action"])
+        distance = {
+            name: support_distance(joint(held["observation"], action), reference, k=cfg.neighbours)
+            for name, action in actions.items()
+        }
+        log_density = {name: density(held["observation"], action) for name, action in actions.items()}
+        moved = {name: (action - actions["anchor"]).pow(2).sum(-1).mean().sqrt() for name, action in actions.items()}
+    quantiles = torch.linspace(0, 1, 21)
+    return {
+        "rms_from_anchor": {name: x.item() for name, x in moved.items()},
+        "distance": {name: x.quantile(quantiles).tolist() for name, x in distance.items()},
+        "mean_distance": {name: x.mean().item() for name, x in distance.items()},
+        "log_density": {name: x.quantile(quantiles).tolist() for name, x in log_density.items()},
+        "mean_log_density": {name: x.mean().item() for name, x in log_density.items()},
+    }
+
+
+def measure(cfg: DictConfig) -> dict[str, Any]:
+    data = load_embedded(cfg)
+    runs = [compare(cfg, data, seed) for seed in cfg.seeds]
+    return {"findings": verdict(runs), "runs": runs}
+
+
+def verdict(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def each(quantity: str, name: str) -> list[float]:
+        return [run[quantity][name] for run in runs]
+
+    data, _, spar, td3bc, control = STYLE
+    distance, density = "mean_distance", "mean_log_density"
+
+    def at_most(one: list[float], other: list[float]) -> bool:
+        return all(a <= b for a, b in zip(one, other))
+
+    excess = [one / other - 1 for one, other in zip(each(distance, spar), each(distance, data))]
+    left = at_most(each(distance, data), each(distance, control)), at_most(each(density, control), each(density, data))
+    return [
+        finding(
+            "the measures see a policy that leaves the data: TD3+BC with the larger alpha, farther and less likely",
+            all(left),
+            distance=each(distance, control),
+            log_density=each(density, control),
+        ),
+        finding(
+            "SPAR's actions lie no farther from the data than held-out data does",
+            grade(max(0.0, *excess), 0.05),
+            relative_excess=excess,
+            spar=each(distance, spar),
+            data=each(distance, data),
+        ),
+        finding(
+            "TD3+BC's actions lie farther from the data than SPAR's",
+            at_most(each(distance, spar), each(distance, td3bc)),
+            spar=each(distance, spar),
+            td3bc=each(distance, td3bc),
+        ),
+        finding(
+            "SPAR's actions are at least as likely as held-out data's (mean log density)",
+            at_most(each(density, data), each(density, spar)),
+            spar=each(density, spar),
+            data=each(density, data),
+        ),
+        finding(
+            "TD3+BC's actions are less likely than SPAR's (mean log density)",
+            at_most(each(density, td3bc), each(density, spar)),
+            spar=each(density, spar),
+            td3bc=each(density, td3bc),
+        ),
+        finding(
+            "SPAR moves farther from the anchor than TD3+BC (rms, action units)",
+            at_most(each("rms_from_anchor", td3bc), each("rms_from_anchor", spar)),
+            spar=each("rms_from_anchor", spar),
+            td3bc=each("rms_from_anchor", td3bc),
+            larger_alpha=each("rms_from_anchor", control),
+        ),
+    ]
+
+
+def draw(result: dict[str, Any]) -> Figure:
+    figure, axes = plt.subplots(1, 2, figsize=(11.5, 4.8), layout="constrained", sharey=True)
+    labels = {
+        "distance": "distance to the data (mean of the nearest neighbours, standard deviations)",
+        "log_density": "log density of the action under an independent model (nats)",
+    }
+    for ax, (quantity, label) in zip(axes, labels.items()):
+        for name, colour in STYLE.items():
+            for place, run in enumerate(result["runs"]):
+                values = run[quantity][name]
+                share = [index / (len(values) - 1) for index in range(len(values))]
+                # The extremes would set the axis: quantiles 5 to 95 %.
+                ax.plot(values[1:-1], share[1:-1], color=colour, linewidth=1.6, label=name if place == 0 else None)
+        ax.set_xlabel(label, fontsize=9.5)
+        ax.grid(alpha=0.3)
+    axes[0].set_ylabel("share of held-out states at or below")
+    axes[0].legend(fontsize=9)
+    held = [row["holds"] == "yes" for row in result["findings"]]
+    does = "stays" if held[2] and held[4] else "does not stay"
+    figure.suptitle(f"SPAR {does} nearer to the data than TD3+BC (Hopper, a line a seed)")
+    return figure
+
+
+if __name__ == "__main__":
+    run_claim("support", measure, draw)

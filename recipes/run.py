@@ -1,0 +1,195 @@
+"""One run of any method: a seed on a data set, with its directory, its phases and its scores."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from common import RECIPES, best_device, summarize
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.table import Table
+from run_output import MetricLog, save_config, write_json
+from scores import Scores
+from tensordict.nn import TensorDictModuleBase
+from torch import Tensor
+from tqdm import tqdm
+
+from torchrl_spar import InputError, OfflineReplayBuffer, environment_sizes, load_offline_dataset
+
+EMBEDDED = "torchrl-spar/hopper/medium-v0"
+VERSIONED = ("torchrl-spar", "torch", "torchrl", "tensordict", "gymnasium", "mujoco")
+# Updates that are made without a look at anything else, at most.
+LONGEST_BLOCK = 100
+
+
+def dataset_name(cfg: DictConfig) -> str:
+    return EMBEDDED if cfg.dataset == "embedded" else str(cfg.dataset)
+
+
+def load(cfg: DictConfig, device: torch.device) -> tuple[OfflineReplayBuffer, str]:
+    """The data and the environment, checked against each other."""
+    source = RECIPES / "data" / EMBEDDED if cfg.dataset == "embedded" else cfg.dataset
+    data = load_offline_dataset(source, batch_size=cfg.batch_size, device=device, cache=cfg.cache)
+    env = cfg.env or data.env_id
+    if env is None:
+        raise InputError(f"env: {cfg.dataset} does not name its environment; give one, e.g. env=Hopper-v5")
+    observation_dim, action_spec = environment_sizes(env)
+    for name, found, expected in (
+        ("observations", data.observation_loc.numel(), observation_dim),
+        ("actions", data.action_spec.shape[-1], action_spec.shape[-1]),
+    ):
+        if found != expected:
+            raise InputError(f"dataset={cfg.dataset}: {name} have size {found}, env={env} has {expected}")
+    return data, env
+
+
+class Phase:
+    """A progress bar over one phase that logs a row every `interval` steps, for each of several runs."""
+
+    def __init__(self, name: str, steps: int, logs: Sequence[MetricLog], interval: int, line: int) -> None:
+        self.name, self.logs, self.interval, self.steps = name, logs, interval, steps
+        self.bar = tqdm(total=steps, desc=f"{name:>6}", unit="step", dynamic_ncols=True, mininterval=1.0, position=line)
+
+    def __call__(self, step: int, metrics: dict[str, Any]) -> None:
+        self.bar.update(step - self.bar.n)
+        if step % self.interval == 0 or step == self.steps:
+            for index, log in enumerate(self.logs):
+                log.write(self.name, step, {key: x[index] if x.ndim else x for key, x in metrics.items()})
+        if step == self.steps:
+            self.bar.close()
+
+    def show(self, curve: list[dict[str, Any]]) -> None:
+        """The last score beside the bar."""
+        for row in curve[-1:]:
+            score = row["return_mean"] if row["normalized"] is None else row["normalized"]
+            self.bar.set_postfix(score=f"{score:.1f} at {row['step']}", refresh=False)
+
+
+class Run:
+    """One seed of one method; a subclass adds the method. Options are checked before anything is written or trained."""
+
+    # What is evaluated, and its name in results.json.
+    policy: TensorDictModuleBase
+    policy_name = "policy"
+
+    def __init__(self, cfg: DictConfig, seed: int, out: Path, line: int = 0) -> None:
+        for option in ("spar.updates", "spar.policy_interval", "eval.interval", "logger.interval"):
+            if (value := OmegaConf.select(cfg, option)) < 1:
+                raise InputError(f"{option}={value}: at least 1")
+        # The saved config gives this run alone.
+        self.cfg = cast(DictConfig, OmegaConf.merge(cfg, {"seed": seed, "seeds": None, "out": str(out)}))
+        self.seed, self.out, self.line = seed, out, line
+        self.device = best_device(cfg.device)
+        self.data, self.env = load(cfg, self.device)
+        self.data_scores = summarize(self.env, self.data.episode_returns)
+
+    @property
+    def method(self) -> str:
+        return self.cfg.method.name
+
+    def open(self, columns: Iterable[str]) -> None:
+        """Makes the directory, with a log of these columns and of scores."""
+        columns = [*dict.fromkeys(columns), "return_mean", "return_std", "normalized"]
+        self.log = MetricLog(self.out, self.cfg.logger.backend, columns)
+        save_config(self.out, self.cfg)
+        self.scores = Scores(self.env, self.seed, self.log, background=self.cfg.eval.background)
+
+    def phase(self, name: str) -> Phase:
+        """The report of a phase before the main one."""
+        return Phase(name, self.cfg[name].steps, [self.log], self.cfg.logger.interval, self.line)
+
+    def evaluate(self, step: int) -> None:
+        """Adds a point to the learning curve."""
+        self.scores.add_to_curve(step, self.policy, self.cfg.eval.episodes)
+
+    def finish(self, *, updates_per_second: float, start: float) -> None:
+        """The final evaluation, and all files, results.json last."""
+        cfg = self.cfg
+        self.scores.add_result(self.policy_name, self.policy, cfg.eval.final_episodes)
+        self.scores.collect(wait=True)
+        results = {
+            "dataset": dataset_name(cfg), "env": self.env, "seed": self.seed, "method": self.method,
+            "updates": cfg.spar.updates, **self.scores.results, "data": self.data_scores,
+            "episodes": cfg.eval.final_episodes, "updates_per_second": updates_per_second,
+            "wall_seconds": time.perf_counter() - start,
+            "versions": {name: version(name) for name in VERSIONED},
+            "curve": self.scores.curve,
+        }  # fmt: skip
+        self.save(results)
+        write_json(self.out / "results.json", results)
+        show(results, self.out)
+
+    def save(self, results: dict[str, Any]) -> None:
+        """The method's own files; none by default."""
+
+    def close(self) -> None:
+        """Ends what runs beside."""
+        self.scores.close()
+        self.log.close()
+
+
+def block_length(cfg: DictConfig) -> int:
+    """Updates made at once; blocks end wherever something is due."""
+    common = math.gcd(cfg.eval.interval, cfg.logger.interval, cfg.spar.updates)
+    return max(n for n in range(1, min(common, LONGEST_BLOCK) + 1) if common % n == 0)
+
+
+def improve(
+    runs: Sequence[Run],
+    name: str,
+    make_block: Callable[[], dict[str, Tensor]],
+    synchronize: Callable[[], None] | None = None,
+) -> float:
+    """The main phase, evaluated and logged.
+
+    Args:
+        runs: with one configuration.
+        name: of the phase in the logs.
+        make_block: makes `block_length` updates of all runs and returns what is to be logged.
+        synchronize: called before the policies are evaluated.
+
+    Returns:
+        Updates per second of each run, evaluations in line included.
+    """
+    cfg, line = runs[0].cfg, runs[0].line
+    interval, length, total = cfg.eval.interval, block_length(cfg), cfg.spar.updates
+    phase = Phase(name, total, [run.log for run in runs], cfg.logger.interval, line)
+    start = time.perf_counter()
+    for run in runs:
+        run.evaluate(0)
+    for step in range(length, total + 1, length):
+        metrics = make_block()
+        if step % interval == 0 or step == total:
+            if synchronize is not None:
+                synchronize()
+            for run in runs:
+                run.evaluate(step)
+        phase(step, metrics)
+        if step % cfg.logger.interval == 0:
+            for run in runs:
+                run.scores.collect()
+            phase.show(runs[0].scores.curve)
+    return total / (time.perf_counter() - start)
+
+
+def show(results: dict[str, Any], out: Path) -> None:
+    table = Table(title=f"{results['method']}, {results['env']}, {results['dataset']}, {results['episodes']} episodes")
+    table.add_column("")
+    for name in ("return", "+-", "score"):
+        table.add_column(name, justify="right")
+    for name in ("data", "anchor", "spar", "policy"):
+        if (row := results.get(name)) is None:
+            continue
+        normalized = "-" if row["normalized"] is None else f"{row['normalized']:.1f}"
+        table.add_row(name, f"{row['return_mean']:.1f}", f"{row['return_std']:.1f}", normalized)
+    console = Console()
+    console.print(table)
+    console.print(
+        f"{results['updates_per_second']:.1f} updates/s, {results['wall_seconds']:.0f} s in all; files in {out}"
+    )
