@@ -10,6 +10,7 @@ The same command goes on after it was killed: finished runs are not repeated.
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import re
 import shutil
@@ -38,6 +39,8 @@ def main(cfg: DictConfig) -> None:
     os.chdir(HydraConfig.get().runtime.cwd)
     if cfg.seeds is not None:
         raise InputError(f"seeds={cfg.seeds}: an option of spar_d4rl.py; here it is seed=0,1,2")
+    if cfg.eval.background and multiprocessing.get_start_method(allow_none=True) == "loky":
+        raise InputError("eval.background=true: joblib's processes cannot start another; evaluate in line")
     out = run_directory(Path(cfg.runs), dataset_name(cfg), cfg.method.name, cfg.seed)
     with claim(out):
         if is_finished(out, cfg):
