@@ -8,6 +8,9 @@ from pathlib import Path
 
 import hydra
 import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import CompactHydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from torchrl_spar import InputError, normalized_score
@@ -19,13 +22,16 @@ ARGUMENTS = tuple(sys.argv[1:])
 
 
 def run_recipe(main: Callable[[DictConfig], None], config_name: str) -> None:
-    """Runs `main` under Hydra; an `InputError` ends in one line and exit code 2."""
+    """Runs `main` under Hydra; an `InputError` ends in one line and an exit code, in a sweep after the other runs."""
     OmegaConf.register_new_resolver("recipe_dir", lambda name: str(RECIPES / name), replace=True)
 
     def guarded(cfg: DictConfig) -> None:
         try:
             main(cfg)
         except InputError as err:
+            if HydraConfig.get().mode == RunMode.MULTIRUN:
+                # Hydra keeps it until all runs are done, then prints it without a traceback.
+                raise CompactHydraException(f"error: {err}") from None
             print(f"error: {err}", file=sys.stderr)
             sys.exit(2)
 

@@ -1,6 +1,7 @@
-"""A Markdown table of finished runs: one row a data set, mean and spread over seeds.
+"""Markdown tables of finished runs, and of several methods their statistics and figures.
 
-python recipes/report.py recipes/results
+python recipes/report.py recipes/results      # SPAR alone: prints one row a data set
+python recipes/report.py outputs/compare      # several methods: prints report.md and writes it there with figures
 """
 
 from __future__ import annotations
@@ -12,50 +13,89 @@ from pathlib import Path
 from statistics import mean, pstdev
 from typing import Any
 
+from run_output import write_text
+
 from torchrl_spar import InputError
 
+Run = dict[str, Any]
 
-def read_runs(folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """Every results file of spar_d4rl.py below a folder, by data set."""
-    runs = defaultdict(list)
+
+def read_runs(folder: Path) -> list[Run]:
+    """Every results file of spar_d4rl.py and compare.py below a folder."""
+    runs = []
     for path in sorted(folder.rglob("*.json")):
         try:
             result = json.loads(path.read_text())
             if "claim" in result or "matmul_gflops" in result:  # of recipes/claims and benchmark.py: no scores
                 continue
-            scores = [result[name]["normalized"] for name in ("data", "anchor", "spar")]
-            runs[result["dataset"]].append(result)
+            names = ("data", "policy") if "policy" in result else ("data", "anchor", "spar")
+            scores = [result[name]["normalized"] for name in names]
+            result["dataset"], result["seed"]
         except (ValueError, KeyError, TypeError) as err:
-            raise InputError(f"{path}: not a results file of spar_d4rl.py ({err!r}); move it elsewhere") from None
+            raise InputError(
+                f"{path}: not a results file of spar_d4rl.py or compare.py ({err!r}); move it elsewhere"
+            ) from None
         if None in scores:
             raise InputError(f"{path}: {result['env']} has no normalised score; move it elsewhere")
+        runs.append(result)
     if not runs:
         raise InputError(f"{folder}: holds no results file (*.json)")
     return runs
 
 
-def table(runs: dict[str, list[dict[str, Any]]]) -> str:
-    """Normalised scores; of several seeds mean and standard deviation, each seed's score in brackets."""
+def table(runs: list[Run]) -> str:
+    """Normalised scores of SPAR; of several seeds mean and standard deviation, each seed's score in brackets."""
 
-    def cell(results: list[dict[str, Any]], name: str) -> str:
+    def cell(results: list[Run], name: str) -> str:
         scores = [result[name]["normalized"] for result in results]
         if len(scores) == 1:
             return f"{scores[0]:.1f}"
         each = " / ".join(f"{score:.1f}" for score in scores)
         return f"{mean(scores):.1f} +- {pstdev(scores):.1f} ({each})"
 
+    by_dataset = defaultdict(list)
+    for run in runs:
+        by_dataset[run["dataset"]].append(run)
     lines = ["| data set | seeds | data | anchor | SPAR |", "|---|---|---|---|---|"]
-    for name, results in sorted(runs.items()):
+    for name, results in sorted(by_dataset.items()):
         data = mean(result["data"]["normalized"] for result in results)
         seeds = ", ".join(str(result["seed"]) for result in results)
         lines.append(f"| {name} | {seeds} | {data:.1f} | {cell(results, 'anchor')} | {cell(results, 'spar')} |")
     return "\n".join(lines)
 
 
+def compare(runs: list[Run], folder: Path) -> str:
+    """The report of several methods; written into the folder with its figures."""
+    # Only here: the table above needs neither rliable nor matplotlib.
+    from comparison import REPETITIONS, Comparison
+    from comparison_plots import plot_all
+
+    comparison = Comparison(runs)
+    episodes = "/".join(sorted({str(run["episodes"]) for run in runs}))
+    report = "\n\n".join(
+        [
+            f"Normalised scores (D4RL's formula) of the last checkpoint, {episodes} episodes: mean +- standard\n"
+            "deviation over seeds (number of seeds). IQM: interquartile mean over all runs, with 95 % stratified\n"
+            f"bootstrap intervals ({REPETITIONS} repetitions, rliable). Bands (with many methods only SPAR's): one\n"
+            "standard deviation of the learning curves, the 95 % interval of the performance profiles.",
+            comparison.markdown(),
+            *(f"![{Path(name).stem.replace('_', ' ')}]({name})" for name in plot_all(comparison, folder)),
+        ]
+    )
+    write_text(folder / "report.md", report + "\n")
+    return report
+
+
+def main(folder: Path) -> None:
+    runs = read_runs(folder)
+    alone = all("spar" in run and run.get("method", "spar") == "spar" for run in runs)
+    print(table(runs) if alone else compare(runs, folder))
+
+
 if __name__ == "__main__":
     if len(sys.argv) != 2 or not Path(sys.argv[1]).is_dir():
         sys.exit("error: usage: python recipes/report.py FOLDER, a folder with results.json files")
     try:
-        print(table(read_runs(Path(sys.argv[1]))))
+        main(Path(sys.argv[1]))
     except InputError as err:
         sys.exit(f"error: {err}")

@@ -1,10 +1,11 @@
-"""One run: a seed on a data set, with its directory, its losses and its scores."""
+"""One run of any method: a seed on a data set, with its directory, its phases and its scores."""
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Sequence
+from copy import deepcopy
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
@@ -12,30 +13,24 @@ from typing import Any, cast
 import torch
 from common import RECIPES, best_device, summarize
 from omegaconf import DictConfig, OmegaConf
-from plots import plot_learning_curve
 from rich.console import Console
 from rich.table import Table
 from run_output import MetricLog, save_config, write_json
 from scores import Scores
-from torchrl.data import ReplayBuffer
+from tensordict.nn import TensorDictModuleBase
+from torch import Tensor
 from tqdm import tqdm
 
-from torchrl_spar import (
-    InputError,
-    OfflineReplayBuffer,
-    environment_sizes,
-    fit_anchor,
-    fit_residual,
-    fit_value,
-    load_offline_dataset,
-    make_anchor,
-    make_spar_loss,
-    save_policy,
-    with_anchor_actions,
-)  # fmt: skip
+from torchrl_spar import InputError, OfflineReplayBuffer, environment_sizes, load_offline_dataset
 
 EMBEDDED = "torchrl-spar/hopper/medium-v0"
 VERSIONED = ("torchrl-spar", "torch", "torchrl", "tensordict", "gymnasium", "mujoco")
+# Updates that are made without a look at anything else, at most.
+LONGEST_BLOCK = 100
+
+
+def dataset_name(cfg: DictConfig) -> str:
+    return EMBEDDED if cfg.dataset == "embedded" else str(cfg.dataset)
 
 
 def load(cfg: DictConfig, device: torch.device) -> tuple[OfflineReplayBuffer, str]:
@@ -78,90 +73,125 @@ class Phase:
 
 
 class Run:
-    """Everything of one seed. All options are checked before anything is written or trained."""
+    """One seed of one method; a subclass adds the method. Options are checked before anything is written or trained."""
+
+    # What is evaluated, and its name in results.json.
+    policy: TensorDictModuleBase
+    policy_name = "policy"
 
     def __init__(self, cfg: DictConfig, seed: int, out: Path, line: int = 0) -> None:
+        for option in ("spar.updates", "spar.policy_interval", "eval.interval", "logger.interval"):
+            if (value := OmegaConf.select(cfg, option)) < 1:
+                raise InputError(f"{option}={value}: at least 1")
         # The saved config gives this run alone.
-        self.cfg = cfg = cast(DictConfig, OmegaConf.merge(cfg, {"seed": seed, "seeds": None, "out": str(out)}))
+        self.cfg = cast(DictConfig, OmegaConf.merge(cfg, {"seed": seed, "seeds": None, "out": str(out)}))
         self.seed, self.out, self.line = seed, out, line
-        torch.manual_seed(seed)
-        device = best_device(cfg.device)
-        self.data: ReplayBuffer
-        self.data, self.env = data, _ = load(cfg, device)
-        self.data_scores = summarize(self.env, data.episode_returns)
-        stats = (data.observation_loc, data.observation_scale)
-        sizes = (data.observation_loc.numel(), data.action_spec)
-        options = dict(device=device, observation_stats=stats, **cfg.spar.loss)
-        options["candidate_dtype"] = dtype_of(cfg.spar.loss.candidate_dtype)
-        hidden = list(cfg.spar.loss.hidden)
-        self.actor = make_anchor(*sizes, observation_stats=stats, hidden=hidden, device=device)
-        self.make_loss = partial(make_spar_loss, *sizes, **options)
-        columns = ["loss_bc", "loss_fit", "reconstruction_error", "kl", *self.make_loss().out_keys]
-        columns = [*dict.fromkeys(columns), "return_mean", "return_std", "normalized"]
-        self.log = MetricLog(out, cfg.logger.backend, columns)
-        save_config(out, cfg)
-        self.scores = Scores(self.env, seed, self.log, background=cfg.eval.background)
+        self.device = best_device(cfg.device)
+        self.data, self.env = load(cfg, self.device)
+        self.data_scores = summarize(self.env, self.data.episode_returns)
 
-    def pretrain(self) -> None:
-        """The anchor, the residuals' manifold, the critics' start."""
-        cfg = self.cfg
-        fit_anchor(self.actor, self.data, **cfg.anchor, report=self._phase("anchor"))
-        self.loss = self.make_loss(anchor=self.actor)
-        self.data = with_anchor_actions(self.loss, self.data)
-        self.scores.add_result("anchor", self.loss.anchor.cpu(), cfg.eval.final_episodes)
-        if cfg.fit.steps:
-            fit_residual(self.loss, self.data, **cfg.fit, report=self._phase("fit"))
-        if cfg.value.steps:
-            fit_value(self.loss, self.data, **cfg.value, report=self._phase("value"))
+    @property
+    def method(self) -> str:
+        return self.cfg.method.name
+
+    def open(self, columns: Iterable[str]) -> None:
+        """Makes the directory, with a log of these columns and of scores."""
+        columns = [*dict.fromkeys(columns), "return_mean", "return_std", "normalized"]
+        self.log = MetricLog(self.out, self.cfg.logger.backend, columns)
+        save_config(self.out, self.cfg)
+        self.scores = Scores(self.env, self.seed, self.log, background=self.cfg.eval.background)
+
+    def phase(self, name: str) -> Phase:
+        """The report of a phase before the main one."""
+        return Phase(name, self.cfg[name].steps, [self.log], self.cfg.logger.interval, self.line)
 
     def evaluate(self, step: int) -> None:
-        """Adds a point to the learning curve, from the CPU: one state a step is too little for a GPU."""
-        self.scores.add_to_curve(step, self.loss.actor.cpu(), self.cfg.eval.episodes)
+        """Adds a point to the learning curve."""
+        self.scores.add_to_curve(step, on_cpu(self.policy), self.cfg.eval.episodes)
 
     def finish(self, *, updates_per_second: float, start: float) -> None:
-        """The final evaluation, and all files."""
+        """The final evaluation, and all files, results.json last."""
         cfg = self.cfg
-        self.scores.add_result("spar", self.loss.actor.cpu(), cfg.eval.final_episodes)
+        self.scores.add_result(self.policy_name, on_cpu(self.policy), cfg.eval.final_episodes)
         self.scores.collect(wait=True)
-        name = EMBEDDED if cfg.dataset == "embedded" else str(cfg.dataset)
         results = {
-            "dataset": name, "env": self.env, "seed": self.seed, "updates": cfg.spar.updates,
-            **self.scores.results, "data": self.data_scores,
+            "dataset": dataset_name(cfg), "env": self.env, "seed": self.seed, "method": self.method,
+            "updates": cfg.spar.updates, **self.scores.results, "data": self.data_scores,
             "episodes": cfg.eval.final_episodes, "updates_per_second": updates_per_second,
             "wall_seconds": time.perf_counter() - start,
             "versions": {name: version(name) for name in VERSIONED},
             "curve": self.scores.curve,
         }  # fmt: skip
-        save_policy(self.loss, self.out / "policy.pt", env=self.env, dataset=name, seed=self.seed)
-        plot_learning_curve(self.out / "learning_curve.png", self.scores.curve, results)
+        self.save(results)
         write_json(self.out / "results.json", results)
         show(results, self.out)
+
+    def save(self, results: dict[str, Any]) -> None:
+        """The method's own files; none by default."""
 
     def close(self) -> None:
         """Ends what runs beside."""
         self.scores.close()
         self.log.close()
 
-    def _phase(self, name: str) -> Phase:
-        return Phase(name, self.cfg[name].steps, [self.log], self.cfg.logger.interval, self.line)
+
+def on_cpu(policy: TensorDictModuleBase) -> TensorDictModuleBase:
+    """A copy to evaluate: ten states a step are too few for a GPU."""
+    return deepcopy(policy).cpu()
 
 
-def dtype_of(name: str | None) -> torch.dtype | None:
-    if name is None:
-        return None
-    dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype):
-        raise InputError(f"candidate_dtype={name}: not a type of torch, such as bfloat16")
-    return dtype
+def block_length(cfg: DictConfig) -> int:
+    """Updates made at once; blocks end wherever something is due."""
+    common = math.gcd(cfg.eval.interval, cfg.logger.interval, cfg.spar.updates)
+    return max(n for n in range(1, min(common, LONGEST_BLOCK) + 1) if common % n == 0)
+
+
+def improve(
+    runs: Sequence[Run],
+    name: str,
+    make_block: Callable[[], dict[str, Tensor]],
+    synchronize: Callable[[], None] | None = None,
+) -> float:
+    """The main phase, evaluated and logged.
+
+    Args:
+        runs: with one configuration.
+        name: of the phase in the logs.
+        make_block: makes `block_length` updates of all runs and returns what is to be logged.
+        synchronize: called before the policies are evaluated.
+
+    Returns:
+        Updates per second of each run, evaluations in line included.
+    """
+    cfg, line = runs[0].cfg, runs[0].line
+    interval, length, total = cfg.eval.interval, block_length(cfg), cfg.spar.updates
+    phase = Phase(name, total, [run.log for run in runs], cfg.logger.interval, line)
+    start = time.perf_counter()
+    for run in runs:
+        run.evaluate(0)
+    for step in range(length, total + 1, length):
+        metrics = make_block()
+        if step % interval == 0 or step == total:
+            if synchronize is not None:
+                synchronize()
+            for run in runs:
+                run.evaluate(step)
+        phase(step, metrics)
+        if step % cfg.logger.interval == 0:
+            for run in runs:
+                run.scores.collect()
+            phase.show(runs[0].scores.curve)
+    return total / (time.perf_counter() - start)
 
 
 def show(results: dict[str, Any], out: Path) -> None:
-    table = Table(title=f"{results['env']}, {results['dataset']}, {results['episodes']} episodes")
+    table = Table(title=f"{results['method']}, {results['env']}, {results['dataset']}, {results['episodes']} episodes")
     table.add_column("")
     for name in ("return", "+-", "score"):
         table.add_column(name, justify="right")
-    for name in ("data", "anchor", "spar"):
-        row = results[name]
+    for name in ("data", "anchor", "spar", "policy"):
+        if (row := results.get(name)) is None:
+            continue
         normalized = "-" if row["normalized"] is None else f"{row['normalized']:.1f}"
         table.add_row(name, f"{row['return_mean']:.1f}", f"{row['return_std']:.1f}", normalized)
     console = Console()

@@ -7,7 +7,6 @@ python recipes/spar_d4rl.py dataset=minari:D4RL/pen/human-v2 preset=d4rl seed=1
 
 from __future__ import annotations
 
-import math
 import multiprocessing
 import os
 import time
@@ -18,25 +17,15 @@ from pathlib import Path
 import torch
 from common import best_device, run_recipe
 from omegaconf import DictConfig
-from run import Phase, Run
+from run import block_length, improve
 from run_output import check_unused
+from spar_run import SPARRun, make_update
 from tqdm import tqdm
 
-from torchrl_spar import BatchSampler, InputError, SPARUpdate, StackedSPARLoss
-
-# Updates that one call of SPARUpdate.run takes at most.
-LONGEST_BLOCK = 100
+from torchrl_spar import BatchSampler, InputError, StackedSPARLoss
 
 
 def main(cfg: DictConfig) -> None:
-    for option, value in {
-        "spar.updates": cfg.spar.updates,
-        "spar.policy_interval": cfg.spar.policy_interval,
-        "eval.interval": cfg.eval.interval,
-        "logger.interval": cfg.logger.interval,
-    }.items():
-        if value < 1:
-            raise InputError(f"{option}={value}: at least 1")
     if cfg.seeds is None:
         train(cfg, [cfg.seed], [Path(cfg.out)])
         return
@@ -63,12 +52,12 @@ def train(cfg: DictConfig, seeds: Sequence[int], outs: Sequence[Path], line: int
     torch.set_num_threads(cfg.threads)
     for out in outs:
         check_unused(out)
-    runs: list[Run] = []
+    runs: list[SPARRun] = []
     try:
         for seed, out in zip(seeds, outs):
-            runs.append(Run(cfg, seed, out, line))
+            runs.append(SPARRun(cfg, seed, out, line))
             runs[-1].pretrain()
-        rate = improve(cfg, runs, line)
+        rate = update_together(runs)
         for run in runs:
             run.finish(updates_per_second=rate, start=start)
     finally:
@@ -76,37 +65,18 @@ def train(cfg: DictConfig, seeds: Sequence[int], outs: Sequence[Path], line: int
             run.close()
 
 
-def improve(cfg: DictConfig, runs: Sequence[Run], line: int) -> float:
+def update_together(runs: Sequence[SPARRun]) -> float:
     """The main phase; returns the updates per second of each run."""
-    interval, total = cfg.eval.interval, cfg.spar.updates
-    # Blocks end wherever something is due.
-    common = math.gcd(interval, cfg.logger.interval, total)
-    length = max(n for n in range(1, min(common, LONGEST_BLOCK) + 1) if common % n == 0)
-    samplers = [BatchSampler(run.loss, run.data, length=length, seed=run.seed) for run in runs]
-    losses = [run.loss for run in runs]
+    cfg, losses = runs[0].cfg, [run.loss for run in runs]
+    samplers = [BatchSampler(run.loss, run.anchored_data, length=block_length(cfg), seed=run.seed) for run in runs]
     stack = StackedSPARLoss(losses) if len(runs) > 1 else None
-    options = {key: cfg.spar[key] for key in ("qvalue_lr", "actor_lr", "target_rate", "policy_interval", "compile")}
-    is_cuda = losses[0].residual_scale.is_cuda
-    decay = total if cfg.spar.decay else None
-    update = SPARUpdate(losses[0] if stack is None else stack, decay_steps=decay, cudagraph=is_cuda, **options)
-    phase = Phase("spar", total, [run.log for run in runs], cfg.logger.interval, line)
-    start = time.perf_counter()
-    for run in runs:
-        run.evaluate(0)
-    for step in range(length, total + 1, length):
+    update = make_update(cfg, losses[0] if stack is None else stack, cudagraph=runs[0].device.type == "cuda")
+
+    def make_block() -> dict[str, torch.Tensor]:
         blocks = [next(sampler) for sampler in samplers]
-        metrics = update.run(blocks[0] if stack is None else torch.stack(blocks, 1))
-        if step % interval == 0 or step == total:
-            if stack is not None:
-                stack.copy_back()
-            for run in runs:
-                run.evaluate(step)
-        phase(step, metrics)
-        if step % cfg.logger.interval == 0:
-            for run in runs:
-                run.scores.collect()
-            phase.show(runs[0].scores.curve)
-    return total / (time.perf_counter() - start)
+        return update.run(blocks[0] if stack is None else torch.stack(blocks, 1))
+
+    return improve(runs, "spar", make_block, None if stack is None else stack.copy_back)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,102 @@
+"""SPAR beside its rivals, all in one harness: data sets x methods x seeds, each combination one run in one process.
+
+python recipes/compare.py                                              # everything on the embedded data, one run a core
+python recipes/compare.py dataset=minari:spar/hopper/medium-v0 method=spar,iql,rebrac seed=0,1,2,3,4
+python recipes/compare.py hydra/launcher=ray                           # or submitit_slurm: pip install '.[sweep]'
+python recipes/report.py outputs/compare
+
+The same command goes on after it was killed: finished runs are not repeated.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import re
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+# For the processes of the sweep, which inherit it: their bars would overwrite each other.
+os.environ.setdefault("TQDM_DISABLE", "1")
+
+import spar_d4rl
+import torch
+from common import RECIPES, run_recipe
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+from rivals import BUILDERS
+from rivals.base import Problem
+from run import Run, block_length, dataset_name, improve
+from sweep import claim, is_finished, run_directory
+
+from torchrl_spar import InputError
+
+
+def main(cfg: DictConfig) -> None:
+    # A worker of Ray or Slurm may start elsewhere.
+    os.chdir(HydraConfig.get().runtime.cwd)
+    if cfg.seeds is not None:
+        raise InputError(f"seeds={cfg.seeds}: an option of spar_d4rl.py; here it is seed=0,1,2")
+    if cfg.eval.background and multiprocessing.get_start_method(allow_none=True) == "loky":
+        raise InputError("eval.background=true: joblib's processes cannot start another; evaluate in line")
+    out = run_directory(Path(cfg.runs), dataset_name(cfg), cfg.method.name, cfg.seed)
+    with claim(out):
+        if is_finished(out, cfg):
+            print(f"{out}: finished before", flush=True)
+            return
+        try:
+            if cfg.method.algorithm == "spar":
+                spar_d4rl.train(cfg, [cfg.seed], [out])
+            else:
+                train(cfg, cfg.seed, out)
+        except InputError:
+            shutil.rmtree(out, ignore_errors=True)
+            raise
+
+
+class RivalRun(Run):
+    """A rival of one seed; its files are SPAR's but for the saved policy and the figure."""
+
+    def __init__(self, cfg: DictConfig, seed: int, out: Path) -> None:
+        super().__init__(cfg, seed, out)
+        torch.manual_seed(seed)
+        build, options = BUILDERS[cfg.method.algorithm], method_options(cfg.method, dataset_name(cfg))
+        self.rival = build(Problem(self.data, self.cfg, self.device), **options)
+        self.policy = self.rival.policy
+        self.open(self.rival.columns)
+
+
+def train(cfg: DictConfig, seed: int, out: Path) -> None:
+    start = time.perf_counter()
+    torch.set_num_threads(cfg.threads)
+    run = RivalRun(cfg, seed, out)
+    rival, length = run.rival, block_length(cfg)
+    metrics: dict[str, torch.Tensor] = {}
+
+    def make_block() -> dict[str, torch.Tensor]:
+        for _ in range(length):
+            metrics.update(rival(rival.data.sample()))
+        return metrics
+
+    try:
+        rival.pretrain(run)
+        run.finish(updates_per_second=improve([run], run.method, make_block), start=start)
+    finally:
+        run.close()
+
+
+def method_options(method: DictConfig, dataset: str) -> dict[str, Any]:
+    """A method's options on a data set: its own, then those of every task that the data set's name contains."""
+    words = "-".join(re.findall(r"[a-z0-9]+", dataset.lower()))
+    tasks = [task for task in method.tasks or {} if f"-{task}-" in f"-{words}-"]
+    merged = OmegaConf.merge(method, *(method.tasks[task] for task in sorted(tasks, key=len)))
+    options: Any = OmegaConf.to_container(merged, resolve=True)
+    return {name: value for name, value in options.items() if name not in ("name", "algorithm", "tasks")}
+
+
+if __name__ == "__main__":
+    # Slurm's processes start with Python's own path.
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(RECIPES), os.environ.get("PYTHONPATH"))))
+    run_recipe(main, "compare")

@@ -1,0 +1,117 @@
+"""What every rival is made of: a problem to solve, steps of gradient descent, and a policy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from run import Run
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModuleBase
+from torch import Tensor
+from torchrl.data import ReplayBuffer
+from torchrl.objectives import SoftUpdate
+
+from rivals.networks import Networks
+from torchrl_spar import OfflineReplayBuffer
+
+Term = Callable[[TensorDictBase], tuple[Tensor, Any]]
+
+
+@dataclass
+class Problem:
+    """What all methods are given.
+
+    Args:
+        data: the data set.
+        cfg: the whole configuration; sizes, batch and number of updates are SPAR's.
+        device: where everything lives.
+    """
+
+    data: OfflineReplayBuffer
+    cfg: DictConfig
+    device: torch.device
+
+    @cached_property
+    def networks(self) -> Networks:
+        return Networks(self.data, self.cfg.spar.loss.hidden, self.device)
+
+    @property
+    def updates(self) -> int:
+        return self.cfg.spar.updates
+
+
+@dataclass
+class Step:
+    """One term and the optimiser that minimises it, every `interval` updates.
+
+    Args:
+        name: of the loss in the logs.
+        term: batch -> loss and metadata.
+        optimizer: of the parameters that the term is to move.
+        interval: updates between two of this step.
+        schedule: of the learning rate, advanced with every step.
+        metrics: what to log of the metadata, as means.
+    """
+
+    name: str
+    term: Term
+    optimizer: torch.optim.Optimizer
+    interval: int = 1
+    schedule: torch.optim.lr_scheduler.LRScheduler | None = None
+    metrics: tuple[str, ...] = ()
+
+    def __call__(self, batch: TensorDictBase) -> dict[str, Tensor]:
+        value, metadata = self.term(batch)
+        self.optimizer.zero_grad(set_to_none=True)
+        value.backward()
+        self.optimizer.step()
+        if self.schedule is not None:
+            self.schedule.step()
+        return {self.name: value.detach(), **{name: metadata[name].detach().mean() for name in self.metrics}}
+
+
+@dataclass
+class Rival:
+    """A method: called with a batch it makes one update and returns what is to be logged.
+
+    Args:
+        data: what it samples from; the problem's own data, or what the method makes of it.
+        policy: observation -> action, in raw units; follows the training.
+        steps: in this order, on the same batch.
+        targets: moved after the steps.
+        target_interval: updates between two moves of the targets.
+    """
+
+    data: ReplayBuffer
+    policy: TensorDictModuleBase
+    steps: list[Step]
+    targets: SoftUpdate | None = None
+    target_interval: int = 1
+    updates: int = field(default=0, init=False)
+
+    @property
+    def columns(self) -> list[str]:
+        """The names of all that the updates return."""
+        return [name for step in self.steps for name in (step.name, *step.metrics)]
+
+    def pretrain(self, run: Run) -> None:
+        """What comes before the updates; nothing, but for SPAR's critic."""
+
+    def __call__(self, batch: TensorDictBase) -> dict[str, Tensor]:
+        self.updates += 1
+        metrics: dict[str, Tensor] = {}
+        for step in self.steps:
+            if self.updates % step.interval == 0:
+                metrics |= step(batch)
+        if self.targets is not None and self.updates % self.target_interval == 0:
+            self.targets.step()
+        return metrics
+
+
+def adam(params: Iterable[Tensor], lr: float) -> torch.optim.Adam:
+    return torch.optim.Adam([param for param in params if param.requires_grad], lr=lr, fused=True)

@@ -1,0 +1,75 @@
+"""What methods make of the data: a part of it, other rewards, the action that came next."""
+
+from __future__ import annotations
+
+import torch
+from tensordict import TensorDictBase
+
+from torchrl_spar import InputError, OfflineReplayBuffer
+
+# D4RL's longest episode, to which IQL's rewards are scaled.
+EPISODE_STEPS = 1000
+
+
+def rebuild(data: OfflineReplayBuffer, rows: TensorDictBase) -> OfflineReplayBuffer:
+    """A buffer of other rows; the statistics of networks stay those of the whole data set."""
+    return OfflineReplayBuffer(
+        rows,
+        action_spec=data.action_spec,
+        episode_returns=data.episode_returns,
+        name=data.name,
+        env_id=data.env_id,
+        device=data.observation_loc.device,
+        batch_size=data.batch_size,
+    )
+
+
+def keep_best_episodes(data: OfflineReplayBuffer, share: float) -> OfflineReplayBuffer:
+    """The rows of the given share of episodes with the highest returns, at least one episode."""
+    if not 0 < share <= 1:
+        raise InputError(f"method.share={share}: must be above 0, up to 1")
+    returns = data.episode_returns
+    best = returns.argsort(descending=True, stable=True)[: max(1, int(share * len(returns)))]
+    rows = data[:]
+    return rebuild(data, rows[torch.isin(rows["episode"], best.to(rows["episode"].device))])
+
+
+def return_scale(data: OfflineReplayBuffer) -> float:
+    """1000 over the range of the episodes' returns."""
+    spread = (data.episode_returns.max() - data.episode_returns.min()).item()
+    if spread <= 0:
+        raise InputError(f"{data.name}: all episodes have one return; give by_return_range=false under method")
+    return EPISODE_STEPS / spread
+
+
+def transform_rewards(
+    data: OfflineReplayBuffer, *, by_return_range: bool = False, scale: float = 1.0, shift: float = 0.0
+) -> OfflineReplayBuffer:
+    """Rewards ``scale * r + shift``, first multiplied by 1000 over the range of the returns if asked for.
+
+    A reward that every method's paper scales on some tasks only: IQL's advantage weights and CQL's penalty have units.
+    """
+    if by_return_range:
+        scale *= return_scale(data)
+    if (scale, shift) == (1.0, 0.0):
+        return data
+    rows = data[:].clone()
+    rows["next", "reward"] = scale * rows["next", "reward"] + shift
+    return rebuild(data, rows)
+
+
+def add_next_actions(data: OfflineReplayBuffer) -> OfflineReplayBuffer:
+    """With the data's own ``("next", "action")``; a row that was cut off before it is dropped.
+
+    A terminated row keeps its own action there: nothing is bootstrapped from it.
+    """
+    rows = data[:].clone(False)
+    action, episode = rows["action"], rows["episode"]
+    follows = torch.zeros_like(episode, dtype=torch.bool)
+    follows[:-1] = episode[1:] == episode[:-1]
+    rows["next"] = rows["next"].clone(False)
+    rows["next", "action"] = torch.where(follows.unsqueeze(-1), action.roll(-1, 0), action)
+    known = follows | rows["next", "terminated"].squeeze(-1)
+    if not known.any():
+        raise InputError(f"{data.name}: no step is followed by another in its episode; ReBRAC needs the next action")
+    return rebuild(data, rows[known])

@@ -1,0 +1,86 @@
+"""SPAR's critic with IQL's policy: SPAR trains as it does, and an actor is drawn from its critic by weighted cloning.
+
+What it answers: whether SPAR's policy is better because of its critic, or because of how it is drawn from it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from run import Run
+from spar_run import log_columns, make_update, pretrain
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModuleBase
+from torch import Tensor
+from torch.optim.lr_scheduler import CosineAnnealingLR
+
+from rivals.base import Problem, Rival, Step, adam
+from rivals.data import return_scale
+from torchrl_spar import SPARLoss, SPARUpdate
+from torchrl_spar.functional import call, call_ensemble
+from torchrl_spar.value import lower_bound
+
+# IQL's bound of the weights.
+MAX_WEIGHT = 100.0
+
+
+def build(problem: Problem, *, lr: float, temperature: float, by_return_range: bool) -> Rival:
+    """
+    Args:
+        problem: data, sizes, number of updates; SPAR's options are the main job's, the expectile among them.
+        lr: learning rate of the actor, falling to zero along a cosine, and of the state value.
+        temperature: factor on the advantage in the actor's weights.
+        by_return_range: whether advantages are in IQL's units, 1000 over the range of the returns.
+    """
+    actor = problem.networks.gaussian_actor()
+    unit = return_scale(problem.data) if by_return_range else 1.0
+    return ExtractedPolicy(problem.data, actor, [], problem=problem, lr=lr, temperature=temperature * unit)
+
+
+@dataclass
+class ExtractedPolicy(Rival):
+    """The policy that IQL's last step draws from SPAR's critic while SPAR trains it."""
+
+    problem: Problem = field(kw_only=True)
+    lr: float = field(kw_only=True)
+    temperature: float = field(kw_only=True)
+    spar: SPARUpdate = field(init=False)
+
+    @property
+    def columns(self) -> list[str]:
+        return [*log_columns(self.problem.cfg, self.problem.data), "loss_actor"]
+
+    def pretrain(self, run: Run) -> None:
+        actor = self.policy
+        loss, self.data = pretrain(run)
+        self.spar = make_update(self.problem.cfg, loss)
+        optimizer = adam(actor.parameters(), self.lr)
+
+        def actor_loss(batch: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
+            # SPAR's values are in scaled rewards.
+            weight = (self.temperature / loss.reward_scale * advantage(loss, batch)).exp().clamp(max=MAX_WEIGHT)
+            return -(weight * log_likelihood(actor, batch)).mean(), {}
+
+        self.steps = [
+            Step("loss_actor", actor_loss, optimizer, schedule=CosineAnnealingLR(optimizer, self.problem.updates))
+        ]
+        if loss.value_mix == 0:  # else SPAR trains it itself
+            value = adam(loss.value_network_params.parameters(), self.lr)
+            self.steps.insert(0, Step("loss_value", loss.value_loss, value))
+
+    def __call__(self, batch: TensorDictBase) -> dict[str, Tensor]:
+        return self.spar(batch) | super().__call__(batch)
+
+
+@torch.no_grad()
+def advantage(loss: SPARLoss, batch: TensorDictBase) -> Tensor:
+    """The target critics' lower bound at the data's action over the state value, ``[*B]``."""
+    keys, params = loss.tensor_keys, loss.target_qvalue_network_params
+    qvalue = call_ensemble(loss.qvalue_network, params, batch, {}, out_key=keys.state_action_value)
+    value = call(loss.value_network, loss.value_network_params, batch, {})[keys.value]
+    return (lower_bound(qvalue, bound=loss.bound, kappa=loss.kappa) - value).squeeze(-1)
+
+
+def log_likelihood(actor: TensorDictModuleBase, batch: TensorDictBase) -> Tensor:
+    return actor.get_dist(batch.select(*actor.in_keys)).log_prob(batch["action"])

@@ -1,0 +1,106 @@
+"""A run of SPAR: the anchor, the residuals' manifold, the critics' start, and what the main phase updates."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from plots import plot_learning_curve
+from run import Run, on_cpu
+from tensordict.nn import TensorDictModuleBase
+from torchrl.data import ReplayBuffer
+
+from torchrl_spar import (
+    InputError,
+    OfflineReplayBuffer,
+    SPARLoss,
+    SPARUpdate,
+    StackedSPARLoss,
+    fit_anchor,
+    fit_residual,
+    fit_value,
+    make_anchor,
+    make_spar_loss,
+    save_policy,
+    with_anchor_actions,
+)  # fmt: skip
+
+# The method's name without compare.py, which gives one.
+NAMES = {"residual": "spar", "latent": "spar_latent"}
+
+
+class SPARRun(Run):
+    """SPAR of one seed, up to its main phase and after it."""
+
+    policy_name = "spar"
+
+    def __init__(self, cfg: DictConfig, seed: int, out: Path, line: int = 0) -> None:
+        super().__init__(cfg, seed, out, line)
+        self.open(log_columns(self.cfg, self.data))
+
+    @property
+    def method(self) -> str:
+        return super().method if "method" in self.cfg else NAMES[self.cfg.spar.loss.head]
+
+    @property
+    def policy(self) -> TensorDictModuleBase:  # type: ignore[override]
+        return self.loss.actor
+
+    def pretrain(self) -> None:
+        self.loss, self.anchored_data = pretrain(self)
+
+    def save(self, results: dict[str, Any]) -> None:
+        save_policy(self.loss, self.out / "policy.pt", **{key: results[key] for key in ("env", "dataset", "seed")})
+        plot_learning_curve(self.out / "learning_curve.png", results["curve"], results)
+
+
+def log_columns(cfg: DictConfig, data: OfflineReplayBuffer) -> list[str]:
+    """What SPAR's phases log; a wrong option ends here."""
+    return ["loss_bc", "loss_fit", "reconstruction_error", "kl", *loss_maker(cfg, data)().out_keys]
+
+
+def loss_maker(cfg: DictConfig, data: OfflineReplayBuffer) -> partial[SPARLoss]:
+    """`make_spar_loss` with everything but the anchor."""
+    options = {**cfg.spar.loss, "candidate_dtype": dtype_of(cfg.spar.loss.candidate_dtype)}
+    return partial(make_spar_loss, **sizes_of(data), **options)
+
+
+def sizes_of(data: OfflineReplayBuffer) -> dict[str, Any]:
+    return {
+        "observation_dim": data.observation_loc.numel(), "action_spec": data.action_spec,
+        "observation_stats": (data.observation_loc, data.observation_scale), "device": data.observation_loc.device,
+    }  # fmt: skip
+
+
+def pretrain(run: Run) -> tuple[SPARLoss, ReplayBuffer]:
+    """The anchor, evaluated too, the residuals' manifold, the critics' start; the data with the anchor's actions."""
+    cfg, data = run.cfg, run.data
+    # Here, not earlier: all methods with an anchor have the same one for a seed.
+    torch.manual_seed(run.seed)
+    anchor = make_anchor(**sizes_of(data), hidden=list(cfg.spar.loss.hidden))
+    fit_anchor(anchor, data, **cfg.anchor, report=run.phase("anchor"))
+    loss = loss_maker(cfg, data)(anchor=anchor)
+    run.scores.add_result("anchor", on_cpu(loss.anchor), cfg.eval.final_episodes)
+    rows = with_anchor_actions(loss, data)
+    if cfg.fit.steps:
+        fit_residual(loss, rows, **cfg.fit, report=run.phase("fit"))
+    if cfg.value.steps:
+        fit_value(loss, rows, **cfg.value, report=run.phase("value"))
+    return loss, rows
+
+
+def make_update(cfg: DictConfig, loss: SPARLoss | StackedSPARLoss, *, cudagraph: bool = False) -> SPARUpdate:
+    options = {key: cfg.spar[key] for key in ("qvalue_lr", "actor_lr", "target_rate", "policy_interval", "compile")}
+    return SPARUpdate(loss, decay_steps=cfg.spar.updates if cfg.spar.decay else None, cudagraph=cudagraph, **options)
+
+
+def dtype_of(name: str | None) -> torch.dtype | None:
+    if name is None:
+        return None
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise InputError(f"candidate_dtype={name}: not a type of torch, such as bfloat16")
+    return dtype
