@@ -243,10 +243,11 @@ def is_running(pid):
 
 
 PARENT = """
-import multiprocessing, time
+import multiprocessing, signal, time
 from test_evaluation import policy
 from torchrl_spar import BackgroundEvaluator
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start with it ignored
     with BackgroundEvaluator() as evaluator:
         evaluator.submit("first", policy(), "Pendulum-v1", episodes=1)
         evaluator.drain()
