@@ -302,6 +302,20 @@ def test_blocks_depend_on_their_seed_alone(fitted):
         assert abs(big[key].mean()) < 0.02 and abs(big[key].std() - 1) < 0.02
 
 
+def test_only_noise_that_a_term_reads_is_drawn(fitted):
+    _, data = fitted
+    expected = {
+        (1.0, True): {"action_noise", "candidate_noise", "latent_noise"},
+        (1.0, False): {"action_noise", "candidate_noise"},
+        (0.0, False): {"action_noise"},
+    }
+    for (lsi_coeff, joint_fit), keys in expected.items():
+        loss = make_spar_loss(2, Bounded(-1, 1, (2,)), hidden=[4], lsi_coeff=lsi_coeff, joint_fit=joint_fit)
+        block = next(BatchSampler(loss, data, length=2, seed=0))
+        assert {key for key in block.keys() if key.endswith("_noise")} == keys
+        SPARUpdate(loss).run(block)
+
+
 def test_cuda_graphs_need_a_cuda_device():
     with pytest.raises(InputError, match="cudagraph=True: the loss is on cpu"):
         SPARUpdate(make_spar_loss(OBSERVATION, Bounded(-1, 1, (ACTION,)), hidden=[8]), cudagraph=True)

@@ -490,8 +490,12 @@ class SPARLoss(LossModule):
         keys, state = self.tensor_keys, self._anchored(tensordict)
         residual = self._data_residual(tensordict, state)
         action, latent = residual.shape[-1], self._encode(state, residual)[0].shape[-1]
-        shapes = {keys.action_noise: (action,), keys.candidate_noise: (self.num_candidates, latent)}
-        return shapes | ({keys.latent_noise: (latent,)} if self.joint_fit else {})
+        shapes: dict[NestedKey, tuple[int, ...]] = {keys.action_noise: (action,)}
+        if self.has_lsi:
+            shapes[keys.candidate_noise] = (self.num_candidates, latent)
+        if self.joint_fit:
+            shapes[keys.latent_noise] = (latent,)
+        return shapes
 
     # ------------------------------------------------------------------ policies
 
