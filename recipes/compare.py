@@ -23,6 +23,7 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 
 import spar_d4rl
 import torch
+from ablations import RUNS
 from common import RECIPES, run_recipe
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
@@ -47,8 +48,8 @@ def main(cfg: DictConfig) -> None:
             print(f"{out}: finished before", flush=True)
             return
         try:
-            if cfg.method.algorithm == "spar":
-                spar_d4rl.train(cfg, [cfg.seed], [out])
+            if run_class := RUNS.get(cfg.method.algorithm):
+                spar_d4rl.train(cfg, [cfg.seed], [out], run_class=run_class)
             else:
                 train(cfg, cfg.seed, out)
         except InputError:

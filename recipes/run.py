@@ -101,8 +101,10 @@ class Run:
         save_config(self.out, self.cfg)
         self.scores = Scores(self.env, self.seed, self.log, background=self.cfg.eval.background)
 
-    def phase(self, name: str) -> Phase:
-        """The report of a phase before the main one."""
+    def phase(self, name: str) -> Phase | None:
+        """The report of a phase before the main one; none where it has no steps."""
+        if not self.cfg[name].steps:
+            return None
         return Phase(name, self.cfg[name].steps, [self.log], self.cfg.logger.interval, self.line)
 
     def evaluate(self, step: int) -> None:

@@ -46,7 +46,9 @@ def main(cfg: DictConfig) -> None:
             job.result()
 
 
-def train(cfg: DictConfig, seeds: Sequence[int], outs: Sequence[Path], line: int = 0) -> None:
+def train(
+    cfg: DictConfig, seeds: Sequence[int], outs: Sequence[Path], line: int = 0, run_class: type[SPARRun] = SPARRun
+) -> None:
     """Independent runs of all seeds, the main phase as one program."""
     start = time.perf_counter()
     torch.set_num_threads(cfg.threads)
@@ -55,7 +57,7 @@ def train(cfg: DictConfig, seeds: Sequence[int], outs: Sequence[Path], line: int
     runs: list[SPARRun] = []
     try:
         for seed, out in zip(seeds, outs):
-            runs.append(SPARRun(cfg, seed, out, line))
+            runs.append(run_class(cfg, seed, out, line))
             runs[-1].pretrain()
         rate = update_together(runs)
         for run in runs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,10 +37,11 @@ class SPARRun(Run):
     """SPAR of one seed, up to its main phase and after it."""
 
     policy_name = "spar"
+    loss_class: type[SPARLoss] = SPARLoss
 
     def __init__(self, cfg: DictConfig, seed: int, out: Path, line: int = 0) -> None:
         super().__init__(cfg, seed, out, line)
-        self.open(log_columns(self.cfg, self.data))
+        self.open(log_columns(self.cfg, self.data, self.loss_class))
 
     @property
     def method(self) -> str:
@@ -49,23 +51,29 @@ class SPARRun(Run):
     def policy(self) -> TensorDictModuleBase:  # type: ignore[override]
         return self.loss.actor
 
+    def make_anchor(self) -> TensorDictModuleBase:
+        """The behaviour policy, trained."""
+        return clone_behaviour(self)
+
     def pretrain(self) -> None:
-        self.loss, self.anchored_data = pretrain(self)
+        self.loss, self.anchored_data = pretrain(self, self.make_anchor, self.loss_class)
 
     def save(self, results: dict[str, Any]) -> None:
         save_policy(self.loss, self.out / "policy.pt", **{key: results[key] for key in ("env", "dataset", "seed")})
         plot_learning_curve(self.out / "learning_curve.png", results["curve"], results)
 
 
-def log_columns(cfg: DictConfig, data: OfflineReplayBuffer) -> list[str]:
+def log_columns(cfg: DictConfig, data: OfflineReplayBuffer, loss_class: type[SPARLoss] = SPARLoss) -> list[str]:
     """What SPAR's phases log; a wrong option ends here."""
-    return ["loss_bc", "loss_fit", "reconstruction_error", "kl", *loss_maker(cfg, data)().out_keys]
+    return ["loss_bc", "loss_fit", "reconstruction_error", "kl", *loss_maker(cfg, data, loss_class)().out_keys]
 
 
-def loss_maker(cfg: DictConfig, data: OfflineReplayBuffer) -> partial[SPARLoss]:
+def loss_maker(
+    cfg: DictConfig, data: OfflineReplayBuffer, loss_class: type[SPARLoss] = SPARLoss
+) -> partial[SPARLoss]:
     """`make_spar_loss` with everything but the anchor."""
     options = {**cfg.spar.loss, "candidate_dtype": dtype_of(cfg.spar.loss.candidate_dtype)}
-    return partial(make_spar_loss, **sizes_of(data), **options)
+    return partial(make_spar_loss, **sizes_of(data), loss_class=loss_class, **options)
 
 
 def sizes_of(data: OfflineReplayBuffer) -> dict[str, Any]:
@@ -75,18 +83,25 @@ def sizes_of(data: OfflineReplayBuffer) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def pretrain(run: Run) -> tuple[SPARLoss, ReplayBuffer]:
+def clone_behaviour(run: Run) -> TensorDictModuleBase:
+    anchor = make_anchor(**sizes_of(run.data), hidden=list(run.cfg.spar.loss.hidden))
+    return fit_anchor(anchor, run.data, **run.cfg.anchor, report=run.phase("anchor"))
+
+
+def pretrain(
+    run: Run,
+    make_anchor: Callable[[], TensorDictModuleBase] | None = None,
+    loss_class: type[SPARLoss] = SPARLoss,
+) -> tuple[SPARLoss, ReplayBuffer]:
     """The anchor, evaluated too, the residuals' manifold, the critics' start; the data with the anchor's actions."""
     cfg, data = run.cfg, run.data
     # Here, not earlier: all methods with an anchor have the same one for a seed.
     torch.manual_seed(run.seed)
-    anchor = make_anchor(**sizes_of(data), hidden=list(cfg.spar.loss.hidden))
-    fit_anchor(anchor, data, **cfg.anchor, report=run.phase("anchor"))
-    loss = loss_maker(cfg, data)(anchor=anchor)
+    anchor = clone_behaviour(run) if make_anchor is None else make_anchor()
+    loss = loss_maker(cfg, data, loss_class)(anchor=anchor)
     run.scores.add_result("anchor", on_cpu(loss.anchor), cfg.eval.final_episodes)
     rows = with_anchor_actions(loss, data)
-    if cfg.fit.steps:
-        fit_residual(loss, rows, **cfg.fit, report=run.phase("fit"))
+    fit_residual(loss, rows, **cfg.fit, report=run.phase("fit"))
     if cfg.value.steps:
         fit_value(loss, rows, **cfg.value, report=run.phase("value"))
     return loss, rows

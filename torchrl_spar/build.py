@@ -67,6 +67,7 @@ def make_spar_loss(
     hidden: Sequence[int] = HIDDEN,
     num_qvalue_nets: int = 4,
     gamma: float = 0.99,
+    loss_class: type[SPARLoss] = SPARLoss,
     **options: Any,
 ) -> SPARLoss:
     """:class:`~torchrl_spar.SPARLoss` with default networks for vector observations.
@@ -84,6 +85,7 @@ def make_spar_loss(
         hidden: widths of every network's hidden layers.
         num_qvalue_nets: number of critics, each with its own initialisation and LayerNorm.
         gamma: discount.
+        loss_class: a subclass of ``SPARLoss`` to build instead.
         **options: every keyword of :class:`~torchrl_spar.SPARLoss`.
 
     Returns:
@@ -141,7 +143,7 @@ def make_spar_loss(
     ]
     value = ValueOperator(network(observation_dim, 1, layer_norm=True), in_keys=["observation"])
     try:
-        loss = SPARLoss(actor, qvalue, value, vae, num_qvalue_nets=num_qvalue_nets, **options)
+        loss = loss_class(actor, qvalue, value, vae, num_qvalue_nets=num_qvalue_nets, **options)
     except TypeError as err:
         raise InputError(f"unknown option for SPARLoss: {err}") from None
     loss.make_value_estimator(gamma=gamma)

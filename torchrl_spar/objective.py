@@ -76,7 +76,9 @@ class SPARLoss(LossModule):
         joint_fit: whether ``forward`` adds ``loss_fit``. Set it to ``False`` when the VAE was
             trained before by :func:`~torchrl_spar.fit_residual` and is to stay.
         num_candidates: candidates K for each state, the policy's own included (ours: 8).
-        latent_std: sigma, the spread of the candidates in the latent (ours: 0.5).
+        candidates: around what they are sampled in the latent: ``"prior"``, its origin, so that they are drawn
+            anew from the residuals that the data supports, or ``"policy"``, the policy's own latent (ours: prior).
+        latent_std: sigma, the spread of the candidates in the latent (ours: 1, that of the prior).
         latent_bound: candidates are clamped to +- this (ours: 2).
         candidate_dtype: what the hidden layers of the default critics compute in while they score
             candidates, such as ``torch.bfloat16``; by default the parameters' own type. Weights and
@@ -197,7 +199,8 @@ class SPARLoss(LossModule):
         kl_coeff: float = 0.1,
         joint_fit: bool = True,
         num_candidates: int = 8,
-        latent_std: float = 0.5,
+        candidates: Literal["prior", "policy"] = "prior",
+        latent_std: float = 1.0,
         latent_bound: float = 2.0,
         candidate_dtype: torch.dtype | None = None,
         temperature: float = 0.3,
@@ -222,6 +225,7 @@ class SPARLoss(LossModule):
             (reward_scale > 0, "reward_scale", reward_scale, "positive"),
             (kl_coeff >= 0, "kl_coeff", kl_coeff, "at least 0"),
             (num_candidates >= 2, "num_candidates", num_candidates, "at least 2 (lsi_coeff=0 turns LSI off)"),
+            (candidates in ("prior", "policy"), "candidates", candidates, "'prior' or 'policy'"),
             (latent_std > 0, "latent_std", latent_std, "positive"),
             (latent_bound > 0, "latent_bound", latent_bound, "positive"),
             (temperature > 0, "temperature", temperature, "positive"),
@@ -249,6 +253,7 @@ class SPARLoss(LossModule):
         self.kl_coeff = kl_coeff
         self.joint_fit = joint_fit
         self.num_candidates = num_candidates
+        self.candidates = candidates
         self.latent_std = latent_std
         self.latent_bound = latent_bound
         self.candidate_dtype = candidate_dtype
@@ -369,9 +374,8 @@ class SPARLoss(LossModule):
         metadata: dict[str, Tensor] = {}
         if self.has_lsi:
             noise = tensordict.get(self.tensor_keys.candidate_noise, None)
-            target, diagnostics = self.self_imitation_target(state, residual, latent, mask, noise)
-            prediction = residual if latent is None else latent
-            loss = loss + self.lsi_coeff * (prediction - target).pow(2).mean(-1)
+            imitation, diagnostics = self.self_imitation(state, residual, latent, mask, noise)
+            loss = loss + self.lsi_coeff * imitation
             metadata.update(diagnostics)
         if self.has_trust:
             weight, diagnostics = self.trust_weight(tensordict, state, residual, mask)
@@ -383,6 +387,22 @@ class SPARLoss(LossModule):
         data_size = _masked_mean(data_residual.pow(2).mean(-1), mask)
         metadata["residual_ratio"] = (size / data_size.clamp_min(TINY)).sqrt()
         return self._reduce(loss, tensordict), metadata
+
+    def self_imitation(
+        self,
+        state: TensorDictBase,
+        residual: Tensor,
+        latent: Tensor | None = None,
+        mask: Tensor | None = None,
+        noise: Tensor | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Squared distance of the residual (head B: the latent) to :meth:`self_imitation_target`, which see, ``[*B]``.
+
+        A mean over dimensions. The step that improves the policy: a subclass may put another in its place.
+        """
+        target, diagnostics = self.self_imitation_target(state, residual, latent, mask, noise)
+        prediction = residual if latent is None else latent
+        return (prediction - target).pow(2).mean(-1), diagnostics
 
     @torch.no_grad()
     def self_imitation_target(
@@ -419,7 +439,8 @@ class SPARLoss(LossModule):
             noise = centre.new_empty(self.num_candidates - 1, *centre.shape).normal_()
         else:
             noise = noise.movedim(-2, 0)[1:]
-        latents = torch.cat((centre.unsqueeze(0), centre + self.latent_std * noise))
+        drawn = self.latent_std * noise
+        latents = torch.cat((centre.unsqueeze(0), drawn if self.candidates == "prior" else centre + drawn))
         latents = latents.clamp(-self.latent_bound, self.latent_bound)
         residuals = self._decode(state, latents)
         actions = self._compose(state.get(self.tensor_keys.anchor_action), residuals)
