@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from torchrl.data import Bounded, ImmutableDatasetWriter, TensorDictReplayBuffer
 from torchrl_spar.cache import Content, load_cached
 from torchrl_spar.errors import InputError
 from torchrl_spar.readers import Steps, find_minari, read_file, read_minari, read_tensordict
+from torchrl_spar.success import REWARD_SHIFT
+from torchrl_spar.success import end_at_success as relabel
 
 # Float32 rounding and simulators leave actions this far outside their bounds.
 ACTION_TOLERANCE = 1e-6
@@ -33,9 +36,11 @@ class OfflineReplayBuffer(TensorDictReplayBuffer):
     Args:
         data: ``[N]`` rows in TED form, see :func:`load_offline_dataset`.
         action_spec: the actions' finite bounds, float32 ``[action_dim]``.
-        episode_returns: undiscounted return of every episode, float64 ``[episodes]``.
+        episode_returns: undiscounted return of every episode in the source's rewards, float64 ``[episodes]``.
         name: where the data comes from.
         env_id: the Gymnasium environment that the data comes from, if known.
+        env_kwargs: what ``gymnasium.make`` takes beside it, such as a maze's map.
+        reward_shift: what was added to the source's rewards.
         device: where data and statistics live; the CPU by default.
         **kwargs: passed to ``TensorDictReplayBuffer``, such as ``batch_size``.
 
@@ -44,7 +49,8 @@ class OfflineReplayBuffer(TensorDictReplayBuffer):
             computed in float64.
         observation_scale: standard deviation (divided by N), likewise. It is 1 where it is
             below ``1e-6 max(1, |mean|)``, so that constant dimensions are not blown up.
-        action_spec, episode_returns, name, env_id: as given; ``"episode"`` indexes ``episode_returns``.
+        action_spec, episode_returns, name, env_id, env_kwargs, reward_shift: as given; ``"episode"`` indexes
+            ``episode_returns``.
 
     Source: ours.
 
@@ -72,6 +78,8 @@ class OfflineReplayBuffer(TensorDictReplayBuffer):
         episode_returns: torch.Tensor,
         name: str,
         env_id: str | None = None,
+        env_kwargs: Mapping[str, Any] | None = None,
+        reward_shift: float = 0.0,
         device: torch.device | str | None = None,
         **kwargs: Any,
     ) -> None:
@@ -83,6 +91,8 @@ class OfflineReplayBuffer(TensorDictReplayBuffer):
         self.action_spec = action_spec.to(device)
         self.episode_returns = episode_returns
         self.env_id = env_id
+        self.env_kwargs = dict(env_kwargs or {})
+        self.reward_shift = reward_shift
         self.name = name
 
 
@@ -93,6 +103,7 @@ def load_offline_dataset(
     device: torch.device | str | None = None,
     root: str | os.PathLike[str] | None = None,
     action_spec: TensorSpec | None = None,
+    end_at_success: bool = False,
     cache: str | os.PathLike[str] | None = None,
 ) -> OfflineReplayBuffer:
     """Reads and checks a data set, whole, into a replay buffer.
@@ -114,6 +125,10 @@ def load_offline_dataset(
         root: Minari's directory; by default ``MINARI_DATASETS_PATH``, else ``~/.minari/datasets``.
         action_spec: the actions' bounds, a ``Bounded [a]``. By default Minari's action space, and
             -1 to 1 for files and TensorDicts.
+        end_at_success: for mazes with rewards of 0 and 1 whose episodes go on after a success (AntMaze and PointMaze
+            of Minari): the successful steps become ``terminated`` and ``done``, and 1 is taken from all rewards. The
+            steps after a success stay as they are, under the same ``episode``. Success is Minari's
+            ``infos["success"]``, where there is none a reward of 1.
         cache: a directory of your own, such as ``~/.cache/torchrl_spar`` (the recipes' choice). What is read from a
             source on disk is written there, and the next load maps it into memory instead of reading the source; it
             is the same bit for bit, and copy-on-write. A source whose path, size or times changed is read
@@ -134,16 +149,18 @@ def load_offline_dataset(
         tell episodes apart by ``"episode"``. A file without ``timeouts`` ends its episodes at ``terminals`` alone
         (a warning says so when that decides the next observations).
 
-        Dictionary observations of Minari are joined by :func:`flatten_observation`.
+        Dictionary observations of Minari are joined by :func:`flatten_observation`. ``env_id`` and ``env_kwargs`` are
+        those of the environment that a Minari set names for evaluation, else of the one it was collected in.
+        ``episode_returns`` are in the source's rewards, whatever ``reward_shift`` has been added to the rows'.
 
     Raises:
         InputError: if the source is missing, damaged or of no known form, an array is missing, has
             the wrong shape, length or type, holds NaN or infinity (also after the cast to float32),
             all observations or all actions are zero, actions leave their bounds by more than 1e-6,
-            a download fails, or h5py or minari is not installed.
+            rewards are not 0 and 1 with ``end_at_success``, a download fails, or h5py or minari is not installed.
 
-    Source: Minari's episodes and D4RL's (https://arxiv.org/abs/2004.07219) arrays; which rows are
-    dropped, the checks and the default bounds are ours.
+    Source: Minari's episodes and D4RL's (https://arxiv.org/abs/2004.07219) arrays; ``end_at_success`` is the field's
+    habit for AntMaze (IQL, CORL); which rows are dropped, the checks and the default bounds are ours.
 
     Examples:
         >>> data = TensorDict({
@@ -163,14 +180,14 @@ def load_offline_dataset(
     try:
         given = None if action_spec is None else _bounds(action_spec)
         if is_tensor_collection(source):
-            content, facts = _check(read_tensordict(source), given)
+            content, facts = _check(read_tensordict(source), given, end_at_success)
         else:
-            path, read = _find(source, root)
+            path, read = _find(source, root, with_success=end_at_success)
 
             def build() -> Content:
-                return _check(read(path), given)
+                return _check(read(path), given, end_at_success)
 
-            options = None if given is None else [bound.tolist() for bound in given]
+            options = [None if given is None else [bound.tolist() for bound in given], end_at_success]
             content, facts = load_cached(path, options, Path(cache).expanduser(), build) if cache else build()
     except InputError as err:
         raise InputError(f"{name}: {err}") from err.__cause__
@@ -183,21 +200,24 @@ def load_offline_dataset(
         episode_returns=content["episode_returns"],
         name=name,
         env_id=facts["env_id"],
+        env_kwargs=facts["env_kwargs"],
+        reward_shift=facts["reward_shift"],
         device=device,
         batch_size=batch_size,
     )
 
 
-def _find(source: Any, root: str | os.PathLike[str] | None) -> tuple[Path, Callable[[Path], Steps]]:
+def _find(source: Any, root: str | os.PathLike[str] | None, with_success: bool) -> tuple[Path, Callable[[Path], Steps]]:
     """Where the source lies, and its reader."""
+    minari = partial(read_minari, with_success=True) if with_success else read_minari
     if isinstance(source, str) and source.startswith("minari:"):
-        return find_minari(source.removeprefix("minari:"), root), read_minari
+        return find_minari(source.removeprefix("minari:"), root), minari
     if isinstance(source, str) and source.startswith("d4rl:"):
         raise InputError("D4RL's ids are not downloaded: give the path of the data set's .hdf5 file instead")
     if isinstance(source, (str, os.PathLike)):
         path = Path(source).expanduser()
         if path.is_dir():
-            return path, read_minari
+            return path, minari
         if path.suffix.lower() in (".hdf5", ".h5", ".npz"):
             return path, read_file
     raise InputError(
@@ -206,18 +226,24 @@ def _find(source: Any, root: str | os.PathLike[str] | None) -> tuple[Path, Calla
     )
 
 
-def _check(steps: Steps, given: tuple[torch.Tensor, torch.Tensor] | None) -> Content:
+def _check(steps: Steps, given: tuple[torch.Tensor, torch.Tensor] | None, end_at_success: bool) -> Content:
     """The rows in TED form and all that belongs to them, as the cache keeps it."""
     bounds = given or tuple(torch.as_tensor(bound, dtype=torch.float32) for bound in steps.action_bounds)
     _check_actions(steps, *bounds)
-    content = {
-        # bincount sums in float64 whatever the rewards' type
-        "episode_returns": torch.from_numpy(np.bincount(steps.episode, weights=steps.reward)),
-        "action_low": bounds[0],
-        "action_high": bounds[1],
-        "rows": _to_ted(steps),
+    # bincount sums in float64 whatever the rewards' type
+    returns = torch.from_numpy(np.bincount(steps.episode, weights=steps.reward))
+    if end_at_success:
+        relabel(steps)
+    facts = {
+        "env_id": steps.env_id,
+        "env_kwargs": steps.env_kwargs,
+        "reward_shift": REWARD_SHIFT if end_at_success else 0.0,
+        "note": steps.note,
     }
-    return TensorDict(content), {"env_id": steps.env_id, "note": steps.note}
+    rows = _to_ted(steps)
+    return TensorDict(
+        {"episode_returns": returns, "action_low": bounds[0], "action_high": bounds[1], "rows": rows}
+    ), facts
 
 
 def _bounds(spec: TensorSpec) -> tuple[torch.Tensor, torch.Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,6 +56,8 @@ class Steps:
     episode: np.ndarray  # int64 [n], from 0
     action_bounds: tuple[np.ndarray, np.ndarray]  # low and high [action_dim]
     env_id: str | None = None
+    env_kwargs: Mapping[str, Any] | None = None  # of gymnasium.make
+    success: np.ndarray | None = None  # bool [n], where the source records it and was asked for it
     note: str | None = None  # what the user is warned of
 
 
@@ -77,8 +79,8 @@ def find_minari(dataset_id: str, root: str | os.PathLike[str] | None) -> Path:
     return base / dataset_id
 
 
-def read_minari(directory: Path) -> Steps:
-    """A Minari data set; every step has its next observation."""
+def read_minari(directory: Path, *, with_success: bool = False) -> Steps:
+    """A Minari data set; every step has its next observation. ``with_success``: also its ``infos["success"]``."""
     if not (directory / "data" / "metadata.json").is_file():
         raise InputError("the directory is no Minari data set: it holds no data/metadata.json")
     minari = _require("minari")
@@ -88,7 +90,7 @@ def read_minari(directory: Path) -> Steps:
     if not hasattr(space, "low") or space.dtype.kind != "f":
         raise InputError(f"the action space is {space}; SPAR needs continuous actions")
     with _readable(), np.errstate(over="ignore"):  # what overflows float32 is reported as infinity
-        arrays, lengths = _stack(_minari_episodes(dataset), dataset.total_steps)
+        arrays, lengths = _stack(_minari_episodes(dataset, with_success), dataset.total_steps)
     if not lengths:
         raise InputError("the data set holds no step")
     labels = {
@@ -99,13 +101,17 @@ def read_minari(directory: Path) -> Steps:
         "terminated": "terminations",
         "truncated": "truncations",
     }
-    fields = _clean({field: (label, arrays.pop(label)) for field, label in labels.items()})
+    if "success" in arrays:
+        labels["success"] = "success"
+    fields = _clean({name: (label, arrays.pop(label)) for name, label in labels.items()})
+    spec = dataset._eval_env_spec or dataset.env_spec  # what the authors mean to evaluate in, if they say so
     return Steps(
         **fields,
         known=np.ones(sum(lengths), dtype=bool),
         episode=np.repeat(np.arange(len(lengths)), lengths),
         action_bounds=(space.low, space.high),
-        env_id=dataset.env_spec.id if dataset.env_spec is not None else None,
+        env_id=None if spec is None else spec.id,
+        env_kwargs=None if spec is None else spec.kwargs,
     )
 
 
@@ -167,13 +173,16 @@ def read_tensordict(data: TensorDictBase) -> Steps:
     return Steps(**fields, known=np.ones_like(ends), episode=_count(ends), action_bounds=_unit_bounds(fields))
 
 
-def _minari_episodes(dataset: Any) -> Iterator[tuple[int, dict[str, Any]]]:
+def _minari_episodes(dataset: Any, with_success: bool) -> Iterator[tuple[int, dict[str, Any]]]:
     """Every episode's number and its arrays by Minari's names, checked for their lengths."""
     names = ("rewards", "observations", "actions", "terminations", "truncations")
+    infos = ("success",) if with_success else ()
     if dataset.storage.FORMAT == "hdf5" and _is_plain(dataset.observation_space):
-        episodes = _hdf5_episodes(dataset.storage.data_path / "main_data.hdf5", dataset.total_episodes, names)
+        path = dataset.storage.data_path / "main_data.hdf5"
+        episodes = _hdf5_episodes(path, dataset.total_episodes, names, infos)
     else:
-        episodes = ((data.id, {name: getattr(data, name) for name in names}) for data in dataset.iterate_episodes())
+        episodes = ((data.id, _arrays_of(data, names, infos)) for data in dataset.iterate_episodes())
+    has_success = None
     for number, episode in episodes:
         steps = len(episode["rewards"])
         if not steps:
@@ -185,7 +194,22 @@ def _minari_episodes(dataset: Any) -> Iterator[tuple[int, dict[str, Any]]]:
                 raise InputError(
                     f"episode {number} has {steps} rewards and {len(episode[name])} {name}, not {expected}"
                 )
+        if has_success is None:
+            has_success = "success" in episode
+        success = episode.pop("success", None)
+        if has_success:
+            # Minari's collector begins with the success at the reset; sets made from buffers may not.
+            if success is None or len(success) not in (steps, steps + 1):
+                found = "no" if success is None else len(success)
+                raise InputError(f"episode {number} has {steps} rewards and {found} infos['success']")
+            episode["success"] = success[-steps:]
         yield number, episode
+
+
+def _arrays_of(data: Any, names: Iterable[str], infos: Iterable[str]) -> dict[str, Any]:
+    """The arrays of an episode that Minari has read, infos where there are any."""
+    found = data.infos or {}
+    return {name: getattr(data, name) for name in names} | {name: found[name] for name in infos if name in found}
 
 
 def _is_plain(space: Any) -> bool:
@@ -195,8 +219,13 @@ def _is_plain(space: Any) -> bool:
     return space.shape is not None and len(space.shape) == 1
 
 
-def _hdf5_episodes(path: Path, count: int, names: tuple[str, ...]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Minari's HDF5 episodes by h5py's low level, several times as fast as Minari's reader (which decodes infos)."""
+def _hdf5_episodes(
+    path: Path, count: int, names: Iterable[str], infos: Iterable[str]
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Minari's HDF5 episodes by h5py's low level, several times as fast as Minari's reader (which decodes infos).
+
+    Infos come where there are any.
+    """
     h5py = _require("h5py")
 
     def read(group: Any, name: bytes) -> Any:
@@ -214,7 +243,9 @@ def _hdf5_episodes(path: Path, count: int, names: tuple[str, ...]) -> Iterator[t
         file.id.set_mdc_config(config)
         for number in range(count):
             group = h5py.h5g.open(file.id, b"episode_%d" % number)
-            yield number, {name: read(group, name.encode()) for name in names}
+            episode = {name: read(group, name.encode()) for name in names}
+            present = h5py.h5g.open(group, b"infos") if infos and b"infos" in group else ()
+            yield number, episode | {name: read(present, name.encode()) for name in infos if name.encode() in present}
 
 
 def _stack(episodes: Iterator[tuple[int, dict[str, Any]]], rows: int) -> tuple[dict[str, np.ndarray], list[int]]:
@@ -344,6 +375,7 @@ _CASTS: dict[str, Callable[[str, np.ndarray], np.ndarray]] = {
     "terminated": _flags,
     "truncated": _flags,
     "done": _flags,
+    "success": _flags,
     "episode": _scalars,
 }
 
