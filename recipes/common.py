@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import hydra
 import torch
@@ -51,11 +52,24 @@ def best_device(name: str | None) -> torch.device:
     return device
 
 
+def choose_environment(
+    cfg: DictConfig, source: str, known: str | None, kwargs: Mapping[str, Any]
+) -> tuple[str, dict[str, Any]]:
+    """The environment that is asked for, else the one that the source knows with its arguments; `env_kwargs` adds."""
+    env = cfg.env or known
+    if env is None:
+        raise InputError(f"env: {source} does not name its environment; give one, e.g. env=Hopper-v5")
+    asked: Any = OmegaConf.to_container(OmegaConf.masked_copy(cfg, "env_kwargs"), resolve=True)["env_kwargs"] or {}
+    if not isinstance(asked, dict):
+        raise InputError(f"env_kwargs={asked}: must be names and values, e.g. env_kwargs={{continuing_task:false}}")
+    return env, {**(kwargs if env == known else {}), **asked}
+
+
 def summarize(env: str, returns: torch.Tensor) -> dict[str, float | None]:
-    """Mean, spread and normalised score (None where D4RL has no reference)."""
+    """Mean, spread and normalised score (None where D4RL has no reference) of episodes."""
     mean = returns.mean().item()
     try:
-        score = normalized_score(env, mean)
+        score = normalized_score(env, returns).mean().item()
     except InputError:
         score = None
     return {"return_mean": mean, "return_std": returns.std(correction=0).item(), "normalized": score}

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from rliable import library, metrics
+from run_output import data_score
 
 from torchrl_spar import InputError
 
@@ -127,8 +128,8 @@ class Comparison:
         """The table of scores and the table of statistics."""
         lines = [_row("data set", "data", *map(label, self.methods)), _row(*["---"] * (len(self.methods) + 2))]
         for dataset in self.datasets:
-            data = mean(run["data"]["normalized"] for method in self.methods for run in self._of(method, dataset))
-            lines.append(_row(dataset, f"{data:.1f}", *(_spread(self._of(method, dataset)) for method in self.methods)))
+            data = data_score([run for method in self.methods for run in self._of(method, dataset)])
+            lines.append(_row(dataset, data, *(_spread(self._of(method, dataset)) for method in self.methods)))
         improvements = self.improvements()
         lines += ["", _row("method", "runs", "IQM", f"P({label(REFERENCE)} is better)"), _row(*["---"] * 4)]
         scores = self.scores()

@@ -15,7 +15,7 @@ from typing import Any
 import imageio.v3 as imageio
 import numpy as np
 import torch
-from common import best_device, run_recipe, summarize
+from common import best_device, choose_environment, run_recipe, summarize
 from omegaconf import DictConfig
 
 from torchrl_spar import InputError, SPARActor, environment_sizes, evaluate, load_policy, make_env
@@ -46,9 +46,9 @@ def follow(env: Any) -> None:
             renderer.camera_id = camera
 
 
-def film(policy: SPARActor, env: str, seed: int, path: Path) -> None:
+def film(policy: SPARActor, env: str, seed: int, path: Path, **env_kwargs: Any) -> None:
     """One episode in real time, about 30 frames a second; the file appears whole or not at all."""
-    with closing(make_env(env)) as probe:
+    with closing(make_env(env, **env_kwargs)) as probe:
         speed = probe.metadata.get("render_fps") or FRAMES_PER_SECOND
     stride = max(1, round(speed / FRAMES_PER_SECOND))
     frames: list[np.ndarray] = []
@@ -63,7 +63,7 @@ def film(policy: SPARActor, env: str, seed: int, path: Path) -> None:
 
     partial = path.with_name(f"partial-{path.name}")
     try:
-        evaluate(policy, env, 1, seed, on_step=keep, render_mode="rgb_array")
+        evaluate(policy, env, 1, seed, on_step=keep, render_mode="rgb_array", **env_kwargs)
         options: dict[str, Any] = {"loop": 0} if path.suffix == ".gif" else {}
         imageio.imwrite(partial, np.stack(frames), fps=speed / stride, **options)
         partial.replace(path)
@@ -76,18 +76,16 @@ def film(policy: SPARActor, env: str, seed: int, path: Path) -> None:
 def main(cfg: DictConfig) -> None:
     torch.set_num_threads(cfg.threads)
     policy, facts = load_policy(cfg.policy, device=best_device(cfg.device))
-    env = cfg.env or facts.get("env")
-    if env is None:
-        raise InputError(f"env: {cfg.policy} does not name its environment; give one, e.g. env=Hopper-v5")
+    env, env_kwargs = choose_environment(cfg, cfg.policy, facts.get("env"), facts.get("env_kwargs", {}))
     if cfg.video:
         check_video(Path(cfg.video))
-    environment_sizes(env)
-    returns = evaluate(policy, env, cfg.episodes, cfg.seed)
+    environment_sizes(env, **env_kwargs)
+    returns = evaluate(policy, env, cfg.episodes, cfg.seed, **env_kwargs)
     row = summarize(env, returns)
     score = "" if row["normalized"] is None else f", normalised score {row['normalized']:.1f}"
     print(f"{env}: return {row['return_mean']:.1f} +- {row['return_std']:.1f} over {cfg.episodes} episodes{score}")
     if cfg.video:
-        film(policy, env, cfg.seed, Path(cfg.video))
+        film(policy, env, cfg.seed, Path(cfg.video), **env_kwargs)
         print(f"filmed into {cfg.video}")
 
 

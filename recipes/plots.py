@@ -24,7 +24,8 @@ def plot_learning_curve(path: Path, curve: list[dict[str, float]], results: dict
     axes.plot(steps, [row[name] for row in curve], "-o", color=BLUE, markersize=4, label="SPAR (during training)")
     axes.plot(steps[-1:], [results["spar"][name]], "*", color=BLUE, markersize=14, label="SPAR (final evaluation)")
     axes.axhline(results["anchor"][name], color=VERMILION, linestyle="--", label="anchor (behaviour cloning)")
-    axes.axhline(results["data"][name], color=GREY, linestyle=":", label="data")
+    if results["data"][name] is not None:  # Minari's kitchen sets have no score
+        axes.axhline(results["data"][name], color=GREY, linestyle=":", label="data")
     axes.set_xlabel("updates")
     axes.set_ylabel("D4RL-normalised score" if name == "normalized" else "return")
     axes.set_title(f"{results['env']}, {results['dataset']}, seed {results['seed']}", fontsize=10)

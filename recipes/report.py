@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import mean, pstdev
 from typing import Any
 
-from run_output import write_text
+from run_output import data_score, write_text
 
 from torchrl_spar import InputError
 
@@ -28,9 +28,9 @@ def read_runs(folder: Path) -> list[Run]:
             result = json.loads(path.read_text())
             if "claim" in result or "matmul_gflops" in result:  # of recipes/claims and benchmark.py: no scores
                 continue
-            names = ("data", "policy") if "policy" in result else ("data", "anchor", "spar")
+            names = ("policy",) if "policy" in result else ("anchor", "spar")
             scores = [result[name]["normalized"] for name in names]
-            result["dataset"], result["seed"]
+            result["dataset"], result["seed"], result["data"]["normalized"]
         except (ValueError, KeyError, TypeError) as err:
             raise InputError(
                 f"{path}: not a results file of spar_d4rl.py or compare.py ({err!r}); move it elsewhere"
@@ -58,9 +58,10 @@ def table(runs: list[Run]) -> str:
         by_dataset[run["dataset"]].append(run)
     lines = ["| data set | seeds | data | anchor | SPAR |", "|---|---|---|---|---|"]
     for name, results in sorted(by_dataset.items()):
-        data = mean(result["data"]["normalized"] for result in results)
         seeds = ", ".join(str(result["seed"]) for result in results)
-        lines.append(f"| {name} | {seeds} | {data:.1f} | {cell(results, 'anchor')} | {cell(results, 'spar')} |")
+        lines.append(
+            f"| {name} | {seeds} | {data_score(results)} | {cell(results, 'anchor')} | {cell(results, 'spar')} |"
+        )
     return "\n".join(lines)
 
 

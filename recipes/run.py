@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from common import RECIPES, best_device, summarize
+from common import RECIPES, best_device, choose_environment, summarize
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
@@ -33,21 +33,21 @@ def dataset_name(cfg: DictConfig) -> str:
     return EMBEDDED if cfg.dataset == "embedded" else str(cfg.dataset)
 
 
-def load(cfg: DictConfig, device: torch.device) -> tuple[OfflineReplayBuffer, str]:
-    """The data and the environment, checked against each other."""
+def load(cfg: DictConfig, device: torch.device) -> tuple[OfflineReplayBuffer, str, dict[str, Any]]:
+    """The data, the environment and its arguments, checked against each other."""
     source = RECIPES / "data" / EMBEDDED if cfg.dataset == "embedded" else cfg.dataset
-    data = load_offline_dataset(source, batch_size=cfg.batch_size, device=device, cache=cfg.cache)
-    env = cfg.env or data.env_id
-    if env is None:
-        raise InputError(f"env: {cfg.dataset} does not name its environment; give one, e.g. env=Hopper-v5")
-    observation_dim, action_spec = environment_sizes(env)
+    data = load_offline_dataset(
+        source, batch_size=cfg.batch_size, device=device, cache=cfg.cache, end_at_success=cfg.end_at_success
+    )
+    env, env_kwargs = choose_environment(cfg, cfg.dataset, data.env_id, data.env_kwargs)
+    observation_dim, action_spec = environment_sizes(env, **env_kwargs)
     for name, found, expected in (
         ("observations", data.observation_loc.numel(), observation_dim),
         ("actions", data.action_spec.shape[-1], action_spec.shape[-1]),
     ):
         if found != expected:
             raise InputError(f"dataset={cfg.dataset}: {name} have size {found}, env={env} has {expected}")
-    return data, env
+    return data, env, env_kwargs
 
 
 class Phase:
@@ -87,7 +87,7 @@ class Run:
         self.cfg = cast(DictConfig, OmegaConf.merge(cfg, {"seed": seed, "seeds": None, "out": str(out)}))
         self.seed, self.out, self.line = seed, out, line
         self.device = best_device(cfg.device)
-        self.data, self.env = load(cfg, self.device)
+        self.data, self.env, self.env_kwargs = load(cfg, self.device)
         self.data_scores = summarize(self.env, self.data.episode_returns)
 
     @property
@@ -99,7 +99,8 @@ class Run:
         columns = [*dict.fromkeys(columns), "return_mean", "return_std", "normalized"]
         self.log = MetricLog(self.out, self.cfg.logger.backend, columns)
         save_config(self.out, self.cfg)
-        self.scores = Scores(self.env, self.seed, self.log, background=self.cfg.eval.background)
+        background = self.cfg.eval.background
+        self.scores = Scores(self.env, self.env_kwargs, self.seed, self.log, background=background)
 
     def phase(self, name: str) -> Phase | None:
         """The report of a phase before the main one; none where it has no steps."""
@@ -117,7 +118,8 @@ class Run:
         self.scores.add_result(self.policy_name, on_cpu(self.policy), cfg.eval.final_episodes)
         self.scores.collect(wait=True)
         results = {
-            "dataset": dataset_name(cfg), "env": self.env, "seed": self.seed, "method": self.method,
+            "dataset": dataset_name(cfg), "env": self.env, "env_kwargs": self.env_kwargs, "seed": self.seed,
+            "method": self.method,
             "updates": cfg.spar.updates, **self.scores.results, "data": self.data_scores,
             "episodes": cfg.eval.final_episodes, "updates_per_second": updates_per_second,
             "wall_seconds": time.perf_counter() - start,

@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -32,6 +33,12 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def data_score(runs: list[dict[str, Any]]) -> str:
+    """The normalised score of the runs' one data set; a dash where it has none, as Minari's kitchen sets."""
+    scores = [run["data"]["normalized"] for run in runs]
+    return "-" if None in scores else f"{mean(scores):.1f}"
 
 
 class MetricLog:

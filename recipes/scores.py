@@ -21,8 +21,10 @@ class InLineEvaluator:
     def __init__(self) -> None:
         self.finished: list[tuple[Any, torch.Tensor]] = []
 
-    def submit(self, key: Any, policy: TensorDictModuleBase, env_id: str, episodes: int, seed: int) -> None:
-        self.finished.append((key, evaluate(policy, env_id, episodes, seed)))
+    def submit(
+        self, key: Any, policy: TensorDictModuleBase, env_id: str, episodes: int, seed: int, **env_kwargs: Any
+    ) -> None:
+        self.finished.append((key, evaluate(policy, env_id, episodes, seed, **env_kwargs)))
 
     def poll(self) -> list[tuple[Any, torch.Tensor]]:
         finished, self.finished = self.finished, []
@@ -37,17 +39,17 @@ class InLineEvaluator:
 class Scores:
     """The learning curve, by step, and the results, by name. Rows of `eval` come when they are done, in order."""
 
-    def __init__(self, env: str, seed: int, log: MetricLog, *, background: bool) -> None:
-        self.env, self.seed, self.log = env, 100_000 * seed, log
+    def __init__(self, env: str, env_kwargs: dict[str, Any], seed: int, log: MetricLog, *, background: bool) -> None:
+        self.env, self.env_kwargs, self.seed, self.log = env, env_kwargs, 100_000 * seed, log
         self.curve: list[dict[str, Any]] = []
         self.results: dict[str, dict[str, float | None]] = {}
         self.evaluator = BackgroundEvaluator() if background else InLineEvaluator()
 
     def add_to_curve(self, step: int, policy: TensorDictModuleBase, episodes: int) -> None:
-        self.evaluator.submit(step, policy, self.env, episodes, CURVE_SEED + self.seed)
+        self.evaluator.submit(step, policy, self.env, episodes, CURVE_SEED + self.seed, **self.env_kwargs)
 
     def add_result(self, name: str, policy: TensorDictModuleBase, episodes: int) -> None:
-        self.evaluator.submit(name, policy, self.env, episodes, RESULT_SEED + self.seed)
+        self.evaluator.submit(name, policy, self.env, episodes, RESULT_SEED + self.seed, **self.env_kwargs)
 
     def collect(self, *, wait: bool = False) -> None:
         """Takes what is done; with `wait`, all that was added."""

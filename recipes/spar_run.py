@@ -59,7 +59,8 @@ class SPARRun(Run):
         self.loss, self.anchored_data = pretrain(self, self.make_anchor, self.loss_class)
 
     def save(self, results: dict[str, Any]) -> None:
-        save_policy(self.loss, self.out / "policy.pt", **{key: results[key] for key in ("env", "dataset", "seed")})
+        facts = {key: results[key] for key in ("env", "env_kwargs", "dataset", "seed")}
+        save_policy(self.loss, self.out / "policy.pt", **facts)
         plot_learning_curve(self.out / "learning_curve.png", results["curve"], results)
 
 

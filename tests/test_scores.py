@@ -34,8 +34,8 @@ HAMMER, RELOCATE = (-274.856578, 12794.1348), (-6.425911, 4233.8778)
         ("FrankaKitchen-v1", (0, 4)),
         ("D4RL/kitchen/mixed-v2", (0, 4)),
         ("maze2d-umaze-v1", (23.85, 161.86)),
-        ("D4RL/pointmaze/medium-v2", (13.13, 277.39)),
-        ("PointMaze_Large-v3", (6.7, 273.99)),
+        ("maze2d-medium-v1", (13.13, 277.39)),
+        ("maze2d-large-v1", (6.7, 273.99)),
     ],
 )
 def test_reference_returns(env_id, expected):
@@ -43,8 +43,12 @@ def test_reference_returns(env_id, expected):
 
 
 @pytest.mark.parametrize(
-    "env_id", ["D4RL/pointmaze/open-v2", "Pendulum-v1", "Humanoid-v5", "InvertedPendulum-v5", "Pusher-v5", ""]
-)
+    "env_id",
+    [
+        "D4RL/pointmaze/open-v2", "D4RL/pointmaze/medium-v2", "PointMaze_Large-v3", "maze2d-umaze-dense-v1",
+        "AntMaze_UMazeDense-v5", "Pendulum-v1", "Humanoid-v5", "InvertedPendulum-v5", "Pusher-v5", "",
+    ],
+)  # fmt: skip
 def test_unknown_environments_have_no_score(env_id):
     with pytest.raises(InputError, match=f"known for '{env_id}'"):
         reference_returns(env_id)
@@ -67,6 +71,16 @@ def test_unknown_environments_have_no_score(env_id):
 def test_score_is_in_per_cent(env_id, value, score):
     assert normalized_score(env_id, value) == pytest.approx(score, abs=1e-4)
     assert isinstance(normalized_score(env_id, value), float)
+
+
+def test_antmaze_counts_an_episode_once_and_kitchen_tasks_alone():
+    returns = torch.tensor([0.0, 1.0, 480.0])
+    assert normalized_score("AntMaze_UMaze-v5", returns).tolist() == [0, 100, 100]
+    assert normalized_score("AntMaze_UMaze-v5", 480.0) == 100
+    assert normalized_score("FrankaKitchen-v1", torch.tensor([0.0, 3.0, 4.0])).tolist() == [0, 75, 100]
+    for counted_in_steps in (returns, 5.0):
+        with pytest.raises(InputError, match="FrankaKitchen-v1.*remove_task_when_completed"):
+            normalized_score("FrankaKitchen-v1", counted_in_steps)
 
 
 def test_tensors_keep_their_shape_and_type():

@@ -26,7 +26,7 @@ def make_env(env_id: str, **kwargs: Any) -> Any:
         **kwargs: passed to ``gymnasium.make``.
 
     Raises:
-        InputError: if Gymnasium or the environment is missing.
+        InputError: if Gymnasium or the environment is missing, or it does not take an argument.
 
     Examples:
         >>> make_env("NoSuchRobot-v0")
@@ -42,15 +42,17 @@ def make_env(env_id: str, **kwargs: Any) -> Any:
         gymnasium.register_envs(importlib.import_module("gymnasium_robotics"))
     try:
         return gymnasium.make(env_id, **kwargs)
-    except (gymnasium.error.Error, ImportError, ValueError) as err:
-        raise InputError(f"environment {env_id!r} cannot be made: {err}") from None
+    except (gymnasium.error.Error, ImportError, ValueError, TypeError) as err:
+        given = f" with env_kwargs={kwargs}" if kwargs else ""
+        raise InputError(f"environment {env_id!r} cannot be made{given}: {err}") from None
 
 
-def environment_sizes(env_id: str) -> tuple[int, Bounded]:
+def environment_sizes(env_id: str, **env_kwargs: Any) -> tuple[int, Bounded]:
     """What an environment expects of a policy.
 
     Args:
         env_id: a registered Gymnasium environment with a bounded continuous action.
+        **env_kwargs: passed to ``gymnasium.make``.
 
     Returns:
         The size of the flattened observation, and the action spec (float32).
@@ -63,7 +65,7 @@ def environment_sizes(env_id: str) -> tuple[int, Bounded]:
         >>> size, spec.shape, spec.space.high
         (3, torch.Size([1]), tensor([2.]))
     """
-    env = make_env(env_id)
+    env = make_env(env_id, **env_kwargs)
     try:
         observation, _ = env.reset(seed=0)
         space = env.action_space

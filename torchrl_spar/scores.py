@@ -12,12 +12,14 @@ from torchrl_spar.errors import InputError
 Returns = TypeVar("Returns", float, torch.Tensor)
 
 # (pattern in the lower-case id, return of a random policy, return of an expert), from D4RL's infos.py.
+# Those of maze2d are not PointMaze's: there a random policy gets 16 in the U maze, a controller 244.
+_ANTMAZE, _KITCHEN = r"ant_?maze(?!.*dense)", r"kitchen"
 _REFERENCE_RETURNS: tuple[tuple[str, float, float], ...] = (
-    (r"ant_?maze", 0.0, 1.0),
-    (r"kitchen", 0.0, 4.0),
-    (r"(pointmaze|maze2d)[/_-]umaze\b(?!-dense)", 23.85, 161.86),
-    (r"(pointmaze|maze2d)[/_-]medium\b(?!-dense)", 13.13, 277.39),
-    (r"(pointmaze|maze2d)[/_-]large\b(?!-dense)", 6.7, 273.99),
+    (_ANTMAZE, 0.0, 1.0),
+    (_KITCHEN, 0.0, 4.0),
+    (r"maze2d-umaze\b(?!-dense)", 23.85, 161.86),
+    (r"maze2d-medium\b(?!-dense)", 13.13, 277.39),
+    (r"maze2d-large\b(?!-dense)", 6.7, 273.99),
     (r"(^|[/:])halfcheetah\b", -280.178953, 12135.0),
     (r"(^|[/:])hopper\b", -20.272305, 3234.3),
     (r"(^|[/:])walker2d\b", 1.629008, 4592.3),
@@ -57,19 +59,34 @@ def reference_returns(env_id: str) -> tuple[float, float]:
 def normalized_score(env_id: str, returns: Returns) -> Returns:
     """D4RL's normalised score, ``100 (return - random) / (expert - random)``.
 
+    AntMaze's is the success rate: an episode that goes on at the goal and is rewarded there again counts once.
+    Kitchen's is the share of the four tasks done.
+
     Args:
         env_id: see :func:`reference_returns`.
-        returns: undiscounted episode returns, a number or a tensor of any shape.
+        returns: undiscounted returns, a number or a tensor of any shape; for AntMaze of single episodes, not a mean.
 
     Returns:
         The score in per cent, of the type and shape of ``returns``.
 
     Raises:
-        InputError: for an environment that D4RL gives no reference returns for.
+        InputError: for an environment that D4RL gives no reference returns for, or returns above 4 in the kitchen:
+            they count steps, not tasks, as in Minari's data sets.
+
+    Source: D4RL; counting once is ours, D4RL's own AntMaze ends at the goal.
 
     Examples:
         >>> round(normalized_score("Hopper-v5", 3234.3), 1)
         100.0
+        >>> normalized_score("AntMaze_UMaze-v5", torch.tensor([0.0, 1.0, 260.0]))
+        tensor([  0., 100., 100.])
     """
     low, high = reference_returns(env_id)
+    if re.search(_ANTMAZE, env_id.lower()):
+        returns = returns.clamp(max=high) if isinstance(returns, torch.Tensor) else min(returns, high)
+    elif re.search(_KITCHEN, env_id.lower()) and torch.as_tensor(returns > high).any():
+        raise InputError(
+            f"{env_id!r}: returns above 4 count the steps after a task, not the tasks, so there is no score; evaluate "
+            "with env_kwargs={remove_task_when_completed: true}"
+        )
     return 100.0 * (returns - low) / (high - low)

@@ -11,7 +11,9 @@ from torchrl_spar import InputError, OfflineReplayBuffer
 EPISODE_STEPS = 1000
 
 
-def rebuild(data: OfflineReplayBuffer, rows: TensorDictBase) -> OfflineReplayBuffer:
+def rebuild(
+    data: OfflineReplayBuffer, rows: TensorDictBase, *, reward_shift: float | None = None
+) -> OfflineReplayBuffer:
     """A buffer of other rows; the statistics of networks stay those of the whole data set."""
     return OfflineReplayBuffer(
         rows,
@@ -19,6 +21,8 @@ def rebuild(data: OfflineReplayBuffer, rows: TensorDictBase) -> OfflineReplayBuf
         episode_returns=data.episode_returns,
         name=data.name,
         env_id=data.env_id,
+        env_kwargs=data.env_kwargs,
+        reward_shift=data.reward_shift if reward_shift is None else reward_shift,
         device=data.observation_loc.device,
         batch_size=data.batch_size,
     )
@@ -47,6 +51,9 @@ def transform_rewards(
 ) -> OfflineReplayBuffer:
     """Rewards ``scale * r + shift``, first multiplied by 1000 over the range of the returns if asked for.
 
+    ``r`` is the source's reward: what `end_at_success` has added is not added twice. The data stays as it is where
+    nothing is asked for.
+
     A reward that every method's paper scales on some tasks only: IQL's advantage weights and CQL's penalty have units.
     """
     if by_return_range:
@@ -54,8 +61,8 @@ def transform_rewards(
     if (scale, shift) == (1.0, 0.0):
         return data
     rows = data[:].clone()
-    rows["next", "reward"] = scale * rows["next", "reward"] + shift
-    return rebuild(data, rows)
+    rows["next", "reward"] = scale * (rows["next", "reward"] - data.reward_shift) + shift
+    return rebuild(data, rows, reward_shift=shift)
 
 
 def add_next_actions(data: OfflineReplayBuffer) -> OfflineReplayBuffer:
