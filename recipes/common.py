@@ -59,10 +59,11 @@ def choose_environment(
     env = cfg.env or known
     if env is None:
         raise InputError(f"env: {source} does not name its environment; give one, e.g. env=Hopper-v5")
-    asked: Any = OmegaConf.to_container(OmegaConf.masked_copy(cfg, "env_kwargs"), resolve=True)["env_kwargs"] or {}
-    if not isinstance(asked, dict):
+    asked = cfg.env_kwargs
+    if not (asked is None or isinstance(asked, DictConfig)):
         raise InputError(f"env_kwargs={asked}: must be names and values, e.g. env_kwargs={{continuing_task:false}}")
-    return env, {**(kwargs if env == known else {}), **asked}
+    added: Any = {} if asked is None else OmegaConf.to_container(asked, resolve=True)
+    return env, {**(kwargs if env == known else {}), **added}
 
 
 def summarize(env: str, returns: torch.Tensor) -> dict[str, float | None]:

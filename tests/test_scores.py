@@ -79,7 +79,7 @@ def test_antmaze_counts_an_episode_once_and_kitchen_tasks_alone():
     assert normalized_score("AntMaze_UMaze-v5", 480.0) == 100
     assert normalized_score("FrankaKitchen-v1", torch.tensor([0.0, 3.0, 4.0])).tolist() == [0, 75, 100]
     for counted_in_steps in (returns, 5.0):
-        with pytest.raises(InputError, match="FrankaKitchen-v1.*remove_task_when_completed"):
+        with pytest.raises(InputError, match=r"FrankaKitchen-v1.*remove_task_when_completed"):
             normalized_score("FrankaKitchen-v1", counted_in_steps)
 
 
