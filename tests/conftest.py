@@ -66,3 +66,11 @@ def make_loss() -> Callable[..., SPARLoss]:
 def total(losses: TensorDict) -> torch.Tensor:
     """The sum that one optimiser minimises."""
     return sum(value for key, value in losses.items() if key.startswith("loss_"))
+
+
+def compose_recipe(name: str, *overrides: str) -> Any:
+    """A recipe's configuration, without starting the recipe."""
+    from hydra import compose, initialize_config_dir
+
+    with initialize_config_dir(str(Path(__file__).resolve().parents[1] / "recipes" / "config"), version_base=None):
+        return compose(name, list(overrides))
