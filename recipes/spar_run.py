@@ -68,9 +68,7 @@ def log_columns(cfg: DictConfig, data: OfflineReplayBuffer, loss_class: type[SPA
     return ["loss_bc", "loss_fit", "reconstruction_error", "kl", *loss_maker(cfg, data, loss_class)().out_keys]
 
 
-def loss_maker(
-    cfg: DictConfig, data: OfflineReplayBuffer, loss_class: type[SPARLoss] = SPARLoss
-) -> partial[SPARLoss]:
+def loss_maker(cfg: DictConfig, data: OfflineReplayBuffer, loss_class: type[SPARLoss] = SPARLoss) -> partial[SPARLoss]:
     """`make_spar_loss` with everything but the anchor."""
     options = {**cfg.spar.loss, "candidate_dtype": dtype_of(cfg.spar.loss.candidate_dtype)}
     return partial(make_spar_loss, **sizes_of(data), loss_class=loss_class, **options)
