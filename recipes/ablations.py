@@ -15,6 +15,8 @@ from torchrl_spar import SPARLoss
 
 # TD3+BC's weight of the value (https://arxiv.org/abs/2106.06860).
 ALPHA = 2.5
+# Diagnostics of candidates, of which a value gradient has none.
+CANDIDATE_KEYS = ("effective_sample_size", "candidate_diversity", "lsi_advantage", "candidate_value_std")
 
 
 class ValueGradientLoss(SPARLoss):
@@ -31,6 +33,9 @@ class ValueGradientLoss(SPARLoss):
         action = self._compose(state.get(self.tensor_keys.anchor_action), residual)
         value = self._qvalue(state, action, self.qvalue_network_params.data).mean(0)
         return -ALPHA * value / value.detach().abs().mean(), {}
+
+    def _list_out_keys(self) -> list[str]:
+        return [key for key in super()._list_out_keys() if key not in CANDIDATE_KEYS]
 
 
 class ActionSpaceLoss(SPARLoss):

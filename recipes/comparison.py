@@ -19,8 +19,19 @@ NAMES = {
     "bc": "BC", "bc10": "10%BC", "td3_bc": "TD3+BC", "td3_bc_lcb": "TD3+BC, SPAR's critics", "iql": "IQL", "cql": "CQL",
     "rebrac": "ReBRAC", "rebrac_lcb": "ReBRAC, SPAR's critics", "spar_iql": "SPAR's critic, IQL's policy",
     "spar": "SPAR (head A)", "spar_latent": "SPAR (head B)",
+    # recipes/config/method/ablation
+    "no_lsi": "no LSI: the trust term alone", "no_trust": "no trust term: LSI alone",
+    "policy_candidates": "candidates around the policy", "uniform_weights": "candidates weigh the same",
+    "greedy_weights": "the best candidate alone", "action_space": "candidates in action space",
+    "value_gradient": "value gradient for LSI", "candidates_4": "4 candidates", "candidates_16": "16 candidates",
+    "narrow": "half the spread", "lsi_3": "LSI weighs 3", "trust_3": "trust weighs 3",
+    "mean_of_critics": "mean of the critics", "min_of_critics": "minimum of the critics", "two_critics": "two critics",
+    "in_sample_value": "in-sample expectile value", "no_value_start": "no start from the returns",
+    "no_anchor": "no anchor",
 }  # fmt: skip
 REFERENCE = "spar"
+# Points below its anchor that count as a loss: evaluations of one policy differ by about as much.
+MARGIN = 3.0
 REPETITIONS = 2_000
 # rliable counts each threshold of each repetition on its own.
 PROFILE_REPETITIONS = 500
@@ -124,23 +135,43 @@ class Comparison:
                 found[method] = steps, np.array([[row["normalized"] for row in curve] for curve in curves])
         return found
 
+    def below_anchor(self) -> tuple[list[str], int]:
+        """SPAR's runs that end more than MARGIN points below their own anchor, and the number of its runs."""
+        runs = [(dataset, run) for dataset in self.datasets for run in self._of(REFERENCE, dataset)]
+        below = [
+            f"{dataset}, seed {run['seed']} ({anchor:.1f} to {score_of(run):.1f})"
+            for dataset, run in runs
+            if score_of(run) < (anchor := run["anchor"]["normalized"]) - MARGIN
+        ]
+        return below, len(runs)
+
     def markdown(self) -> str:
-        """The table of scores and the table of statistics."""
-        lines = [_row("data set", "data", *map(label, self.methods)), _row(*["---"] * (len(self.methods) + 2))]
-        for dataset in self.datasets:
-            data = data_score([run for method in self.methods for run in self._of(method, dataset)])
-            lines.append(_row(dataset, data, *(_spread(self._of(method, dataset)) for method in self.methods)))
-        improvements = self.improvements()
-        lines += ["", _row("method", "runs", "IQM", f"P({label(REFERENCE)} is better)"), _row(*["---"] * 4)]
-        scores = self.scores()
-        for method, iqm in self.interquartile_means().items():
-            lines.append(_row(label(method), str(scores[method].size), f"{iqm}", str(improvements.get(method, "-"))))
+        """One table of scores and statistics, a row a method, and what it leaves out."""
+        title = f"P({label(REFERENCE)} is better)"
+        lines = [_row("method", *self.datasets, "IQM", title), _row(*["---"] * (len(self.datasets) + 3))]
+        runs = [[run for method in self.methods for run in self._of(method, dataset)] for dataset in self.datasets]
+        lines.append(_row("the data", *map(data_score, runs), "", ""))
+        anchors = [[run["anchor"]["normalized"] for run in self._of(REFERENCE, dataset)] for dataset in self.datasets]
+        if any(anchors):
+            lines.append(_row("SPAR's anchor", *map(_spread, anchors), "", ""))
+        means, improvements = self.interquartile_means(), self.improvements()
+        for method in self.methods:
+            scores = [[score_of(run) for run in self._of(method, dataset)] for dataset in self.datasets]
+            statistics = (str(means.get(method, "-")), str(improvements.get(method, "-")))
+            lines.append(_row(label(method), *map(_spread, scores), *statistics))
+        below, count = self.below_anchor()
+        if count:
+            listed = f": {'; '.join(below)}" if below else ""
+            lines += [
+                "",
+                f"SPAR ends more than {MARGIN:.0f} points below its anchor in {len(below)} of {count} runs{listed}.",
+            ]
         if left_out := self.left_out():
-            lines += ["", f"Not in the statistics, for want of the seed on every data set: {'; '.join(left_out)}."]
+            lines += ["", f"Not in IQM and P, for want of the seed on every data set: {'; '.join(left_out)}."]
         return "\n".join(lines)
 
     def _of(self, method: str, dataset: str) -> list[Run]:
-        return list(self.runs[method, dataset].values())
+        return list(self.runs[method, dataset].values()) if (method, dataset) in self.runs else []
 
 
 def probability_of_improvement(better: np.ndarray, worse: np.ndarray) -> float:
@@ -165,8 +196,7 @@ def _estimate(scores: dict[str, Any], statistic: Any) -> dict[str, Interval]:
     return {name: Interval(float(points[name][0]), *map(float, intervals[name][:, 0])) for name in scores}
 
 
-def _spread(runs: list[Run]) -> str:
-    scores = [score_of(run) for run in runs]
+def _spread(scores: list[float]) -> str:
     return f"{mean(scores):.1f} +- {pstdev(scores):.1f} ({len(scores)})" if scores else "-"
 
 

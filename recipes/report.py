@@ -2,6 +2,7 @@
 
 python recipes/report.py recipes/results      # SPAR alone: prints one row a data set
 python recipes/report.py outputs/compare      # several methods: prints report.md and writes it there with figures
+python recipes/report.py outputs/ablations outputs/compare/*/spar    # runs of several folders; written into the first
 """
 
 from __future__ import annotations
@@ -87,16 +88,17 @@ def compare(runs: list[Run], folder: Path) -> str:
     return report
 
 
-def main(folder: Path) -> None:
-    runs = read_runs(folder)
+def main(*folders: Path) -> None:
+    runs = [run for folder in folders for run in read_runs(folder)]
     alone = all("spar" in run and run.get("method", "spar") == "spar" for run in runs)
-    print(table(runs) if alone else compare(runs, folder))
+    print(table(runs) if alone else compare(runs, folders[0]))
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2 or not Path(sys.argv[1]).is_dir():
-        sys.exit("error: usage: python recipes/report.py FOLDER, a folder with results.json files")
+    folders = [Path(name) for name in sys.argv[1:]]
+    if not folders or not all(folder.is_dir() for folder in folders):
+        sys.exit("error: usage: python recipes/report.py FOLDER..., folders with results.json files")
     try:
-        main(Path(sys.argv[1]))
+        main(*folders)
     except InputError as err:
         sys.exit(f"error: {err}")

@@ -79,7 +79,8 @@ def target(manifold, critic, states=4096, head="residual", **changes):
     """The package's target for a policy at the origin of the manifold, and the candidates' number and spread."""
     origin = manifold.origin
     actor = manifolds.make_actor(manifold, nn.Linear(1, origin.numel(), dtype=torch.float64))
-    setting = {"num_candidates": 16, "latent_std": 0.5, "temperature": 2.0, "latent_bound": 10.0, **changes}
+    setting = {"num_candidates": 16, "candidates": "policy", "latent_std": 0.5, "temperature": 2.0}
+    setting |= {"latent_bound": 10.0, **changes}
     loss = manifolds.make_loss(actor, [critic], manifolds.make_vae(manifold), **setting)
     state = TensorDict({"observation": torch.zeros(states, 1, dtype=torch.float64)}, [states])
     state["anchor_action"] = origin.expand(states, -1)

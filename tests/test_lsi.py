@@ -55,31 +55,39 @@ def world():
     return plane, normal, slope
 
 
-def make_loss(decoder, slope, latent_std=SIGMA):
+def make_loss(decoder, slope, candidates="policy", residual=0.2):
     anchor = TensorDictModule(lambda s: torch.zeros(*s.shape[:-1], D, dtype=s.dtype), ["observation"], ["action"])
     encode = TensorDictModule(
         Encoder(torch.linalg.pinv(decoder)), [*STATE, "residual"], ["latent_loc", "latent_log_std"]
     )
     decode = TensorDictModule(Linear(decoder), [*STATE, "latent"], ["residual"])
-    head = ResidualHead(Head(decoder @ torch.full((decoder.shape[1],), 0.2, dtype=torch.float64)), STATE, ["residual"])
+    head = ResidualHead(
+        Head(decoder @ torch.full((decoder.shape[1],), residual, dtype=torch.float64)), STATE, ["residual"]
+    )
     bounds = torch.full((D,), 100.0, dtype=torch.float64)
     actor = SPARActor(anchor, head, action_spec=Bounded(-bounds, bounds, (D,), dtype=torch.float64))
     critic = TensorDictModule(Linear(slope[None]), ["observation", "action"], ["state_action_value"])
     value = TensorDictModule(Linear(torch.zeros(1, 1, dtype=torch.float64)), ["observation"], ["state_value"])
     return SPARLoss(
-        actor, [critic], value, ResidualVAE(encode, decode), num_qvalue_nets=1, latent_std=latent_std,
+        actor, [critic], value, ResidualVAE(encode, decode), num_qvalue_nets=1, candidates=candidates, latent_std=SIGMA,
         latent_bound=100.0, temperature=TEMPERATURE, num_candidates=CANDIDATES,
     )  # fmt: skip
 
 
-def mean_move(loss):
-    """How far the imitation target lies from the policy's residual, averaged over states."""
+def mean_target(loss):
+    """The imitation target, averaged over states, and the policy's residual."""
     torch.manual_seed(1)
     state = TensorDict({"observation": torch.zeros(STATES, 1).double()}, [STATES])
     state["anchor_action"] = torch.zeros(STATES, D).double()
     residual = loss.actor_network.head(state.copy())["residual"].detach()
     target, _ = loss.self_imitation_target(state, residual)
-    return (target - residual).mean(0)
+    return target.mean(0), residual[0]
+
+
+def mean_move(loss):
+    """How far the imitation target lies from the policy's residual."""
+    target, residual = mean_target(loss)
+    return target - residual
 
 
 def normal_share(move, normal):
@@ -106,6 +114,17 @@ def test_the_latent_removes_the_drift_not_the_regression(world):
     # The same weighted regression with candidates in action space: an identity for a decoder.
     in_action_space = make_loss(torch.eye(D, dtype=torch.float64), slope)
     assert normal_share(mean_move(in_action_space), normal) > 0.9
+
+
+def test_candidates_of_the_prior_forget_where_the_policy_is(world):
+    plane, normal, slope = world
+    for residual in (0.0, 0.05):
+        target, _ = mean_target(make_loss(plane, slope, "prior", residual))
+        # The tilted prior, from the origin; the policy's own candidate has a weight of about 1 / K.
+        scale = SIGMA * (plane.T @ slope).norm()
+        expected = SIGMA**2 / (TEMPERATURE * scale) * plane @ plane.T @ slope
+        assert (target - expected).norm() / expected.norm() < 0.04
+        assert normal_share(target, normal) < 1e-12
 
 
 def test_flat_values_leave_the_policy_where_it_is(world):

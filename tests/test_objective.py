@@ -148,10 +148,11 @@ def test_qvalue_loss_matches_reference(case, value_mix, gamma):
     assert metadata["td_error"].shape == (12,)
 
 
+@pytest.mark.parametrize("candidates", ["prior", "policy"])
 @pytest.mark.parametrize("bound", ["lcb", "min"])
-def test_residual_loss_matches_reference(case, bound):
+def test_residual_loss_matches_reference(case, bound, candidates):
     loss, ref, batch = case
-    loss.bound = bound
+    loss.bound, loss.candidates, loss.latent_std = bound, candidates, 0.5
     bound_of = ref.lcb if bound == "lcb" else (lambda q: torch.stack(list(q)).min(0).values)
     torch.manual_seed(3)
     value, metadata = loss.residual_loss(batch)
@@ -163,7 +164,8 @@ def test_residual_loss_matches_reference(case, bound):
         residual = ref.decode(s, a_b, latent)
     centre = ref.encode(s, a_b, residual)[0] if latent is None else latent
     noise = torch.randn(7, *centre.shape, dtype=torch.float64)
-    latents = [(centre + 0.5 * (noise[k - 1] if k else 0)).clamp(-2, 2) for k in range(8)]
+    around = centre if candidates == "policy" else 0
+    latents = [(around + 0.5 * noise[k - 1] if k else centre).clamp(-2, 2) for k in range(8)]
     residuals = [ref.decode(s, a_b, z) for z in latents]
     q = [ref.q(s, ref.act(a_b, r), ref.critics) for r in residuals]
     advantage = torch.stack([bound_of(q_k - q[0]) for q_k in q])
@@ -274,7 +276,7 @@ def test_no_action_gradient_of_the_critic_is_used(make_loss):
     critic = ValueOperator(Opaque(), in_keys=["observation", "action"])
     loss = SPARLoss(
         reference.get_stateful_net("actor_network"), critic, reference.get_stateful_net("value_network"),
-        reference.get_stateful_net("residual_vae"), num_qvalue_nets=1, trust_coeff=0.0, latent_std=1.0,
+        reference.get_stateful_net("residual_vae"), num_qvalue_nets=1, trust_coeff=0.0,
     )  # fmt: skip
     batch = make_batch(64)
     _minimize(loss.fit_loss, loss.residual_vae_params, batch, 300)
@@ -624,7 +626,7 @@ def test_schedulable_coefficients(make_loss):
         ("bound", "mean"), ("kappa", -1), ("expectile", 1.0), ("value_mix", 2),
         ("policy_noise", -1), ("noise_clip", -1),
         ("loss_function", "huber"), ("reward_scale", 0),
-        ("kl_coeff", -1), ("num_candidates", 1), ("latent_std", 0), ("latent_bound", 0),
+        ("kl_coeff", -1), ("num_candidates", 1), ("candidates", "data"), ("latent_std", 0), ("latent_bound", 0),
         ("temperature", 0), ("lsi_coeff", -1), ("trust_coeff", -1), ("latent_reg", 1), ("reduction", "avg"),
         ("num_qvalue_nets", 0), ("head", "C"), ("temprature", 1),
     ],

@@ -382,16 +382,16 @@ def test_the_same_sweep_on_ray(tmp_path):
 
 
 def write_runs(folder, scores):
-    """Results of scores[method][data set][seed]."""
+    """Results of scores[method][data set][seed]; seed 1 of SPAR on a ends four points below its anchor."""
     for method, by_dataset in scores.items():
         for dataset, by_seed in by_dataset.items():
             for seed, score in by_seed.items():
                 row = {"normalized": score}
-                names = ("anchor", "spar") if method == "spar" else ("policy",)
+                spar = {"anchor": {"normalized": score + 4 * (dataset == "a" and seed == 1)}, "spar": row}
                 facts = {
                     "dataset": dataset, "env": "Hopper-v5", "method": method, "seed": seed, "updates": 10,
                     "data": {"normalized": 5.0}, "episodes": 2, "curve": [{"step": 0, **row}, {"step": 10, **row}],
-                    **{name: row for name in names},
+                    **(spar if method == "spar" else {"policy": row}),
                 }  # fmt: skip
                 (folder / f"{method}-{dataset}-{seed}.json").write_text(json.dumps(facts))
 
@@ -407,9 +407,9 @@ def test_report_of_several_methods_by_hand(tmp_path, capsys):
     report.main(tmp_path)
     found = (tmp_path / "report.md").read_text()
     assert capsys.readouterr().out == found
-    assert "| data set | data | IQL | SPAR (head A) |" in found
-    assert "| a | 5.0 | 20.0 +- 0.0 (2) | 20.0 +- 10.0 (2) |" in found
-    assert "| b | 5.0 | 50.0 +- 10.0 (2) | 70.0 +- 20.0 (2) |" in found
+    assert "| method | a | b | IQM | P(SPAR (head A) is better) |" in found
+    assert "| the data | 5.0 | 5.0 |  |  |" in found
+    assert "| SPAR's anchor | 22.0 +- 12.0 (2) | 70.0 +- 20.0 (2) |  |  |" in found
     # IQM: the middle two of 10 30 50 90 and of 20 20 40 60. On a one run of two is better, on b three pairs of four.
     statistics = comparison.Comparison(report.read_runs(tmp_path))
     means, improvement = statistics.interquartile_means(), statistics.improvements()["iql"]
@@ -417,7 +417,11 @@ def test_report_of_several_methods_by_hand(tmp_path, capsys):
     assert improvement.point == pytest.approx((0.5 + 0.75) / 2)
     # The extremes of resampling each data set's two seeds.
     assert (means["spar"].low, means["spar"].high) == (30.0, 60.0)
-    assert f"| SPAR (head A) | 4 | {means['spar']} | - |" in found
+    assert f"| SPAR (head A) | 20.0 +- 10.0 (2) | 70.0 +- 20.0 (2) | {means['spar']} | - |" in found
+    assert (
+        f"| IQL | 20.0 +- 0.0 (2) | 50.0 +- 10.0 (2) | {means['iql']} | {statistics.improvements()['iql']} |" in found
+    )
+    assert "SPAR ends more than 3 points below its anchor in 1 of 4 runs: a, seed 1 (34.0 to 30.0)." in found
     shares, _ = statistics.profiles(np.array([0.0, 45.0, 100.0]))
     assert shares["spar"].tolist() == [1.0, 0.5, 0.0]
     for name in ("learning_curves", "interquartile_means", "performance_profiles", "improvement"):
@@ -433,7 +437,7 @@ def test_report_says_what_its_statistics_leave_out(tmp_path):
     assert found.left_out() == ["iql on a, seed 1"] and "iql on a, seed 1" in found.markdown()
     assert found.scores()["iql"].tolist() == [[20.0, 40.0]]
     # On a one run of two is better, on b both; one seed has no spread to resample.
-    assert "| IQL | 2 | 30.00 (one seed) | 0.75 (one seed) |" in found.markdown()
+    assert "| 40.0 +- 0.0 (1) | 30.00 (one seed) | 0.75 (one seed) |" in found.markdown()
 
 
 def test_report_refuses_what_is_not_comparable(tmp_path):

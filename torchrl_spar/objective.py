@@ -7,8 +7,8 @@ residual to it, ``pi(s) = clamp(a_b + rho * Delta(s, a_b))``, and is improved in
    that its latent space covers the corrections the data supports.
 2. ``qvalue_loss`` and ``value_loss``: critics bootstrap from a lower bound of the slowly
    moving policy's own action, never from an unconstrained maximum.
-3. ``residual_loss``: Latent Self-Imitation. Candidates are sampled around the policy's own
-   residual in the latent space, weighted by their conservative value, and regressed onto.
+3. ``residual_loss``: Latent Self-Imitation. Candidates are sampled in the latent space, weighted by
+   their conservative value beside the policy's own residual, and regressed onto.
    No gradient of a critic with respect to an action is ever taken.
 
 What is the paper's and what is our choice is said in each method's docstring.
@@ -413,14 +413,19 @@ class SPARLoss(LossModule):
         mask: Tensor | None = None,
         noise: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """What the head should have said: the value-weighted mean of its own neighbours.
+        """What the head should have said: the value-weighted mean of its candidates.
 
-        ``z_k = clamp(z_0 + sigma eps_k)`` around the policy's own latent ``z_0`` (itself the first
-        candidate), decoded to residuals ``r_k`` and actions, scored by all critics *relative
-        to the first candidate*: what the critics share about the state cancels in
+        The first candidate is the policy's own latent ``z_0``; the others are ``z_k = clamp(sigma eps_k)``,
+        draws of the prior, or with ``candidates="policy"`` its neighbours ``clamp(z_0 + sigma eps_k)``. They are
+        decoded to residuals ``r_k`` and actions, and scored by all critics *relative to the
+        first*: what the critics share about the state cancels in
         ``d_{e,k} = Q_e(a_k) - Q_e(a_0)``, and ``A_k = LCB_e(d_{e,k})``. The weights are
         ``softmax(A_k / (tau S))`` with one scale S a batch, so that a state where nothing
         is to be gained keeps flat weights.
+
+        Neighbours make it a local step: along the manifold by ``sigma^2 / (tau S) dQ/dz`` where values are linear,
+        but in states that are rare in the data many small steps can lead away from it. Draws of the
+        prior cannot drift, whatever the critics say.
 
         Args:
             state: the observation and the anchor's action, batch ``[*B]``.

@@ -32,7 +32,7 @@ def fit_anchor(
     actor: TensorDictModuleBase,
     replay_buffer: ReplayBuffer,
     *,
-    steps: int = 5_000,
+    steps: int = 20_000,
     lr: float = 1e-3,
     report: Report | None = None,
 ) -> TensorDictModuleBase:
@@ -77,7 +77,7 @@ def fit_residual(
     loss: SPARLoss,
     replay_buffer: ReplayBuffer,
     *,
-    steps: int = 5_000,
+    steps: int = 20_000,
     lr: float = 1e-3,
     report: Report | None = None,
 ) -> SPARLoss:

@@ -69,7 +69,7 @@ def closed_form(cfg: DictConfig, steepness: float) -> dict[str, Any]:
         actor = make_actor(manifold, nn.Linear(1, origin.numel(), dtype=torch.float64))
         loss = make_loss(
             actor, [LinearCritic(slope)], vae,
-            latent_std=std, latent_bound=100.0, temperature=temperature, num_candidates=candidates,
+            candidates="policy", latent_std=std, latent_bound=100.0, temperature=temperature, num_candidates=candidates,
         )  # fmt: skip
         return loss.self_imitation_target(state, residual)[0] - residual
 

@@ -1,9 +1,9 @@
-"""Claim 4, support: do the policy's actions stay where the data has some, and where do TD3+BC's go?
+"""Claim 4, support: do the policy's actions stay where the data has some, and where do TD3+BC's and ReBRAC's go?
 
 On the embedded data, on states of held-out episodes: the distance of (state, action) to the nearest rows of the other
 episodes, and the density of the action under a model trained on those rows alone, which no policy ever sees. The
-data's own held-out actions give the measure. TD3+BC is TorchRL's, from the same anchor and the same start of the
-critics, with the same networks, learning rates and number of updates.
+data's own held-out actions give the measure. TD3+BC is TorchRL's, ReBRAC the one of compare.py; both from the same
+anchor and the same start of the critics, with the same networks, learning rates and number of updates.
 
 python recipes/claims/support.py
 """
@@ -19,7 +19,9 @@ import torch
 from claim_tools import finding, grade, run_claim
 from matplotlib.figure import Figure
 from omegaconf import DictConfig
-from plots import BLUE, GREEN, GREY, PURPLE, VERMILION
+from plots import BLUE, GREEN, GREY, ORANGE, PURPLE, VERMILION
+from rivals.data import add_next_actions
+from rivals.td3 import BehaviorRegularizedLoss
 from small_spar import clone_behaviour, improve, load_embedded, make_update, prepare
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
@@ -30,8 +32,8 @@ from torchrl.objectives import SoftUpdate, TD3BCLoss
 from torchrl_spar import OfflineReplayBuffer, SPARLoss, load_offline_dataset, support_distance
 from torchrl_spar.networks import ObservationNorm
 
-RIVALS = ("TD3+BC", "TD3+BC, larger alpha")
-STYLE = {"data (held out)": GREY, "anchor": GREEN, "SPAR": BLUE, RIVALS[0]: VERMILION, RIVALS[1]: PURPLE}
+TD3BC, REBRAC, CONTROL = "TD3+BC", "ReBRAC", "TD3+BC, larger alpha"
+STYLE = {"data (held out)": GREY, "anchor": GREEN, "SPAR": BLUE, TD3BC: VERMILION, REBRAC: ORANGE, CONTROL: PURPLE}
 
 
 class ActionDensity(nn.Module):
@@ -83,13 +85,19 @@ def critics_of(loss: SPARLoss, count: int) -> list[TensorDictModuleBase]:
     return modules
 
 
-def train_td3bc(
-    cfg: DictConfig, data: OfflineReplayBuffer, start: SPARLoss, anchor: TensorDictModuleBase, alpha: float
+def train_rival(
+    cfg: DictConfig, data: OfflineReplayBuffer, start: SPARLoss, anchor: TensorDictModuleBase, name: str
 ) -> TensorDictModuleBase:
-    """TorchRL's TD3+BC from the anchor and from SPAR's start of the critics."""
+    """TorchRL's TD3+BC or ReBRAC, from the anchor and from SPAR's start of the critics."""
     actor = deepcopy(anchor)
-    critics = critics_of(start, cfg.td3bc.num_qvalue_nets)
-    loss = TD3BCLoss(actor, critics, action_spec=data.action_spec, num_qvalue_nets=len(critics), alpha=alpha)
+    critics = critics_of(start, cfg.num_qvalue_nets)
+    loss: TD3BCLoss
+    if name == REBRAC:
+        loss = BehaviorRegularizedLoss(actor, critics, action_spec=data.action_spec, **cfg.rebrac)
+        data = add_next_actions(data)
+    else:
+        options = {"num_qvalue_nets": len(critics), "alpha": cfg.alphas[name == CONTROL]}
+        loss = TD3BCLoss(actor, critics, action_spec=data.action_spec, **options)
     loss.make_value_estimator(gamma=0.99)
     updater = SoftUpdate(loss, tau=cfg.spar.target_rate)
     value_optimizer = torch.optim.Adam(loss.qvalue_network_params.values(True, True), cfg.spar.qvalue_lr)
@@ -128,8 +136,7 @@ def compare(cfg: DictConfig, data: OfflineReplayBuffer, seed: int) -> dict[str, 
     start = deepcopy(loss)
     improve(cfg, make_update(cfg, loss), learn)
     policies = {"anchor": loss.anchor, "SPAR": loss.actor}
-    for name, alpha in zip(RIVALS, cfg.td3bc.alphas):
-        policies[name] = train_td3bc(cfg, learn, start, actor, alpha)
+    policies |= {name: train_rival(cfg, learn, start, actor, name) for name in (TD3BC, REBRAC, CONTROL)}
     with torch.no_grad():
         actions = {"data (held out)": held["action"]}
         actions |= {name: policy(held.select("observation"))["action"] for name, policy in policies.items()}
@@ -166,7 +173,7 @@ def verdict(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     def each(quantity: str, name: str) -> list[float]:
         return [run[quantity][name] for run in runs]
 
-    data, _, spar, td3bc, control = STYLE
+    data, _, spar, td3bc, rebrac, control = STYLE
     distance, density = "mean_distance", "mean_log_density"
 
     def at_most(one: list[float], other: list[float]) -> bool:
@@ -189,10 +196,11 @@ def verdict(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
             data=each(distance, data),
         ),
         finding(
-            "TD3+BC's actions lie farther from the data than SPAR's",
-            at_most(each(distance, spar), each(distance, td3bc)),
+            "TD3+BC's and ReBRAC's actions lie farther from the data than SPAR's",
+            all(at_most(each(distance, spar), each(distance, rival)) for rival in (td3bc, rebrac)),
             spar=each(distance, spar),
             td3bc=each(distance, td3bc),
+            rebrac=each(distance, rebrac),
         ),
         finding(
             "SPAR's actions are at least as likely as held-out data's (mean log density)",
@@ -201,16 +209,18 @@ def verdict(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
             data=each(density, data),
         ),
         finding(
-            "TD3+BC's actions are less likely than SPAR's (mean log density)",
-            at_most(each(density, td3bc), each(density, spar)),
+            "TD3+BC's and ReBRAC's actions are less likely than SPAR's (mean log density)",
+            all(at_most(each(density, rival), each(density, spar)) for rival in (td3bc, rebrac)),
             spar=each(density, spar),
             td3bc=each(density, td3bc),
+            rebrac=each(density, rebrac),
         ),
         finding(
             "SPAR moves farther from the anchor than TD3+BC (rms, action units)",
             at_most(each("rms_from_anchor", td3bc), each("rms_from_anchor", spar)),
             spar=each("rms_from_anchor", spar),
             td3bc=each("rms_from_anchor", td3bc),
+            rebrac=each("rms_from_anchor", rebrac),
             larger_alpha=each("rms_from_anchor", control),
         ),
     ]
@@ -235,7 +245,7 @@ def draw(result: dict[str, Any]) -> Figure:
     axes[0].legend(fontsize=9)
     held = [row["holds"] == "yes" for row in result["findings"]]
     does = "stays" if held[2] and held[4] else "does not stay"
-    figure.suptitle(f"SPAR {does} nearer to the data than TD3+BC (Hopper, a line a seed)")
+    figure.suptitle(f"SPAR {does} nearer to the data than TD3+BC and ReBRAC (Hopper, a line a seed)")
     return figure
 
 
