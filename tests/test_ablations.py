@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ACTION, OBSERVATION, make_batch
+from conftest import ACTION, OBSERVATION, compose_recipe, make_batch
 from tensordict import TensorDict
 from torchrl.data import Bounded
 
@@ -14,7 +14,6 @@ from torchrl_spar import make_spar_loss
 
 pytest.importorskip("hydra")
 import ablations
-from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from test_recipes import SMALL, run
 
@@ -78,8 +77,7 @@ def test_middle_of_the_range():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_an_ablation_changes_spars_own_options(name):
-    with initialize_config_dir(str(CONFIG), version_base=None):
-        plain, changed = compose("compare"), compose("compare", [f"method=ablation/{name}"])
+    plain, changed = compose_recipe("compare"), compose_recipe("compare", f"method=ablation/{name}")
     assert changed.method.name == name and changed.method.algorithm in ablations.RUNS
     changed.method = plain.method
     known, found = (set(_flat(OmegaConf.to_container(cfg))) for cfg in (plain, changed))
