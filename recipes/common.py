@@ -13,6 +13,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
+from stopping import Stopped
 
 from torchrl_spar import InputError, normalized_score
 from torchrl_spar.errors import first_line
@@ -35,6 +36,10 @@ def run_recipe(main: Callable[[DictConfig], None], config_name: str) -> None:
                 raise CompactHydraException(f"error: {err}") from None
             print(f"error: {err}", file=sys.stderr)
             sys.exit(2)
+        except Stopped as err:
+            how = "the same command" if "runs" in cfg else f"the same command with resume=true out={cfg.out}"
+            print(f"{err}: {how} goes on", file=sys.stderr)
+            sys.exit(128 + err.signum)
 
     # Each recipe owns its output: Hydra's log files are not used, and what --multirun notes lies aside.
     sys.argv += ["hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none"]

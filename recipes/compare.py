@@ -5,7 +5,7 @@ python recipes/compare.py dataset=minari:spar/hopper/medium-v0 method=spar,iql,r
 python recipes/compare.py hydra/launcher=ray                           # or submitit_slurm: pip install '.[sweep]'
 python recipes/report.py outputs/compare
 
-The same command goes on after it was killed: finished runs are not repeated.
+The same command goes on after it was killed: finished runs are not repeated, others go on from their checkpoint.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import re
-import shutil
-import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +23,15 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 import spar_d4rl
 import torch
 from ablations import RUNS
+from checkpoints import Checkpoints
 from common import RECIPES, run_recipe
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from rivals import BUILDERS
-from rivals.base import Problem
-from run import Run, block_length, dataset_name, improve
-from sweep import claim, is_finished, run_directory
+from rivals.base import Problem, Rival
+from run import Run, block_length, dataset_name, improve, of_one_run
+from stopping import stop
+from sweep import run_directory, started
 
 from torchrl_spar import InputError
 
@@ -43,26 +44,18 @@ def main(cfg: DictConfig) -> None:
     if cfg.eval.background and multiprocessing.get_start_method(allow_none=True) == "loky":
         raise InputError("eval.background=true: joblib's processes cannot start another; evaluate in line")
     out = run_directory(Path(cfg.runs), dataset_name(cfg), cfg.method.name, cfg.seed)
-    with claim(out):
-        if is_finished(out, cfg):
-            print(f"{out}: finished before", flush=True)
-            return
-        try:
-            if run_class := RUNS.get(cfg.method.algorithm):
-                spar_d4rl.train(cfg, [cfg.seed], [out], run_class=run_class)
-            else:
-                train(cfg, cfg.seed, out)
-        except InputError:
-            shutil.rmtree(out, ignore_errors=True)
-            raise
+    if run_class := RUNS.get(cfg.method.algorithm):
+        spar_d4rl.train(cfg, [cfg.seed], [out], run_class=run_class, wait=True)
+    else:
+        train(cfg, cfg.seed, out)
 
 
 class RivalRun(Run):
     """A rival of one seed; its files are SPAR's but for the saved policy and the figure."""
 
-    def __init__(self, cfg: DictConfig, seed: int, out: Path) -> None:
-        super().__init__(cfg, seed, out)
-        torch.manual_seed(seed)
+    def __init__(self, cfg: DictConfig, checkpoints: Checkpoints) -> None:
+        super().__init__(cfg, checkpoints)
+        torch.manual_seed(self.seed)
         build, options = BUILDERS[cfg.method.algorithm], method_options(cfg.method, dataset_name(cfg))
         self.rival = build(Problem(self.data, self.cfg, self.device), **options)
         self.policy = self.rival.policy
@@ -70,10 +63,26 @@ class RivalRun(Run):
 
 
 def train(cfg: DictConfig, seed: int, out: Path) -> None:
-    start = time.perf_counter()
     torch.set_num_threads(cfg.threads)
-    run = RivalRun(cfg, seed, out)
-    rival, length = run.rival, block_length(cfg)
+    cfg = of_one_run(cfg, seed, out)
+    with started([cfg], wait=True) as checkpoints:
+        if checkpoints is None:
+            return
+        run: RivalRun | None = None
+        try:
+            with stop.at_once(False):
+                run = RivalRun(cfg, checkpoints)
+                run.rival.pretrain(run)
+                run.keep("rival", run.rival)
+                run.finish(updates_per_second=improve([run], run.method, block_maker(run.rival, block_length(cfg))))
+            checkpoints.remove()
+        finally:
+            if run is not None:
+                run.close()
+
+
+def block_maker(rival: Rival, length: int) -> Callable[[], dict[str, torch.Tensor]]:
+    """Makes so many updates; returns the last value of whatever they log."""
     metrics: dict[str, torch.Tensor] = {}
 
     def make_block() -> dict[str, torch.Tensor]:
@@ -81,11 +90,7 @@ def train(cfg: DictConfig, seed: int, out: Path) -> None:
             metrics.update(rival(rival.data.sample()))
         return metrics
 
-    try:
-        rival.pretrain(run)
-        run.finish(updates_per_second=improve([run], run.method, make_block), start=start)
-    finally:
-        run.close()
+    return make_block
 
 
 def method_options(method: DictConfig, dataset: str) -> dict[str, Any]:

@@ -6,11 +6,13 @@ import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from checkpoints import Checkpoints, P
 from common import RECIPES, best_device, choose_environment, summarize
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
@@ -21,7 +23,7 @@ from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 from tqdm import tqdm
 
-from torchrl_spar import InputError, OfflineReplayBuffer, environment_sizes, load_offline_dataset
+from torchrl_spar import InputError, OfflineReplayBuffer, Progress, environment_sizes, load_offline_dataset
 
 EMBEDDED = "torchrl-spar/hopper/medium-v0"
 VERSIONED = ("torchrl-spar", "torch", "torchrl", "tensordict", "gymnasium", "mujoco")
@@ -55,9 +57,13 @@ class Phase:
 
     def __init__(self, name: str, steps: int, logs: Sequence[MetricLog], interval: int, line: int) -> None:
         self.name, self.logs, self.interval, self.steps = name, logs, interval, steps
-        self.bar = tqdm(total=steps, desc=f"{name:>6}", unit="step", dynamic_ncols=True, mininterval=1.0, position=line)
+        self.line = line
+        self.bar: Any = None
 
     def __call__(self, step: int, metrics: dict[str, Any]) -> None:
+        if self.bar is None:  # not earlier: a phase may begin anywhere, or be finished
+            look = {"unit": "step", "dynamic_ncols": True, "mininterval": 1.0, "position": self.line}
+            self.bar = tqdm(total=self.steps, initial=step - 1, desc=f"{self.name:>6}", **look)
         self.bar.update(step - self.bar.n)
         if step % self.interval == 0 or step == self.steps:
             for index, log in enumerate(self.logs):
@@ -67,25 +73,35 @@ class Phase:
 
     def show(self, curve: list[dict[str, Any]]) -> None:
         """The last score beside the bar."""
-        for row in curve[-1:]:
+        for row in curve[-1:] if self.bar is not None else []:
             score = row["return_mean"] if row["normalized"] is None else row["normalized"]
             self.bar.set_postfix(score=f"{score:.1f} at {row['step']}", refresh=False)
 
 
+def of_one_run(cfg: DictConfig, seed: int, out: Path) -> DictConfig:
+    """The configuration of this run alone, as it is saved beside it."""
+    return cast(DictConfig, OmegaConf.merge(cfg, {"seed": seed, "seeds": None, "out": str(out)}))
+
+
 class Run:
-    """One seed of one method; a subclass adds the method. Options are checked before anything is written or trained."""
+    """One seed of one method; a subclass adds the method. Options are checked before anything is written or trained.
+
+    Args:
+        cfg: of this run alone, see `of_one_run`.
+        checkpoints: of the run, or of the runs of which it is one.
+        line: of its progress bars.
+    """
 
     # What is evaluated, and its name in results.json.
     policy: TensorDictModuleBase
     policy_name = "policy"
 
-    def __init__(self, cfg: DictConfig, seed: int, out: Path, line: int = 0) -> None:
+    def __init__(self, cfg: DictConfig, checkpoints: Checkpoints, line: int = 0) -> None:
         for option in ("spar.updates", "spar.policy_interval", "eval.interval", "logger.interval"):
             if (value := OmegaConf.select(cfg, option)) < 1:
                 raise InputError(f"{option}={value}: at least 1")
-        # The saved config gives this run alone.
-        self.cfg = cast(DictConfig, OmegaConf.merge(cfg, {"seed": seed, "seeds": None, "out": str(out)}))
-        self.seed, self.out, self.line = seed, out, line
+        self.cfg, self.seed, self.out = cfg, cfg.seed, Path(cfg.out)
+        self.checkpoints, self.line = checkpoints, line
         self.device = best_device(cfg.device)
         self.data, self.env, self.env_kwargs = load(cfg, self.device)
         self.data_scores = summarize(self.env, self.data.episode_returns)
@@ -95,12 +111,19 @@ class Run:
         return self.cfg.method.name
 
     def open(self, columns: Iterable[str]) -> None:
-        """Makes the directory, with a log of these columns and of scores."""
-        columns = [*dict.fromkeys(columns), "return_mean", "return_std", "normalized"]
-        self.log = MetricLog(self.out, self.cfg.logger.backend, columns)
-        save_config(self.out, self.cfg)
-        background = self.cfg.eval.background
-        self.scores = Scores(self.env, self.env_kwargs, self.seed, self.log, background=background)
+        """Makes the directory, with a log of these columns."""
+        cfg, go_on = self.cfg, self.checkpoints.has_loaded
+        log = MetricLog(self.out, cfg.logger.backend, dict.fromkeys(columns), go_on=go_on)
+        save_config(self.out, cfg)
+        self.log = self.keep("log", log)
+        scores = Scores(self.out, self.env, self.env_kwargs, self.seed, log, background=cfg.eval.background)
+        self.scores = self.keep("scores", scores)
+        self.scores.write()
+        self.progress = self.keep("progress", Progress(self.checkpoints.step))
+
+    def keep(self, name: str, part: P) -> P:
+        """Has the checkpoints hold a part of this run, which goes on with the state it had."""
+        return self.checkpoints.add(f"seed {self.seed}: {name}", part)
 
     def phase(self, name: str) -> Phase | None:
         """The report of a phase before the main one; none where it has no steps."""
@@ -112,17 +135,22 @@ class Run:
         """Adds a point to the learning curve."""
         self.scores.add_to_curve(step, on_cpu(self.policy), self.cfg.eval.episodes)
 
-    def finish(self, *, updates_per_second: float, start: float) -> None:
+    def evaluate_again(self) -> None:
+        """Adds the points that a checkpoint says were not done."""
+        self.scores.add_again(on_cpu(self.policy), self.cfg.eval.episodes)
+
+    def finish(self, *, updates_per_second: float) -> None:
         """The final evaluation, and all files, results.json last."""
         cfg = self.cfg
         self.scores.add_result(self.policy_name, on_cpu(self.policy), cfg.eval.final_episodes)
-        self.scores.collect(wait=True)
+        with self.checkpoints.interruptible():
+            self.scores.collect(wait=True)
         results = {
             "dataset": dataset_name(cfg), "env": self.env, "env_kwargs": self.env_kwargs, "seed": self.seed,
             "method": self.method,
             "updates": cfg.spar.updates, **self.scores.results, "data": self.data_scores,
             "episodes": cfg.eval.final_episodes, "updates_per_second": updates_per_second,
-            "wall_seconds": time.perf_counter() - start,
+            "wall_seconds": self.checkpoints.seconds,
             "versions": {name: version(name) for name in VERSIONED},
             "curve": self.scores.curve,
         }  # fmt: skip
@@ -150,42 +178,70 @@ def block_length(cfg: DictConfig) -> int:
     return max(n for n in range(1, min(common, LONGEST_BLOCK) + 1) if common % n == 0)
 
 
+@dataclass
+class Position:
+    """Where the main phase is, and how long it took so far."""
+
+    step: int = 0
+    seconds: float = 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.step, self.seconds = state["step"], state["seconds"]
+
+
 def improve(
     runs: Sequence[Run],
     name: str,
     make_block: Callable[[], dict[str, Tensor]],
-    synchronize: Callable[[], None] | None = None,
+    synchronize: Callable[[], None] = lambda: None,
 ) -> float:
-    """The main phase, evaluated and logged.
+    """The main phase, evaluated and logged; goes on where the runs' checkpoint was made.
 
     Args:
-        runs: with one configuration.
+        runs: with one configuration and the same checkpoints.
         name: of the phase in the logs.
         make_block: makes `block_length` updates of all runs and returns what is to be logged.
-        synchronize: called before the policies are evaluated.
+        synchronize: called before the policies are evaluated, or saved.
 
     Returns:
         Updates per second of each run, evaluations in line included.
     """
-    cfg, line = runs[0].cfg, runs[0].line
+    cfg, line, checkpoints = runs[0].cfg, runs[0].line, runs[0].checkpoints
     interval, length, total = cfg.eval.interval, block_length(cfg), cfg.spar.updates
     phase = Phase(name, total, [run.log for run in runs], cfg.logger.interval, line)
-    start = time.perf_counter()
-    for run in runs:
-        run.evaluate(0)
-    for step in range(length, total + 1, length):
-        metrics = make_block()
-        if step % interval == 0 or step == total:
-            if synchronize is not None:
-                synchronize()
-            for run in runs:
-                run.evaluate(step)
-        phase(step, metrics)
-        if step % cfg.logger.interval == 0:
+    checkpoints.before_save = synchronize
+    position = checkpoints.add("position", Position())
+    start = time.perf_counter() - position.seconds
+
+    def collect() -> None:
+        with checkpoints.interruptible():
             for run in runs:
                 run.scores.collect()
-            phase.show(runs[0].scores.curve)
-    return total / (time.perf_counter() - start)
+        phase.show(runs[0].scores.curve)
+
+    for run in runs:
+        if checkpoints.has_loaded:
+            run.evaluate_again()
+        if position.step == 0 and not run.scores.has(0):
+            run.evaluate(0)
+    collect()
+    for step in range(position.step + length, total + 1, length):
+        metrics = make_block()
+        phase(step, metrics)
+        is_due = step % interval == 0 or step == total
+        if is_due:
+            synchronize()
+            for run in runs:
+                run.evaluate(step)
+        position.step, position.seconds = step, time.perf_counter() - start
+        if is_due or step % cfg.logger.interval == 0:
+            collect()
+        checkpoints.step()
+    checkpoints.save()
+    return total / position.seconds
 
 
 def show(results: dict[str, Any], out: Path) -> None:

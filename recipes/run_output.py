@@ -5,11 +5,13 @@ from __future__ import annotations
 import csv
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from checkpoints import named_error
 from omegaconf import DictConfig, OmegaConf
 from torchrl.record.loggers import get_logger
 
@@ -27,8 +29,12 @@ def check_unused(out: Path) -> None:
 def write_text(path: Path, text: str) -> None:
     """Writes a file that appears whole or not at all."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
-    os.replace(partial, path)
+    with named_error(path, "cannot be written"):
+        try:
+            partial.write_text(text)
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -42,9 +48,12 @@ def data_score(runs: list[dict[str, Any]]) -> str:
 
 
 class MetricLog:
-    """One row a call in metrics.csv, and the same numbers to a TorchRL logger if one is asked for. Makes `out`."""
+    """One row a call in metrics.csv, and the same numbers to a TorchRL logger if one is asked for. Makes `out`.
 
-    def __init__(self, out: Path, backend: str, columns: Iterable[str]) -> None:
+    Its state is the file's length, to which the file is cut when a run goes on from a checkpoint.
+    """
+
+    def __init__(self, out: Path, backend: str, columns: Iterable[str], *, go_on: bool = False) -> None:
         if backend not in BACKENDS:
             raise InputError(f"logger.backend={backend}: must be one of {', '.join(BACKENDS)}")
         out.mkdir(parents=True, exist_ok=True)
@@ -54,20 +63,40 @@ class MetricLog:
                 self.logger = get_logger(backend, logger_name=str(out), experiment_name="log")
             except ImportError as err:
                 raise InputError(f"logger.backend={backend}: {err}; install it first") from None
-        self.file = (out / "metrics.csv").open("w", newline="")
+        self.path = out / "metrics.csv"
+        with named_error(self.path, "cannot be opened"):
+            self.file = self.path.open("r+" if go_on else "w", newline="")
         self.writer = csv.DictWriter(self.file, ["phase", "step", *columns], restval="")
-        self.writer.writeheader()
+        if not go_on:
+            self.writer.writeheader()
 
     def write(self, phase: str, step: int, metrics: dict[str, Any]) -> None:
         numbers = {name: float(value) for name, value in metrics.items()}
-        self.writer.writerow({"phase": phase, "step": step, **{name: f"{x:.6g}" for name, x in numbers.items()}})
-        self.file.flush()
+        with named_error(self.path, "cannot be written"):
+            self.writer.writerow({"phase": phase, "step": step, **{name: f"{x:.6g}" for name, x in numbers.items()}})
+            self.file.flush()
+        self.show(phase, step, numbers)
+
+    def show(self, phase: str, step: int, numbers: Mapping[str, float]) -> None:
+        """To the logger alone."""
         if self.logger is not None:
             for name, number in numbers.items():
                 self.logger.log_scalar(f"{phase}/{name}", number, step=step)
 
+    def state_dict(self) -> dict[str, int]:
+        self.file.flush()
+        return {"bytes": os.fstat(self.file.fileno()).st_size}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        size = os.fstat(self.file.fileno()).st_size
+        if size < state["bytes"]:
+            raise InputError(f"{self.path}: {size} bytes, fewer than at the checkpoint; put the whole file back")
+        self.file.truncate(state["bytes"])
+        self.file.seek(0, os.SEEK_END)
+
     def close(self) -> None:
-        self.file.close()
+        with suppress(OSError):  # of a row that could not be written, which was said
+            self.file.close()
 
 
 def save_config(out: Path, cfg: DictConfig) -> None:

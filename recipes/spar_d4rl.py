@@ -3,13 +3,13 @@
 python recipes/spar_d4rl.py                                    # the embedded Hopper data
 python recipes/spar_d4rl.py seeds=[0,1,2]                      # several seeds at once
 python recipes/spar_d4rl.py dataset=minari:D4RL/pen/human-v2 preset=d4rl seed=1
+python recipes/spar_d4rl.py out=mine resume=true               # goes on after a kill, a full disk, a Ctrl-C
 """
 
 from __future__ import annotations
 
 import multiprocessing
 import os
-import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -17,9 +17,10 @@ from pathlib import Path
 import torch
 from common import best_device, run_recipe
 from omegaconf import DictConfig
-from run import block_length, improve
-from run_output import check_unused
+from run import block_length, improve, of_one_run
 from spar_run import SPARRun, make_update
+from stopping import stop
+from sweep import started
 from tqdm import tqdm
 
 from torchrl_spar import BatchSampler, InputError, StackedSPARLoss
@@ -40,45 +41,57 @@ def main(cfg: DictConfig) -> None:
     context = multiprocessing.get_context("spawn")
     cores = len(os.sched_getaffinity(0))
     bars = {"initializer": tqdm.set_lock, "initargs": (context.RLock(),)}
-    with ProcessPoolExecutor(min(len(seeds), cores), context, **bars) as pool:
+    with stop.handled(forward=True), ProcessPoolExecutor(min(len(seeds), cores), context, **bars) as pool:
         jobs = [pool.submit(train, cfg, [seed], [out], line) for line, (seed, out) in enumerate(zip(seeds, outs))]
         for job in jobs:
             job.result()
 
 
 def train(
-    cfg: DictConfig, seeds: Sequence[int], outs: Sequence[Path], line: int = 0, run_class: type[SPARRun] = SPARRun
+    cfg: DictConfig,
+    seeds: Sequence[int],
+    outs: Sequence[Path],
+    line: int = 0,
+    run_class: type[SPARRun] = SPARRun,
+    wait: bool = False,
 ) -> None:
-    """Independent runs of all seeds, the main phase as one program."""
-    start = time.perf_counter()
+    """Independent runs of all seeds, the main phase as one program; with `wait` after whoever is at them."""
     torch.set_num_threads(cfg.threads)
-    for out in outs:
-        check_unused(out)
+    cfgs = [of_one_run(cfg, seed, out) for seed, out in zip(seeds, outs)]
     runs: list[SPARRun] = []
-    try:
-        for seed, out in zip(seeds, outs):
-            runs.append(run_class(cfg, seed, out, line))
-            runs[-1].pretrain()
-        rate = update_together(runs)
-        for run in runs:
-            run.finish(updates_per_second=rate, start=start)
-    finally:
-        for run in runs:
-            run.close()
+    with started(cfgs, wait=wait) as checkpoints:
+        if checkpoints is None:
+            return
+        try:
+            with stop.at_once(False):
+                for cfg in cfgs:
+                    runs.append(run_class(cfg, checkpoints, line))
+                    runs[-1].pretrain()
+                rate = update_together(runs)
+                for run in runs:
+                    run.finish(updates_per_second=rate)
+            checkpoints.remove()
+        finally:
+            for run in runs:
+                run.close()
 
 
 def update_together(runs: Sequence[SPARRun]) -> float:
     """The main phase; returns the updates per second of each run."""
     cfg, losses = runs[0].cfg, [run.loss for run in runs]
-    samplers = [BatchSampler(run.loss, run.anchored_data, length=block_length(cfg), seed=run.seed) for run in runs]
+    samplers = [
+        run.keep("sampler", BatchSampler(run.loss, run.anchored_data, length=block_length(cfg), seed=run.seed))
+        for run in runs
+    ]
     stack = StackedSPARLoss(losses) if len(runs) > 1 else None
     update = make_update(cfg, losses[0] if stack is None else stack, cudagraph=runs[0].device.type == "cuda")
+    runs[0].checkpoints.add("update", update)
 
     def make_block() -> dict[str, torch.Tensor]:
         blocks = [next(sampler) for sampler in samplers]
         return update.run(blocks[0] if stack is None else torch.stack(blocks, 1))
 
-    return improve(runs, "spar", make_block, None if stack is None else stack.copy_back)
+    return improve(runs, "spar", make_block) if stack is None else improve(runs, "spar", make_block, stack.copy_back)
 
 
 if __name__ == "__main__":

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
+from checkpoints import Checkpoints
 from omegaconf import DictConfig
 from plots import plot_learning_curve
 from run import Run, on_cpu
@@ -39,8 +39,8 @@ class SPARRun(Run):
     policy_name = "spar"
     loss_class: type[SPARLoss] = SPARLoss
 
-    def __init__(self, cfg: DictConfig, seed: int, out: Path, line: int = 0) -> None:
-        super().__init__(cfg, seed, out, line)
+    def __init__(self, cfg: DictConfig, checkpoints: Checkpoints, line: int = 0) -> None:
+        super().__init__(cfg, checkpoints, line)
         self.open(log_columns(self.cfg, self.data, self.loss_class))
 
     @property
@@ -83,8 +83,8 @@ def sizes_of(data: OfflineReplayBuffer) -> dict[str, Any]:
 
 
 def clone_behaviour(run: Run) -> TensorDictModuleBase:
-    anchor = make_anchor(**sizes_of(run.data), hidden=list(run.cfg.spar.loss.hidden))
-    return fit_anchor(anchor, run.data, **run.cfg.anchor, report=run.phase("anchor"))
+    anchor = run.keep("anchor", make_anchor(**sizes_of(run.data), hidden=list(run.cfg.spar.loss.hidden)))
+    return fit_anchor(anchor, run.data, **run.cfg.anchor, report=run.phase("anchor"), progress=run.progress)
 
 
 def pretrain(
@@ -97,12 +97,12 @@ def pretrain(
     # Here, not earlier: all methods with an anchor have the same one for a seed.
     torch.manual_seed(run.seed)
     anchor = clone_behaviour(run) if make_anchor is None else make_anchor()
-    loss = loss_maker(cfg, data, loss_class)(anchor=anchor)
+    loss = run.keep("loss", loss_maker(cfg, data, loss_class)(anchor=anchor))
     run.scores.add_result("anchor", on_cpu(loss.anchor), cfg.eval.final_episodes)
     rows = with_anchor_actions(loss, data)
-    fit_residual(loss, rows, **cfg.fit, report=run.phase("fit"))
+    fit_residual(loss, rows, **cfg.fit, report=run.phase("fit"), progress=run.progress)
     if cfg.value.steps:
-        fit_value(loss, rows, **cfg.value, report=run.phase("value"))
+        fit_value(loss, rows, **cfg.value, report=run.phase("value"), progress=run.progress)
     return loss, rows
 
 

@@ -10,6 +10,7 @@ from torchrl_spar.evaluator import BackgroundEvaluator
 from torchrl_spar.objective import SPARLoss
 from torchrl_spar.observations import flatten_observation
 from torchrl_spar.policy import load_policy, save_policy
+from torchrl_spar.progress import Progress
 from torchrl_spar.residual import ResidualHead, ResidualVAE, SPARActor
 from torchrl_spar.sampling import BatchSampler, with_anchor_actions
 from torchrl_spar.scores import normalized_score, reference_returns
@@ -29,6 +30,7 @@ __all__ = [
     "FrozenAnchor",
     "InputError",
     "OfflineReplayBuffer",
+    "Progress",
     "ResidualHead",
     "ResidualVAE",
     "SPARActor",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from tensordict import TensorDictBase
@@ -101,3 +101,11 @@ class BatchSampler(Iterator[TensorDictBase]):
         for key, shape in self.noise.items():
             block.set(key, torch.randn(*self.shape, *shape, generator=self.generator, device=device))
         return block
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """The generator's state: the blocks that follow are the same again once it is loaded."""
+        return {"generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Takes a :meth:`state_dict`."""
+        self.generator.set_state(state["generator"].cpu())

@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
+from typing import Any
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
@@ -18,6 +19,7 @@ from torchrl.objectives.value.functional import reward2go
 
 from torchrl_spar.errors import InputError
 from torchrl_spar.objective import SPARLoss
+from torchrl_spar.progress import Progress
 from torchrl_spar.sampling import with_anchor_actions
 from torchrl_spar.seeds import StackedSPARLoss
 
@@ -26,6 +28,7 @@ Term = Callable[[TensorDictBase], tuple[Tensor, dict[str, Tensor]]]
 Program = Callable[[TensorDictBase], dict[str, Tensor]]
 # In half action ranges: a dimension the anchor reproduces exactly still gets a usable scale.
 RESIDUAL_SCALE_FLOOR = 1e-2
+_OPTIMIZERS = ("critic_optimizer", "actor_optimizer")
 
 
 def fit_anchor(
@@ -35,6 +38,7 @@ def fit_anchor(
     steps: int = 20_000,
     lr: float = 1e-3,
     report: Report | None = None,
+    progress: Progress | None = None,
 ) -> TensorDictModuleBase:
     """Behaviour cloning with TorchRL's ``BCLoss`` (squared error for a deterministic actor).
 
@@ -46,6 +50,7 @@ def fit_anchor(
         steps: gradient steps.
         lr: initial learning rate of Adam.
         report: called as ``report(step, {"loss_bc": ...})`` after every step.
+        progress: where to go on, see :class:`~torchrl_spar.Progress`.
 
     Returns:
         The same actor, to be given to :func:`~torchrl_spar.make_spar_loss` as the anchor.
@@ -69,7 +74,11 @@ def fit_anchor(
         # BCLoss has no target; TorchRL warns that it is not annotated.
         warnings.filterwarnings("ignore", message="The name target_actor_network_params")
         loss = BCLoss(actor)
-    _fit("loss_bc", lambda batch: (loss(batch)["loss_bc"], {}), loss, replay_buffer.sample, steps, lr, report)
+
+    def cloning(batch: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
+        return loss(batch)["loss_bc"], {}
+
+    _fit("loss_bc", cloning, loss, replay_buffer.sample, steps, lr, progress or Progress(), report)
     return actor
 
 
@@ -80,6 +89,7 @@ def fit_residual(
     steps: int = 20_000,
     lr: float = 1e-3,
     report: Report | None = None,
+    progress: Progress | None = None,
 ) -> SPARLoss:
     """Measures the data's residual scale and fits the VAE to the scaled residuals.
 
@@ -90,6 +100,7 @@ def fit_residual(
         steps: gradient steps.
         lr: initial learning rate of Adam, falling to zero along a cosine.
         report: called as ``report(step, metrics)`` after every step.
+        progress: where to go on, see :class:`~torchrl_spar.Progress`.
 
     Returns:
         The same loss.
@@ -109,7 +120,8 @@ def fit_residual(
         torch.Size([2])
     """
     loss.residual_scale = measure_residual_scale(loss, replay_buffer)
-    _fit("loss_fit", loss.fit_loss, loss.residual_vae_params, replay_buffer.sample, steps, lr, report)
+    params, sample = loss.residual_vae_params, replay_buffer.sample
+    _fit("loss_fit", loss.fit_loss, params, sample, steps, lr, progress or Progress(), report)
     return loss
 
 
@@ -120,6 +132,7 @@ def fit_value(
     steps: int = 3_000,
     lr: float = 1e-3,
     report: Report | None = None,
+    progress: Progress | None = None,
 ) -> SPARLoss:
     """Starts the critics from the behaviour's own value: regression on the data's returns-to-go.
 
@@ -135,6 +148,7 @@ def fit_value(
         steps: gradient steps.
         lr: initial learning rate of Adam, falling to zero along a cosine.
         report: called as ``report(step, metrics)`` after every step.
+        progress: where to go on, see :class:`~torchrl_spar.Progress`.
 
     Returns:
         The same loss.
@@ -164,10 +178,11 @@ def fit_value(
     def regression(batch: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
         return loss.qvalue_regression(batch, batch["return"].squeeze(-1))
 
-    _fit("loss_qvalue", regression, loss.qvalue_network_params, sample, steps, lr, report)
-    loss.sync_targets()
+    progress = progress or Progress()
+    params = loss.qvalue_network_params
+    _fit("loss_qvalue", regression, params, sample, steps, lr, progress, report, finish=loss.sync_targets)
     if loss.value_mix > 0:
-        _fit("loss_value", loss.value_loss, loss.value_network_params, sample, steps, lr)
+        _fit("loss_value", loss.value_loss, loss.value_network_params, sample, steps, lr, progress)
     return loss
 
 
@@ -359,6 +374,20 @@ class SPARUpdate:
         self.steps += len(block)
         return dict(update(block).items())
 
+    def state_dict(self) -> dict[str, Any]:
+        """``steps``, ``critic_optimizer`` and ``actor_optimizer``; the networks are in the loss's own ``state_dict``.
+
+        Of a stack: call :meth:`StackedSPARLoss.copy_back` and save the losses.
+        """
+        return {"steps": self.steps, **{name: getattr(self, name).state_dict() for name in _OPTIMIZERS}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes a :meth:`state_dict`; with the loss's and the sampler's the updates go on with the same bits."""
+        for name in _OPTIMIZERS:
+            getattr(self, name).load_state_dict(state[name])
+        self.steps = state["steps"]
+        self._sequence.cache_clear()  # a captured graph reads the old state
+
     def __call__(self, batch: TensorDictBase) -> dict[str, Tensor]:
         """One update on a batch ``[*B]`` (``[S, B]`` for S seeds); see :meth:`run`."""
         return self.run(batch.unsqueeze(0))
@@ -388,18 +417,24 @@ def _fit(
     sample: Callable[[], TensorDictBase],
     steps: int,
     lr: float,
+    progress: Progress,
     report: Report | None = None,
+    finish: Callable[[], None] | None = None,
 ) -> None:
-    """Minimises one term with Adam, the learning rate falling to zero along a cosine."""
+    """Minimises one term with Adam, the learning rate falling to zero along a cosine; `finish` comes last."""
     optimizer = _adam(params.parameters(), lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for step in range(1, steps + 1):
+    for step in range(progress.begin(name, steps, optimizer, schedule) + 1, steps + 1):
         value, metadata = term(sample())
         _descend(value, optimizer)
         schedule.step()
+        if finish is not None and step == steps:
+            finish()
+        progress.record(name, step)
         if report is not None:
             metadata.pop("td_error", None)  # one value a row, not a metric
             report(step, {name: value.detach(), **metadata})
+        progress.on_step()
 
 
 def _adam(params: Iterable[Tensor], lr: float, *, capturable: bool = False) -> torch.optim.Adam:

@@ -74,6 +74,22 @@ class Step:
             self.schedule.step()
         return {self.name: value.detach(), **{name: metadata[name].detach().mean() for name in self.metrics}}
 
+    def state_dict(self) -> dict[str, Any]:
+        """The parameters that it moves, and how far its optimiser and schedule are."""
+        schedule = {} if self.schedule is None else {"schedule": self.schedule.state_dict()}
+        params = [param.detach() for param in self._params()]
+        return {"params": params, "optimizer": self.optimizer.state_dict(), **schedule}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for param, saved in zip(self._params(), state["params"], strict=True):
+            param.data.copy_(saved)
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.schedule is not None:
+            self.schedule.load_state_dict(state["schedule"])
+
+    def _params(self) -> list[Tensor]:
+        return [param for group in self.optimizer.param_groups for param in group["params"]]
+
 
 @dataclass
 class Rival:
@@ -111,6 +127,23 @@ class Rival:
         if self.targets is not None and self.updates % self.target_interval == 0:
             self.targets.step()
         return metrics
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "updates": self.updates, "steps": [step.state_dict() for step in self.steps],
+            "targets": [params.state_dict() for params in self._target_params()],
+        }  # fmt: skip
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.updates = state["updates"]
+        for step, saved in zip(self.steps, state["steps"], strict=True):
+            step.load_state_dict(saved)
+        for params, saved in zip(self._target_params(), state["targets"], strict=True):
+            params.load_state_dict(saved)
+
+    def _target_params(self) -> list[torch.nn.Module]:
+        children: Any = () if self.targets is None else self.targets.loss_module.named_children()
+        return [params for name, params in children if name.startswith("target_")]
 
 
 def adam(params: Iterable[Tensor], lr: float) -> torch.optim.Adam:

@@ -6,6 +6,7 @@ What it answers: whether SPAR's policy is better because of its critic, or becau
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from run import Run
@@ -71,6 +72,13 @@ class ExtractedPolicy(Rival):
 
     def __call__(self, batch: TensorDictBase) -> dict[str, Tensor]:
         return self.spar(batch) | super().__call__(batch)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "spar": self.spar.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.spar.load_state_dict(state["spar"])
 
 
 @torch.no_grad()

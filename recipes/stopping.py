@@ -1,0 +1,74 @@
+"""SIGTERM and Ctrl-C: a run ends where nothing is lost, with one line instead of a traceback."""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Stopped(BaseException):
+    """A signal ends the run; no `except Exception` on its way may keep it."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signum)
+        self.signum = signum
+
+    def __str__(self) -> str:
+        return f"stopped by {signal.Signals(self.signum).name}"
+
+
+class Stop:
+    """The signal that has come to this process; it ends the run at once, or where training calls `check`."""
+
+    signum: int | None = None
+    _at_once = True
+    _forward = False
+
+    @contextmanager
+    def handled(self, *, forward: bool = False) -> Iterator[None]:
+        """Takes both signals; with `forward` the processes of this one get them, too."""
+        self.check()
+        if threading.current_thread() is not threading.main_thread():  # as on Ray, where Python takes none
+            yield
+            return
+        before = {signum: signal.signal(signum, self._take) for signum in SIGNALS}
+        self._forward = forward
+        try:
+            yield
+        finally:
+            for signum, handler in before.items():
+                signal.signal(signum, handler)
+
+    @contextmanager
+    def at_once(self, value: bool) -> Iterator[None]:
+        """Whether a signal may come in between: not while training changes its state."""
+        before, self._at_once = self._at_once, value
+        try:
+            if value:
+                self.check()
+            yield
+        finally:
+            self._at_once = before
+
+    def check(self) -> None:
+        if self.signum is not None:
+            raise Stopped(self.signum)
+
+    def _take(self, signum: int, frame: FrameType | None) -> None:
+        self.signum = signum
+        if signum == signal.SIGINT:
+            signal.signal(signum, signal.SIG_DFL)  # who presses Ctrl-C twice does not want to wait
+        if self._forward:
+            for child in multiprocessing.active_children():
+                child.terminate()
+        if self._at_once:
+            raise Stopped(signum)
+
+
+stop = Stop()
