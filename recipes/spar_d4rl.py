@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from multiprocessing.synchronize import RLock
 from pathlib import Path
+from typing import Any
 
 import torch
 from common import best_device, run_recipe
@@ -24,6 +27,7 @@ from sweep import started
 from tqdm import tqdm
 
 from torchrl_spar import BatchSampler, InputError, StackedSPARLoss
+from torchrl_spar.evaluator import end_with_parent
 
 
 def main(cfg: DictConfig) -> None:
@@ -40,11 +44,17 @@ def main(cfg: DictConfig) -> None:
     # A single run fills a CPU core, so a stack would gain nothing (recipes/benchmark.py measures both).
     context = multiprocessing.get_context("spawn")
     cores = len(os.sched_getaffinity(0))
-    bars = {"initializer": tqdm.set_lock, "initargs": (context.RLock(),)}
-    with stop.handled(forward=True), ProcessPoolExecutor(min(len(seeds), cores), context, **bars) as pool:
+    begin: Any = {"initializer": begin_process, "initargs": (context.RLock(),)}
+    with stop.handled(forward=True), ProcessPoolExecutor(min(len(seeds), cores), context, **begin) as pool:
         jobs = [pool.submit(train, cfg, [seed], [out], line) for line, (seed, out) in enumerate(zip(seeds, outs))]
         for job in jobs:
             job.result()
+
+
+def begin_process(lock: RLock) -> None:
+    """In a process of the pool: bars that share a terminal, and no life after a parent that was killed."""
+    tqdm.set_lock(lock)
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def train(

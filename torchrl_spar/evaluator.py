@@ -145,7 +145,7 @@ class BackgroundEvaluator:
 def _serve(connection: Connection) -> None:
     """Evaluates what comes through the connection until it closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, who ends this process
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     connection.send(("ready", None))
     while True:
@@ -165,7 +165,7 @@ def _serve(connection: Connection) -> None:
         connection.send(answer)
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """A killed parent closes nothing in an evaluation that runs."""
     parent = multiprocessing.parent_process()
     if parent is not None:
