@@ -54,7 +54,7 @@ class Checkpoints:
             self.directory.mkdir(parents=True, exist_ok=True)
             for left in self.directory.glob(".checkpoint-*"):  # by a killed process
                 shutil.rmtree(left, ignore_errors=True)
-        self.has_loaded = self._load()
+        self._load()
         self.due = time.monotonic() + seconds
 
     def add(self, name: str, part: P) -> P:
@@ -63,7 +63,7 @@ class Checkpoints:
         Randomness goes on as it was when the last of the saved parts is there; what comes before draws at will.
         """
         self.parts[name] = part
-        if name in self.waiting:
+        if self.knows(name):
             try:
                 part.load_state_dict(self.waiting.pop(name))
                 if not self.waiting:
@@ -76,6 +76,10 @@ class Checkpoints:
                     "go on with the version that wrote it, or start anew in another directory"
                 ) from None
         return part
+
+    def knows(self, name: str) -> bool:
+        """Whether the checkpoint that was loaded holds a part of this name that has not been added yet."""
+        return name in self.waiting
 
     def step(self) -> None:
         """To be called between two steps: saves if it is time to, or if the run is to stop, which it then does."""
@@ -137,19 +141,18 @@ class Checkpoints:
     def _bound(self) -> Checkpoint:
         return Checkpoint().register("run", self, adapter=VerifiedStateAdapter())
 
-    def _load(self) -> bool:
+    def _load(self) -> None:
         """The newest checkpoint that is as it was written, if there are any."""
         paths = all_checkpoints(self.directory.parent)
         for path in reversed(paths):
             try:
                 self._bound().load(path)
                 self.number = int(path.name.removeprefix("checkpoint-"))
-                return True
+                return
             except Exception as err:  # whatever a library makes of garbage
                 warnings.warn(f"{path}: damaged, so the one before it is used ({first_line(err)})", stacklevel=4)
         if paths:
             raise InputError(f"{self.directory}: no checkpoint in it is usable; start anew in another directory")
-        return False
 
 
 def all_checkpoints(home: Path) -> list[Path]:

@@ -112,7 +112,7 @@ class Run:
 
     def open(self, columns: Iterable[str]) -> None:
         """Makes the directory, with a log of these columns."""
-        cfg, go_on = self.cfg, self.checkpoints.has_loaded
+        cfg, go_on = self.cfg, self.checkpoints.knows(self._name("log"))
         log = MetricLog(self.out, cfg.logger.backend, dict.fromkeys(columns), go_on=go_on)
         save_config(self.out, cfg)
         self.log = self.keep("log", log)
@@ -123,7 +123,10 @@ class Run:
 
     def keep(self, name: str, part: P) -> P:
         """Has the checkpoints hold a part of this run, which goes on with the state it had."""
-        return self.checkpoints.add(f"seed {self.seed}: {name}", part)
+        return self.checkpoints.add(self._name(name), part)
+
+    def _name(self, part: str) -> str:
+        return f"seed {self.seed}: {part}"
 
     def phase(self, name: str) -> Phase | None:
         """The report of a phase before the main one; none where it has no steps."""
@@ -223,8 +226,7 @@ def improve(
         phase.show(runs[0].scores.curve)
 
     for run in runs:
-        if checkpoints.has_loaded:
-            run.evaluate_again()
+        run.evaluate_again()
         if position.step == 0 and not run.scores.has(0):
             run.evaluate(0)
     collect()

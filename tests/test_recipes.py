@@ -48,7 +48,8 @@ def test_main_job_leaves_everything_it_promises(finished):
     assert "Warning" not in done.stderr
     assert sorted(os.listdir(cwd)) == ["result"]
     out = cwd / "result"
-    assert sorted(os.listdir(out)) == ["config.yaml", "learning_curve.png", "metrics.csv", "policy.pt", "results.json"]
+    files = ["config.yaml", "evaluations.csv", "learning_curve.png", "metrics.csv", "policy.pt", "results.json"]
+    assert sorted(os.listdir(out)) == files
     results = json.loads((out / "results.json").read_text())
     assert {"dataset", "env", "seed", "updates", "updates_per_second", "wall_seconds", "versions"} <= set(results)
     for name in ("anchor", "spar", "data"):
@@ -78,10 +79,14 @@ def test_in_line_evaluation_gives_the_same_run(finished, tmp_path):
     for timing in ("updates_per_second", "wall_seconds"):
         assert found.pop(timing) > 0 and expected.pop(timing) > 0
     assert found == expected
-    # Rows of the background evaluation come when they are done.
-    found, expected = (sorted((path / "result" / "metrics.csv").open()) for path in (cwd, tmp_path))
-    assert found == expected
-    assert [line.split(",")[1] for line in expected if line.startswith("eval,")] == ["0", "2", "4"]
+    for name in ("metrics.csv", "evaluations.csv"):
+        found, expected = ((path / "result" / name).read_text() for path in (cwd, tmp_path))
+        assert found == expected
+    results = json.loads((cwd / "result" / "results.json").read_text())
+    rows = list(csv.DictReader((cwd / "result" / "evaluations.csv").open()))
+    assert [{key: pytest.approx(float(value), rel=1e-5) for key, value in row.items()} for row in rows] == results[
+        "curve"
+    ]
 
 
 def test_reported_return_is_the_saved_policys(finished):
