@@ -64,7 +64,7 @@ class MetricLog:
             except ImportError as err:
                 raise InputError(f"logger.backend={backend}: {err}; install it first") from None
         self.path = out / "metrics.csv"
-        with named_error(self.path, "cannot be opened"):
+        with named_error(self.path, "the run cannot go on without it" if go_on else "cannot be written"):
             self.file = self.path.open("r+" if go_on else "w", newline="")
         self.writer = csv.DictWriter(self.file, ["phase", "step", *columns], restval="")
         if not go_on:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -54,6 +55,7 @@ def main(cfg: DictConfig) -> None:
 def begin_process(lock: RLock) -> None:
     """In a process of the pool: bars that share a terminal, and no life after a parent that was killed."""
     tqdm.set_lock(lock)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # between two runs Ctrl-C is the parent's
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 

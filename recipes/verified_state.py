@@ -12,6 +12,8 @@ from typing import Any
 
 from torchrl.checkpoint import CheckpointAdapter, StateDictCheckpointAdapter
 
+from torchrl_spar.errors import first_line
+
 CHECKSUMS = "sha256.json"
 # Of TensorDict's archive; a member of any other name could be a pickle.
 MEMBER = re.compile(r"meta\.json|tensor_\d{8}\.memmap")
@@ -31,7 +33,10 @@ class VerifiedStateAdapter(CheckpointAdapter):
         self.archive, self.files = self.inner.state_archive, (self.inner.state_archive, self.inner.schema_filename)
 
     def save(self, component: Any, path: Path, *, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        state = self.inner.save(component, path, args=args, kwargs=kwargs)
+        try:
+            state = self.inner.save(component, path, args=args, kwargs=kwargs)
+        except RuntimeError as err:  # torch's word for a full disk
+            raise OSError(first_line(err)) from err
         (path / CHECKSUMS).write_text(json.dumps({name: sha256(path / name) for name in self.files}))
         return state
 
