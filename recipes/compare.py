@@ -43,11 +43,15 @@ def main(cfg: DictConfig) -> None:
         raise InputError(f"seeds={cfg.seeds}: an option of spar_d4rl.py; here it is seed=0,1,2")
     if cfg.eval.background and multiprocessing.get_start_method(allow_none=True) == "loky":
         raise InputError("eval.background=true: joblib's processes cannot start another; evaluate in line")
-    out = run_directory(Path(cfg.runs), dataset_name(cfg), cfg.method.name, cfg.seed)
+    start(cfg, cfg.seed, run_directory(Path(cfg.runs), dataset_name(cfg), cfg.method.name, cfg.seed))
+
+
+def start(cfg: DictConfig, seed: int, out: Path) -> None:
+    """One run of any method."""
     if run_class := RUNS.get(cfg.method.algorithm):
-        spar_d4rl.train(cfg, [cfg.seed], [out], run_class=run_class, wait=True)
+        spar_d4rl.train(cfg, [seed], [out], run_class=run_class, wait=True)
     else:
-        train(cfg, cfg.seed, out)
+        train(cfg, seed, out)
 
 
 class RivalRun(Run):

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from common import summarize
 from run_output import MetricLog, write_text
+from stopping import stop
 from tensordict.nn import TensorDictModuleBase
 
 from torchrl_spar import BackgroundEvaluator, evaluate
@@ -31,8 +32,11 @@ class InLineEvaluator:
         self.unfinished.append((key, (policy, env_id, episodes, seed), env_kwargs))
 
     def poll(self) -> list[tuple[Any, torch.Tensor]]:
-        unfinished, self.unfinished = self.unfinished, []
-        return [(key, evaluate(*args, **env_kwargs)) for key, args, env_kwargs in unfinished]
+        """One at a time, so that a signal costs one."""
+        if not self.unfinished:
+            return []
+        key, args, env_kwargs = self.unfinished.pop(0)
+        return [(key, evaluate(*args, **env_kwargs))]
 
     drain = poll
 
@@ -79,15 +83,23 @@ class Scores:
 
     def collect(self, *, wait: bool = False) -> None:
         """Takes what is done; with `wait`, all that was added."""
-        for key, returns in self.evaluator.drain() if wait else self.evaluator.poll():
-            row = summarize(self.env, returns)
-            if isinstance(key, str):
-                self.results[key] = row
-            else:
-                del self.pending[key]
-                self.curve.append({"step": key, **row})
-                self.log.show("eval", key, {name: value for name, value in row.items() if value is not None})
-                self.write()
+        while done := self.evaluator.poll():
+            self._take(done)
+        if wait:
+            self._take(self.evaluator.drain())
+
+    def _take(self, done: list[tuple[Any, torch.Tensor]]) -> None:
+        with stop.at_once(False):
+            for key, returns in done:
+                row = summarize(self.env, returns)
+                if isinstance(key, str):
+                    self.results[key] = row
+                else:
+                    del self.pending[key]
+                    self.curve.append({"step": key, **row})
+                    self.log.show("eval", key, {name: value for name, value in row.items() if value is not None})
+            self.write()
+        stop.check()
 
     def write(self) -> None:
         rows = [

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import signal
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -28,7 +27,7 @@ from sweep import started
 from tqdm import tqdm
 
 from torchrl_spar import BatchSampler, InputError, StackedSPARLoss
-from torchrl_spar.evaluator import end_with_parent
+from torchrl_spar.evaluator import end_with_parent, without_ctrl_c
 
 
 def main(cfg: DictConfig) -> None:
@@ -47,7 +46,8 @@ def main(cfg: DictConfig) -> None:
     cores = len(os.sched_getaffinity(0))
     begin: Any = {"initializer": begin_process, "initargs": (context.RLock(),)}
     with stop.handled(forward=True), ProcessPoolExecutor(min(len(seeds), cores), context, **begin) as pool:
-        jobs = [pool.submit(train, cfg, [seed], [out], line) for line, (seed, out) in enumerate(zip(seeds, outs))]
+        with without_ctrl_c():
+            jobs = [pool.submit(train, cfg, [seed], [out], line) for line, (seed, out) in enumerate(zip(seeds, outs))]
         for job in jobs:
             job.result()
 
@@ -55,7 +55,6 @@ def main(cfg: DictConfig) -> None:
 def begin_process(lock: RLock) -> None:
     """In a process of the pool: bars that share a terminal, and no life after a parent that was killed."""
     tqdm.set_lock(lock)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # between two runs Ctrl-C is the parent's
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 

@@ -33,7 +33,7 @@ TINY = ["preset=smoke", "anchor.steps=12", "fit.steps=12", "value.steps=6", "spa
 TINY += ["eval.interval=8", "eval.background=false", "spar.loss.hidden=[8]", "batch_size=16", "cache=null"]
 
 
-def start_run(method: str, out: Path, *options: str) -> None:
+def start_run(method: str, out: Path, *options: str, seed: int = 3) -> None:
     """The job of a method in this process; it goes on if it was begun."""
     cfg: Any = compose_recipe(
         "spar_d4rl" if method in ("spar", "stack") else "compare",
@@ -43,11 +43,11 @@ def start_run(method: str, out: Path, *options: str) -> None:
         *options,
     )
     if method == "spar":
-        spar_d4rl.train(cfg, [3], [out])
+        spar_d4rl.train(cfg, [seed], [out])
     elif method == "stack":
         spar_d4rl.train(cfg, [3, 4], [out / "seed_3", out / "seed_4"])
     else:
-        compare.train(cfg, 3, out)
+        compare.start(cfg, seed, out)
 
 
 def outcome(out: Path) -> dict[str, Any]:

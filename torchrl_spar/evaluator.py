@@ -9,6 +9,8 @@ import signal
 import threading
 import traceback
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -45,7 +47,8 @@ class BackgroundEvaluator:
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs,), name="evaluation", daemon=True)
-        self._process.start()
+        with without_ctrl_c():
+            self._process.start()
         theirs.close()
         self._unfinished: deque[tuple[Any, bytes]] = deque()
         self._finished: list[tuple[Any, torch.Tensor]] = []
@@ -144,7 +147,6 @@ class BackgroundEvaluator:
 
 def _serve(connection: Connection) -> None:
     """Evaluates what comes through the connection until it closes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, who ends this process
     threading.Thread(target=end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     connection.send(("ready", None))
@@ -163,6 +165,19 @@ def _serve(connection: Connection) -> None:
         except Exception:
             answer = ("error", traceback.format_exc())
         connection.send(answer)
+
+
+@contextmanager
+def without_ctrl_c() -> Iterator[None]:
+    """Processes that are started in between get no Ctrl-C: it is their parent's, who ends them."""
+    if not hasattr(signal, "pthread_sigmask"):  # on Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def end_with_parent() -> None:
