@@ -134,20 +134,10 @@ def wait_for(condition, process):
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize(
-    ("signum", "several", "phase"), [(signal.SIGTERM, False, "anchor"), (signal.SIGINT, True, "fit")]
-)
-def test_a_signal_ends_a_run_in_one_line_and_it_goes_on(tmp_path, signum, several, phase):
-    seeds = [3, 4] if several else [3]
-    names = [f"seed_{seed}" if several else "." for seed in seeds]
-    long = [f"{phase}.steps=1500"]
-    options = [f"seeds={seeds}" if several else "seed=3", *long, "eval.background=true"]
-    for seed, name in zip(seeds, names):
-        start_run("spar", tmp_path / "undisturbed" / name, *long, seed=seed)
-
-    process = launch(tmp_path, "out=stopped", *options)
+def end_by(signum, process, condition):
+    """What a run says that ends by a signal once the condition holds."""
     try:
-        wait_for(lambda: all(rows(tmp_path / "stopped" / name, phase) > 2 for name in names), process)
+        wait_for(condition, process)
         # From a terminal every process gets Ctrl-C, from a scheduler the first alone its signal.
         (os.killpg if signum == signal.SIGINT else os.kill)(process.pid, signum)
         output, _ = process.communicate(timeout=60)
@@ -155,12 +145,29 @@ def test_a_signal_ends_a_run_in_one_line_and_it_goes_on(tmp_path, signum, severa
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 128 + signum, output
-    assert "Traceback" not in output
+    assert "Traceback" not in output and output.count("stopped by") == 1
     hint = f"stopped by {signum.name}: the same command with resume=true out=stopped goes on"
-    assert output.rstrip().endswith(hint) and output.count("stopped by") == 1
+    assert output.rstrip().endswith(hint)
 
-    output, _ = (process := launch(tmp_path, "out=stopped", *options, "resume=true")).communicate()
+
+def test_sigterm_ends_a_run_in_one_line_and_it_goes_on(tmp_path):
+    options = ["seed=3", "anchor.steps=1500", "eval.background=true", "out=stopped"]
+    start_run("spar", tmp_path / "undisturbed", "anchor.steps=1500")
+    process = launch(tmp_path, *options)
+    end_by(signal.SIGTERM, process, lambda: rows(tmp_path / "stopped", "anchor") > 2)
+    output, _ = (process := launch(tmp_path, *options, "resume=true")).communicate()
     assert process.returncode == 0, output
+    assert outcome(tmp_path / "stopped") == outcome(tmp_path / "undisturbed")
+
+
+def test_ctrl_c_ends_several_seeds_in_one_line_and_they_go_on(tmp_path):
+    outs = {seed: tmp_path / "stopped" / f"seed_{seed}" for seed in (3, 4)}
+    process = launch(tmp_path, "seeds=[3,4]", "fit.steps=1500", "out=stopped")
+    end_by(signal.SIGINT, process, lambda: all(rows(out, "fit") > 2 for out in outs.values()))
+    for seed, out in outs.items():
+        assert checkpoints.all_checkpoints(out)
+        start_run("spar", out, "fit.steps=1500", seed=seed)
+        start_run("spar", tmp_path / "undisturbed" / out.name, "fit.steps=1500", seed=seed)
     assert outcome(tmp_path / "stopped") == outcome(tmp_path / "undisturbed")
 
 
@@ -173,7 +180,7 @@ def test_resume_begins_goes_on_and_leaves_what_is_finished(tmp_path, capsys):
     start_run("spar", out)
     assert capsys.readouterr().out == f"{out}: finished before\n"
     assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
-    with pytest.raises(InputError, match="out=.*run: exists and is not empty; resume=true goes on"):
+    with pytest.raises(InputError, match=r"out=.*run: exists and is not empty; resume=true goes on"):
         start_run("spar", out, "resume=false")
     with pytest.raises(InputError, match=r"run: of a run with other options \(anchor\.lr, value\.steps\)"):
         start_run("spar", out, "anchor.lr=1", "value.steps=7")
@@ -257,8 +264,8 @@ def test_a_damaged_checkpoint_costs_the_way_from_the_one_before(tmp_path, monkey
 
 def test_killed_runs_of_compare_go_on(tmp_path):
     """With the same command, from their checkpoint: what was logged before it is not made again."""
-    options = ["method=iql", "seed=3", "spar.updates=600", "checkpoint.seconds=0.2", "runs=runs"]
-    start_run("iql", tmp_path / "undisturbed", "spar.updates=600")
+    options = ["method=iql", "seed=3", "spar.updates=1000", "checkpoint.seconds=0.5", "runs=runs", "hydra/launcher=basic"]
+    start_run("iql", tmp_path / "undisturbed", "spar.updates=1000")
     out = tmp_path / "runs" / "torchrl-spar-hopper-medium-v0" / "iql" / "seed3"
     process = launch(tmp_path, *options, script="compare")
     try:
