@@ -13,7 +13,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from stopping import Stopped
+from stopping import Stopped, stop
 
 from torchrl_spar import InputError, normalized_score
 from torchrl_spar.errors import first_line
@@ -37,14 +37,21 @@ def run_recipe(main: Callable[[DictConfig], None], config_name: str) -> None:
             print(f"error: {err}", file=sys.stderr)
             sys.exit(2)
         except Stopped as err:
-            how = "the same command" if "runs" in cfg else f"the same command with resume=true out={cfg.out}"
+            if "resume" not in cfg:
+                raise
+            how = "the same command" if cfg.resume else f"the same command with resume=true out={cfg.out}"
             print(f"{err}: {how} goes on", file=sys.stderr)
             sys.exit(128 + err.signum)
 
     # Each recipe owns its output: Hydra's log files are not used, and what --multirun notes lies aside.
     sys.argv += ["hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none"]
     sys.argv += ["hydra.sweep.dir=outputs/multirun", "hydra.sweep.subdir=."]
-    hydra.main(version_base=None, config_path=str(RECIPES / "config"), config_name=config_name)(guarded)()
+    try:
+        with stop.handled():
+            hydra.main(version_base=None, config_path=str(RECIPES / "config"), config_name=config_name)(guarded)()
+    except Stopped as err:  # between runs, or where there is nothing to go on with
+        print(err, file=sys.stderr)
+        sys.exit(128 + err.signum)
 
 
 def best_device(name: str | None) -> torch.device:

@@ -30,7 +30,7 @@ from omegaconf import DictConfig, OmegaConf
 from rivals import BUILDERS
 from rivals.base import Problem, Rival
 from run import Run, block_length, dataset_name, improve, of_one_run
-from stopping import stop
+from stopping import stop, stop_with_parent
 from sweep import run_directory, started
 
 from torchrl_spar import InputError
@@ -41,8 +41,10 @@ def main(cfg: DictConfig) -> None:
     os.chdir(HydraConfig.get().runtime.cwd)
     if cfg.seeds is not None:
         raise InputError(f"seeds={cfg.seeds}: an option of spar_d4rl.py; here it is seed=0,1,2")
-    if cfg.eval.background and multiprocessing.get_start_method(allow_none=True) == "loky":
-        raise InputError("eval.background=true: joblib's processes cannot start another; evaluate in line")
+    if multiprocessing.get_start_method(allow_none=True) == "loky":
+        if cfg.eval.background:
+            raise InputError("eval.background=true: joblib's processes cannot start another; evaluate in line")
+        stop_with_parent()
     start(cfg, cfg.seed, run_directory(Path(cfg.runs), dataset_name(cfg), cfg.method.name, cfg.seed))
 
 

@@ -17,7 +17,7 @@ from common import RECIPES, best_device, choose_environment, summarize
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
-from run_output import MetricLog, save_config, write_json
+from run_output import MetricLog, make_logger, save_config, write_json
 from scores import Scores
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
@@ -113,8 +113,11 @@ class Run:
     def open(self, columns: Iterable[str]) -> None:
         """Makes the directory, with a log of these columns."""
         cfg, go_on = self.cfg, self.checkpoints.knows(self._name("log"))
-        log = MetricLog(self.out, cfg.logger.backend, dict.fromkeys(columns), go_on=go_on)
-        save_config(self.out, cfg)
+        logger = make_logger(self.out, cfg.logger.backend)
+        for left in self.out.glob(".*.partial"):  # by a killed process
+            left.unlink()
+        save_config(self.out, cfg)  # before anything else: it makes the directory a run's
+        log = MetricLog(self.out, logger, dict.fromkeys(columns), go_on=go_on)
         self.log = self.keep("log", log)
         scores = Scores(self.out, self.env, self.env_kwargs, self.seed, log, background=cfg.eval.background)
         self.scores = self.keep("scores", scores)

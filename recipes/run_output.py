@@ -13,7 +13,7 @@ from typing import Any
 
 from checkpoints import named_error
 from omegaconf import DictConfig, OmegaConf
-from torchrl.record.loggers import get_logger
+from torchrl.record.loggers import Logger, get_logger
 
 from torchrl_spar import InputError
 
@@ -47,22 +47,27 @@ def data_score(runs: list[dict[str, Any]]) -> str:
     return "-" if None in scores else f"{mean(scores):.1f}"
 
 
+def make_logger(out: Path, backend: str) -> Logger | None:
+    """A TorchRL logger beside metrics.csv, if one is asked for. Makes `out`."""
+    if backend not in BACKENDS:
+        raise InputError(f"logger.backend={backend}: must be one of {', '.join(BACKENDS)}")
+    out.mkdir(parents=True, exist_ok=True)
+    if backend == "csv":
+        return None
+    try:
+        return get_logger(backend, logger_name=str(out), experiment_name="log")
+    except ImportError as err:
+        raise InputError(f"logger.backend={backend}: {err}; install it first") from None
+
+
 class MetricLog:
-    """One row a call in metrics.csv, and the same numbers to a TorchRL logger if one is asked for. Makes `out`.
+    """One row a call in metrics.csv, and the same numbers to a logger if there is one.
 
     Its state is the file's length, to which the file is cut when a run goes on from a checkpoint.
     """
 
-    def __init__(self, out: Path, backend: str, columns: Iterable[str], *, go_on: bool = False) -> None:
-        if backend not in BACKENDS:
-            raise InputError(f"logger.backend={backend}: must be one of {', '.join(BACKENDS)}")
-        out.mkdir(parents=True, exist_ok=True)
-        self.logger = None
-        if backend != "csv":
-            try:
-                self.logger = get_logger(backend, logger_name=str(out), experiment_name="log")
-            except ImportError as err:
-                raise InputError(f"logger.backend={backend}: {err}; install it first") from None
+    def __init__(self, out: Path, logger: Logger | None, columns: Iterable[str], *, go_on: bool = False) -> None:
+        self.logger = logger
         self.path = out / "metrics.csv"
         with named_error(self.path, "the run cannot go on without it" if go_on else "cannot be written"):
             self.file = self.path.open("r+" if go_on else "w", newline="")

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -38,10 +41,11 @@ class Stop:
             yield
             return
         before = {signum: signal.signal(signum, self._take) for signum in SIGNALS}
-        self._forward = forward
+        forwarded, self._forward = self._forward, forward
         try:
             yield
         finally:
+            self._forward = forwarded
             for signum, handler in before.items():
                 signal.signal(signum, handler)
 
@@ -55,6 +59,9 @@ class Stop:
             yield
         finally:
             self._at_once = before
+
+    def __reduce__(self) -> str:
+        return "stop"  # joblib sends functions of a script by value, with all that they name: to it, its own process's
 
     def check(self) -> None:
         if self.signum is not None:
@@ -72,3 +79,16 @@ class Stop:
 
 
 stop = Stop()
+
+
+@cache
+def stop_with_parent() -> None:
+    """Has this process get SIGTERM once its parent is gone: a pool's worker that nobody waits for."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()

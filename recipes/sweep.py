@@ -102,7 +102,7 @@ def contents(out: Path) -> set[str]:
     """What a directory holds, apart from a run that has not begun."""
     if not out.is_dir():
         return {out.name} if out.exists() else set()
-    found = {path.name for path in out.iterdir()} - {LOCK}
+    found = {path.name for path in out.iterdir() if not path.match(".*.partial")} - {LOCK}
     return found if all_checkpoints(out) else found - {NAME}
 
 

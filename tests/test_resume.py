@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -264,8 +265,15 @@ def test_a_damaged_checkpoint_costs_the_way_from_the_one_before(tmp_path, monkey
 
 def test_killed_runs_of_compare_go_on(tmp_path):
     """With the same command, from their checkpoint: what was logged before it is not made again."""
-    options = ["method=iql", "seed=3", "spar.updates=1000", "checkpoint.seconds=0.5", "runs=runs", "hydra/launcher=basic"]
-    start_run("iql", tmp_path / "undisturbed", "spar.updates=1000")
+    options = [
+        "method=iql",
+        "seed=3",
+        "spar.updates=400",
+        "checkpoint.seconds=0.2",
+        "runs=runs",
+        "hydra/launcher=basic",
+    ]
+    start_run("iql", tmp_path / "undisturbed", "spar.updates=400")
     out = tmp_path / "runs" / "torchrl-spar-hopper-medium-v0" / "iql" / "seed3"
     process = launch(tmp_path, *options, script="compare")
     try:
@@ -292,3 +300,7 @@ def test_a_vanished_directory_ends_a_run_and_is_not_made_anew(tmp_path, monkeypa
     with pytest.raises(InputError, match=f"{out}.*the directory is gone"):
         start_run("spar", out)
     assert not out.exists()
+
+
+def test_a_function_sent_to_another_process_finds_that_processes_stop():
+    assert pickle.loads(pickle.dumps(stop)) is stop
