@@ -113,10 +113,6 @@ class Checkpoints:
         self.number += 1
         self.due = time.monotonic() + self.interval
 
-    def remove(self) -> None:
-        """Of a finished run."""
-        shutil.rmtree(self.directory, ignore_errors=True)
-
     @property
     def latest(self) -> Path:
         return self.directory / f"checkpoint-{self.number:012d}"
@@ -158,6 +154,11 @@ class Checkpoints:
 def all_checkpoints(home: Path) -> list[Path]:
     """Oldest first, whatever their state."""
     return sorted((home / NAME).glob("checkpoint-" + 12 * "[0-9]"))
+
+
+def remove_checkpoints(home: Path) -> None:
+    """Of finished runs."""
+    shutil.rmtree(home / NAME, ignore_errors=True)
 
 
 @contextmanager

@@ -81,7 +81,6 @@ def train(cfg: DictConfig, seed: int, out: Path) -> None:
                 run.rival.pretrain(run)
                 run.keep("rival", run.rival)
                 run.finish(updates_per_second=improve([run], run.method, block_maker(run.rival, block_length(cfg))))
-            checkpoints.remove()
         finally:
             if run is not None:
                 run.close()

@@ -81,7 +81,6 @@ def train(
                 rate = update_together(runs)
                 for run in runs:
                     run.finish(updates_per_second=rate)
-            checkpoints.remove()
         finally:
             for run in runs:
                 run.close()

@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from checkpoints import NAME, Checkpoints, all_checkpoints, named_error
+from checkpoints import NAME, Checkpoints, all_checkpoints, named_error, remove_checkpoints
 from omegaconf import Container, DictConfig, OmegaConf
 from stopping import stop
 
@@ -27,6 +27,8 @@ def run_directory(runs: Path, dataset: str, method: str, seed: int) -> Path:
 @contextmanager
 def started(cfgs: Sequence[DictConfig], *, wait: bool = False) -> Iterator[Checkpoints | None]:
     """Holds the directory of a run, or of a stack of runs, and gives its checkpoints; None if all is finished.
+
+    The checkpoints are removed when what is done with them ends well.
 
     Args:
         cfgs: one a run, each with its own ``seed`` and ``out``; a stack's lie side by side.
@@ -46,10 +48,12 @@ def started(cfgs: Sequence[DictConfig], *, wait: bool = False) -> Iterator[Check
         elif all([is_finished(out, cfg) for out, cfg in zip(outs, cfgs)]):
             for out in outs:
                 print(f"{out}: finished before", flush=True)
+            remove_checkpoints(home)  # of a process that was killed right after its last result
             yield None
             return
         with stop.handled():
             yield Checkpoints(home, cfgs[0].checkpoint.seconds, {str(i): options(cfg) for i, cfg in enumerate(cfgs)})
+        remove_checkpoints(home)
 
 
 @contextmanager

@@ -121,7 +121,8 @@ def kill_and_go_on(method: str, kills: int, scratch: Path, seed: int = 0) -> tup
             survived += 1
             inside += any(out.glob("checkpoints/.checkpoint-*"))
         end(run(out))
-        assert outcome(out) == expected
+        found = outcome(out)
+        assert [name for name in found.keys() | expected.keys() if found.get(name, 0) != expected.get(name, 0)] == []
     return survived, inside
 
 
