@@ -21,18 +21,21 @@ from typing import Any
 # For the processes of the sweep, which inherit it: their bars would overwrite each other.
 os.environ.setdefault("TQDM_DISABLE", "1")
 
+import ablations
 import spar_d4rl
 import torch
-from ablations import RUNS
 from common import RECIPES, run_recipe
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from rivals import BUILDERS
 from rivals.base import Problem
 from run import Run, block_length, dataset_name, improve
+from spar_run import SPARRun
 from sweep import claim, is_finished, run_directory
 
 from torchrl_spar import InputError
+
+SPAR_RUNS: dict[str, type[SPARRun]] = {"spar": SPARRun, **ablations.RUNS}
 
 
 def main(cfg: DictConfig) -> None:
@@ -48,7 +51,7 @@ def main(cfg: DictConfig) -> None:
             print(f"{out}: finished before", flush=True)
             return
         try:
-            if run_class := RUNS.get(cfg.method.algorithm):
+            if run_class := SPAR_RUNS.get(cfg.method.algorithm):
                 spar_d4rl.train(cfg, [cfg.seed], [out], run_class=run_class)
             else:
                 train(cfg, cfg.seed, out)

@@ -54,7 +54,7 @@ class Scores:
     def collect(self, *, wait: bool = False) -> None:
         """Takes what is done; with `wait`, all that was added."""
         for key, returns in self.evaluator.drain() if wait else self.evaluator.poll():
-            row = summarize(self.env, returns)
+            row = summarize(self.env, returns, self.env_kwargs)
             if isinstance(key, str):
                 self.results[key] = row
             else:

@@ -111,7 +111,8 @@ def read_minari(directory: Path, *, with_success: bool = False) -> Steps:
         episode=np.repeat(np.arange(len(lengths)), lengths),
         action_bounds=(space.low, space.high),
         env_id=None if spec is None else spec.id,
-        env_kwargs=None if spec is None else spec.kwargs,
+        # How the collector looked on is no property of the task.
+        env_kwargs=None if spec is None else {key: x for key, x in spec.kwargs.items() if key != "render_mode"},
     )
 
 
