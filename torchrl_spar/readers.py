@@ -386,7 +386,7 @@ def _check_finite(label: str, array: np.ndarray) -> None:
         return  # NaN passes through both: the rest only finds where it is
     bad = ~(np.abs(array.astype(np.float64, copy=False)) <= LARGEST)
     row = np.argwhere(bad)[0, 0]
-    raise InputError(f"{label}: {bad.sum()} values are NaN, infinite or beyond +-{LARGEST:g}, the first in row {row}")
+    raise InputError(f"{label}: {bad.sum()} values are NaN or infinite or beyond +-{LARGEST:g}, the first in row {row}")
 
 
 _CASTS: dict[str, Callable[[str, np.ndarray], np.ndarray]] = {
