@@ -198,7 +198,7 @@ def test_no_timeouts_ends_episodes_at_terminals_and_warns(tmp_path):
         (changed("terminals", 4, 2), r"terminals: 1 values are neither 0 nor 1, the first in row 4"),
         ({**ARRAYS, "next_observations": np.full((8, 2), np.nan)}, r"next_observations: 16 values .* row 0"),
         ({**ARRAYS, "rewards": ARRAYS["rewards"][:7]}, r"different lengths: observations 8, .*rewards 7"),
-        ({**ARRAYS, "next_observations": np.ones((8, 3))}, r"observations have 2 dimensions, the next ones 3"),
+        ({**ARRAYS, "next_observations": np.ones((8, 3))}, r"observations: 2 dimensions, next_observations: 3"),
         ({**ARRAYS, "observations": np.ones(8)}, r"observations: shape \(8,\)"),
         ({**ARRAYS, "observations": np.ones((8, 4, 4))}, r"observations: shape \(8, 4, 4\)"),
         ({**ARRAYS, "actions": np.ones((8, 0))}, r"actions: shape \(8, 0\)"),

@@ -314,7 +314,7 @@ def _clean(raw: dict[str, tuple[str, np.ndarray]]) -> dict[str, Any]:
     fields = {field: _CASTS[field](*raw.pop(field)) for field in labels}
     width, next_width = (fields.get(key, fields["observation"]).shape[1] for key in ("observation", "next_observation"))
     if width != next_width:
-        raise InputError(f"observations have {width} dimensions, the next ones {next_width}")
+        raise InputError(f"{labels['observation']}: {width} dimensions, {labels['next_observation']}: {next_width}")
     for field in ("observation", "action"):
         if not fields[field].any():
             raise InputError(
