@@ -408,7 +408,7 @@ def test_minari_needs_continuous_bounded_actions(tmp_path):
     with pytest.raises(InputError, match=r"Discrete\(3\); SPAR needs continuous actions"):
         load_offline_dataset(path)
     path = write_minari(tmp_path / "open", EPISODES, action_space=Box(-np.inf, np.inf, (2,), np.float32))
-    with pytest.raises(InputError, match="no finite bounds .*: give them as action_spec"):
+    with pytest.raises(InputError, match=r"no finite bounds .*: give them as action_spec"):
         load_offline_dataset(path)
     assert load_offline_dataset(path, action_spec=Bounded(-2, 2, (2,))).action_spec.space.high.tolist() == [2, 2]
 

@@ -168,6 +168,20 @@ def test_with_every_key_nested_the_numbers_are_the_same():
             deep(moved.exclude(key))
 
 
+@pytest.mark.parametrize("value_mix", [0.0, 0.5])
+def test_what_the_value_network_alone_reads_is_asked_for_where_it_is_read(value_mix):
+    parts = make_spar_loss(OBSERVATION, SPEC, hidden=[8])
+    value = ValueOperator(nn.Linear(2, 1), in_keys=["privileged"])
+    loss = SPARLoss(parts.actor_network, parts.qvalue_network, value, parts.residual_vae, value_mix=value_mix)
+    batch = make_batch(12).set("privileged", torch.randn(12, 2))
+    batch["next", "privileged"] = torch.randn(12, 2)
+    assert ("privileged" in loss.in_keys, ("next", "privileged") in loss.in_keys) == (True, value_mix > 0)
+    loss(batch.select(*loss.in_keys))
+    for key in ["privileged", *([("next", "privileged")] if value_mix else [])]:
+        with pytest.raises(KeyError, match="privileged"):
+            loss(batch.exclude(key))
+
+
 def test_a_nested_priority_weight_scales_the_losses(make_loss):
     loss, batch = make_loss(), make_batch(12)
     loss.reduction = "none"

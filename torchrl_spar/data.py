@@ -258,7 +258,8 @@ def _check_actions(steps: Steps, low: torch.Tensor, high: torch.Tensor) -> None:
         raise InputError(f"actions are of shape {tuple(shape)}, their bounds of shape {tuple(low.shape)}")
     if not ((low.abs() <= LARGEST).all() and (high.abs() <= LARGEST).all()):
         raise InputError(
-            f"the action space has no finite bounds (within +-{LARGEST:g}): give them as action_spec=Bounded(low, high, shape)"
+            f"the action space has no finite bounds (within +-{LARGEST:g}): "
+            "give them as action_spec=Bounded(low, high, shape)"
         )
     least, most = low.numpy(), high.numpy()
     extremes = np.maximum(least - steps.action.min(axis=0), steps.action.max(axis=0) - most)

@@ -127,7 +127,7 @@ def read_file(path: Path) -> Steps:
     raw = {}
     for field, keys in _FILE_KEYS.items():
         found = [key for key in keys if key in arrays]
-        if len(found) > 1 and not np.array_equal(*(arrays[key] for key in found)):
+        if len(found) > 1 and not np.array_equal(arrays[found[0]], arrays[found[1]]):
             raise InputError(f"{found[0]!r} and {found[1]!r} mean the same and differ: keep one of them")
         if found:
             raw[field] = (found[0], arrays.pop(found[0]))
@@ -382,7 +382,7 @@ def _check_continuous(label: str, array: np.ndarray) -> None:
 
 def _check_finite(label: str, array: np.ndarray) -> None:
     _check_numbers(label, array)
-    if -LARGEST <= float(array.min()) and float(array.max()) <= LARGEST:
+    if float(array.min()) >= -LARGEST and float(array.max()) <= LARGEST:
         return  # NaN passes through both: the rest only finds where it is
     bad = ~(np.abs(array.astype(np.float64, copy=False)) <= LARGEST)
     row = np.argwhere(bad)[0, 0]

@@ -174,9 +174,7 @@ def fit_value(
 def _return_spread(returns: Tensor) -> Tensor:
     """Standard deviation; where nothing but rounding varies, the size, which alone is left to scale by."""
     size = returns.double().abs().mean().to(returns)
-    if len(returns) == 1:  # whose standard deviation is NaN
-        return size.clamp_min(1e-6)
-    spread = returns.std()
+    spread = returns.std(correction=min(1, len(returns) - 1))  # of a single row: 0, not NaN
     return torch.where(spread > 1e-6 * size, spread, size).clamp_min(1e-6)
 
 
