@@ -386,6 +386,7 @@ def test_minari_episodes_without_a_step_are_skipped(tmp_path):
     [
         ({"observations": 3}, r"episode 2 has 3 rewards and 3 observations, not 4"),
         ({"actions": 2}, r"episode 2 has 3 rewards and 2 actions, not 3"),
+        ({"rewards": 0, "observations": 1}, r"episode 2 has 0 rewards and 3 actions, not 0"),
         ({"terminations": 1}, r"episode 2 has 3 rewards and 1 terminations"),
         ({"observations": np.full((4, 3), np.nan)}, r"observations: 9 values are NaN .* first in row 5"),
         ({"observations": np.full((4, 3), 1e300)}, r"observations: 9 values are NaN or infinite or beyond"),

@@ -191,7 +191,7 @@ def _minari_episodes(dataset: Any, with_success: bool) -> Iterator[tuple[int, di
     has_success = None
     for number, episode in episodes:
         steps = len(episode["rewards"])
-        if not steps:
+        if not steps and not any(len(episode[name]) for name in names[2:]):
             continue
         episode["observations"] = flatten_observation(episode["observations"])
         for name in names[1:]:
