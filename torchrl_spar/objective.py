@@ -734,7 +734,10 @@ class SPARLoss(LossModule):
         return valid
 
     def _reduce(self, loss: Tensor, tensordict: TensorDictBase) -> Tensor:
-        return self._reduce_loss(loss, tensordict=tensordict, weights=self._maybe_get_priority_weight(tensordict))
+        # Not TorchRL's _maybe_get_priority_weight, which fails on a nested key.
+        use, key = self.use_prioritized_weights in (True, "auto"), self.tensor_keys.priority_weight
+        weights = tensordict.get(key, None) if use else None
+        return self._reduce_loss(loss, tensordict=tensordict, weights=weights)
 
 
 def _check_options(*checks: tuple[bool, str, Any, str]) -> None:
