@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from plots import plot_learning_curve
 from spar_run import SPARRun
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModule, TensorDictModuleBase
@@ -13,14 +12,14 @@ from torch import Tensor, nn
 
 from torchrl_spar import SPARLoss
 
-# TD3+BC's weight of the value (https://arxiv.org/abs/2106.06860).
+# TD3+BC's weight of the value beside squared distances of actions (https://arxiv.org/abs/2106.06860).
 ALPHA = 2.5
-# Diagnostics of candidates, of which a value gradient has none.
-CANDIDATE_KEYS = ("effective_sample_size", "candidate_diversity", "lsi_advantage", "candidate_value_std")
 
 
 class ValueGradientLoss(SPARLoss):
     """The normalised value gradient of TD3+BC in the place of Latent Self-Imitation, by the same critics."""
+
+    lsi_metrics = ()
 
     def self_imitation(
         self,
@@ -32,10 +31,11 @@ class ValueGradientLoss(SPARLoss):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         action = self._compose(state.get(self.tensor_keys.anchor_action), residual)
         value = self._qvalue(state, action, self.qvalue_network_params.data).mean(0)
-        return -ALPHA * value / value.detach().abs().mean(), {}
-
-    def _list_out_keys(self) -> list[str]:
-        return [key for key in super()._list_out_keys() if key not in CANDIDATE_KEYS]
+        size = value.detach().abs()
+        size = size.mean() if mask is None else size[mask].mean()
+        # The trust term beside it counts squares of residuals, not of actions.
+        alpha = ALPHA / self.residual_scale.pow(2).mean()
+        return -alpha * value / size, {}
 
 
 class ActionSpaceLoss(SPARLoss):
@@ -72,19 +72,20 @@ class ActionSpaceRun(SPARRun):
 
 
 class UnanchoredRun(SPARRun):
-    """The whole action is the residual."""
+    """The whole action is the residual. There is no policy.pt, which holds default networks alone, and no figure."""
 
     def make_anchor(self) -> TensorDictModuleBase:
         space = self.data.action_spec.space
         return TensorDictModule(MidRange(space.low, space.high), ["observation"], ["action"])
 
     def save(self, results: dict[str, Any]) -> None:
-        # No policy.pt: it holds default networks alone.
-        plot_learning_curve(self.out / "learning_curve.png", results["curve"], results)
+        pass
+
+    def draw(self, results: dict[str, Any]) -> None:
+        pass
 
 
 RUNS: dict[str, type[SPARRun]] = {
-    "spar": SPARRun,
     "spar_value_gradient": ValueGradientRun,
     "spar_action_space": ActionSpaceRun,
     "spar_unanchored": UnanchoredRun,

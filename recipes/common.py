@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,12 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from stopping import Stopped, stop
 
-from torchrl_spar import InputError, normalized_score
+from torchrl_spar import InputError, evaluate, normalized_score
 from torchrl_spar.errors import first_line
 
 RECIPES = Path(__file__).resolve().parent
+# What evaluations set themselves.
+RESERVED = {"id", "render_mode", *inspect.signature(evaluate).parameters}
 # What the user typed, before run_recipe adds to it.
 ARGUMENTS = tuple(sys.argv[1:])
 
@@ -75,14 +79,17 @@ def choose_environment(
     if not (asked is None or isinstance(asked, DictConfig)):
         raise InputError(f"env_kwargs={asked}: must be names and values, e.g. env_kwargs={{continuing_task:false}}")
     added: Any = {} if asked is None else OmegaConf.to_container(asked, resolve=True)
+    for name in added:
+        if not isinstance(name, str) or name in RESERVED:
+            raise InputError(f"env_kwargs: {name!r} is no argument of an environment that can be set here")
     return env, {**(kwargs if env == known else {}), **added}
 
 
-def summarize(env: str, returns: torch.Tensor) -> dict[str, float | None]:
-    """Mean, spread and normalised score (None where D4RL has no reference) of episodes."""
-    mean = returns.mean().item()
-    try:
-        score = normalized_score(env, returns).mean().item()
-    except InputError:
-        score = None
+def summarize(env: str, returns: torch.Tensor, env_kwargs: Mapping[str, Any]) -> dict[str, float | None]:
+    """Mean, spread and normalised score of episodes; None where D4RL has no reference for what the returns count."""
+    mean, score = returns.mean().item(), None
+    # Else the kitchen rewards all steps after a task: the sum is no number of tasks.
+    if "kitchen" not in env.lower() or env_kwargs.get("remove_task_when_completed", True):
+        with suppress(InputError):
+            score = normalized_score(env, returns).mean().item()
     return {"return_mean": mean, "return_std": returns.std(correction=0).item(), "normalized": score}

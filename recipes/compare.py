@@ -20,9 +20,9 @@ from typing import Any
 # For the processes of the sweep, which inherit it: their bars would overwrite each other.
 os.environ.setdefault("TQDM_DISABLE", "1")
 
+import ablations
 import spar_d4rl
 import torch
-from ablations import RUNS
 from checkpoints import Checkpoints
 from common import RECIPES, run_recipe
 from hydra.core.hydra_config import HydraConfig
@@ -30,10 +30,13 @@ from omegaconf import DictConfig, OmegaConf
 from rivals import BUILDERS
 from rivals.base import Problem, Rival
 from run import Run, block_length, dataset_name, improve, of_one_run
+from spar_run import SPARRun
 from stopping import stop, stop_with_parent
 from sweep import run_directory, started
 
 from torchrl_spar import InputError
+
+SPAR_RUNS: dict[str, type[SPARRun]] = {"spar": SPARRun, **ablations.RUNS}
 
 
 def main(cfg: DictConfig) -> None:
@@ -50,7 +53,7 @@ def main(cfg: DictConfig) -> None:
 
 def start(cfg: DictConfig, seed: int, out: Path) -> None:
     """One run of any method."""
-    if run_class := RUNS.get(cfg.method.algorithm):
+    if run_class := SPAR_RUNS.get(cfg.method.algorithm):
         spar_d4rl.train(cfg, [seed], [out], run_class=run_class, wait=True)
     else:
         train(cfg, seed, out)

@@ -21,7 +21,8 @@ NAMES = {
     "spar": "SPAR (head A)", "spar_latent": "SPAR (head B)",
     # recipes/config/method/ablation
     "no_lsi": "no LSI: the trust term alone", "no_trust": "no trust term: LSI alone",
-    "policy_candidates": "candidates around the policy", "uniform_weights": "candidates weigh the same",
+    "policy_candidates": "candidates around the policy, half the spread",
+    "uniform_weights": "candidates weigh the same",
     "greedy_weights": "the best candidate alone", "action_space": "candidates in action space",
     "value_gradient": "value gradient for LSI", "candidates_4": "4 candidates", "candidates_16": "16 candidates",
     "narrow": "half the spread", "lsi_3": "LSI weighs 3", "trust_3": "trust weighs 3",

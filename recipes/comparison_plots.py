@@ -11,12 +11,12 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from comparison import REFERENCE, Comparison, Interval, label
-from plots import BLUE, GREY, ORANGE
+from plots import BLUE, GREEN, GREY, ORANGE, PURPLE, VERMILION
 
 # One of Okabe and Ito's colours a family, dashes for its variants: also told apart by colour-blind readers.
 STYLES = {
-    "bc": (GREY, "-"), "bc10": (GREY, "--"), "td3_bc": ("#E69F00", "-"), "td3_bc_lcb": ("#E69F00", "--"),
-    "iql": ("#009E73", "-"), "cql": ("#CC79A7", "-"), "rebrac": (ORANGE, "-"), "rebrac_lcb": (ORANGE, "--"),
+    "bc": (GREY, "-"), "bc10": (GREY, "--"), "td3_bc": (ORANGE, "-"), "td3_bc_lcb": (ORANGE, "--"),
+    "iql": (GREEN, "-"), "cql": (PURPLE, "-"), "rebrac": (VERMILION, "-"), "rebrac_lcb": (VERMILION, "--"),
     "spar_iql": (BLUE, ":"), "spar": (BLUE, "-"), "spar_latent": (BLUE, "--"),
 }  # fmt: skip
 UNKNOWN = ("#000000", "-.")

@@ -63,7 +63,7 @@ def film(policy: SPARActor, env: str, seed: int, path: Path, **env_kwargs: Any) 
 
     partial = path.with_name(f"partial-{path.name}")
     try:
-        evaluate(policy, env, 1, seed, on_step=keep, render_mode="rgb_array", **env_kwargs)
+        evaluate(policy, env, 1, seed, on_step=keep, **{**env_kwargs, "render_mode": "rgb_array"})
         options: dict[str, Any] = {"loop": 0} if path.suffix == ".gif" else {}
         imageio.imwrite(partial, np.stack(frames), fps=speed / stride, **options)
         partial.replace(path)
@@ -81,7 +81,7 @@ def main(cfg: DictConfig) -> None:
         check_video(Path(cfg.video))
     environment_sizes(env, **env_kwargs)
     returns = evaluate(policy, env, cfg.episodes, cfg.seed, **env_kwargs)
-    row = summarize(env, returns)
+    row = summarize(env, returns, env_kwargs)
     score = "" if row["normalized"] is None else f", normalised score {row['normalized']:.1f}"
     print(f"{env}: return {row['return_mean']:.1f} +- {row['return_std']:.1f} over {cfg.episodes} episodes{score}")
     if cfg.video:

@@ -12,6 +12,7 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -157,6 +158,12 @@ def compress(path: Path) -> None:
     os.replace(packed, path)
 
 
+def require_vector(name: str) -> None:
+    with closing(make_env(name)) as env:
+        if len(env.observation_space.shape or ()) != 1:
+            raise InputError(f"env={name}: its observations are no plain vectors, which SAC learns from here")
+
+
 def main(cfg: DictConfig) -> None:
     # TorchRL reports the replay buffer's size in the middle of the progress bar.
     logging.getLogger("torchrl").setLevel(logging.WARNING)
@@ -168,6 +175,8 @@ def main(cfg: DictConfig) -> None:
         raise InputError(f"dataset={cfg.dataset}: {target} exists already; choose another name or remove it")
     Path(cfg.root).mkdir(parents=True, exist_ok=True)
     in_maze = str(cfg.env).startswith("PointMaze")
+    if not in_maze:
+        require_vector(str(cfg.env))
     behaviour = waypoints.make(cfg) if in_maze else sac.make(cfg, best_device(cfg.device))
     episodes = record(cfg, behaviour.act)
     path = write(cfg, episodes, behaviour)

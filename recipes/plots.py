@@ -18,7 +18,8 @@ BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILION, PURPLE, GREY = (
 
 def plot_learning_curve(path: Path, curve: list[dict[str, float]], results: dict[str, Any]) -> None:
     """Score over updates, beside the anchor's and the data's."""
-    name = "normalized" if results["spar"]["normalized"] is not None else "return_mean"
+    rows = [*curve, results["spar"], results["anchor"]]
+    name = "return_mean" if None in [row["normalized"] for row in rows] else "normalized"
     figure, axes = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
     steps = [row["step"] for row in curve]
     axes.plot(steps, [row[name] for row in curve], "-o", color=BLUE, markersize=4, label="SPAR (during training)")

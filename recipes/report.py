@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 from statistics import mean, pstdev
 from typing import Any
@@ -90,6 +90,9 @@ def compare(runs: list[Run], folder: Path) -> str:
 
 def main(*folders: Path) -> None:
     runs = [run for folder in folders for run in read_runs(folder)]
+    counts = Counter((run.get("method", "spar"), run["dataset"], run["seed"]) for run in runs)
+    if twice := [f"{method} on {dataset} with seed {seed}" for (method, dataset, seed), n in counts.items() if n > 1]:
+        raise InputError(f"there twice: {'; '.join(twice)}; remove one of them")
     alone = all("spar" in run and run.get("method", "spar") == "spar" for run in runs)
     print(table(runs) if alone else compare(runs, folders[0]))
 

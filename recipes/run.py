@@ -104,7 +104,7 @@ class Run:
         self.checkpoints, self.line = checkpoints, line
         self.device = best_device(cfg.device)
         self.data, self.env, self.env_kwargs = load(cfg, self.device)
-        self.data_scores = summarize(self.env, self.data.episode_returns)
+        self.data_scores = summarize(self.env, self.data.episode_returns, self.data.env_kwargs)
 
     @property
     def method(self) -> str:
@@ -146,7 +146,7 @@ class Run:
         self.scores.add_again(on_cpu(self.policy), self.cfg.eval.episodes)
 
     def finish(self, *, updates_per_second: float) -> None:
-        """The final evaluation, and all files, results.json last."""
+        """The final evaluation, and all files."""
         cfg = self.cfg
         self.scores.add_result(self.policy_name, on_cpu(self.policy), cfg.eval.final_episodes)
         with self.checkpoints.interruptible():
@@ -162,10 +162,14 @@ class Run:
         }  # fmt: skip
         self.save(results)
         write_json(self.out / "results.json", results)
+        self.draw(results)
         show(results, self.out)
 
     def save(self, results: dict[str, Any]) -> None:
         """The method's own files; none by default."""
+
+    def draw(self, results: dict[str, Any]) -> None:
+        """The method's figures, after all that counts is written; none by default."""
 
     def close(self) -> None:
         """Ends what runs beside."""

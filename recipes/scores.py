@@ -91,7 +91,7 @@ class Scores:
     def _take(self, done: list[tuple[Any, torch.Tensor]]) -> None:
         with stop.at_once(False):
             for key, returns in done:
-                row = summarize(self.env, returns)
+                row = summarize(self.env, returns, self.env_kwargs)
                 if isinstance(key, str):
                     self.results[key] = row
                 else:

@@ -61,6 +61,8 @@ class SPARRun(Run):
     def save(self, results: dict[str, Any]) -> None:
         facts = {key: results[key] for key in ("env", "env_kwargs", "dataset", "seed")}
         save_policy(self.loss, self.out / "policy.pt", **facts)
+
+    def draw(self, results: dict[str, Any]) -> None:
         plot_learning_curve(self.out / "learning_curve.png", results["curve"], results)
 
 
@@ -88,21 +90,18 @@ def clone_behaviour(run: Run) -> TensorDictModuleBase:
 
 
 def pretrain(
-    run: Run,
-    make_anchor: Callable[[], TensorDictModuleBase] | None = None,
-    loss_class: type[SPARLoss] = SPARLoss,
+    run: Run, make_anchor: Callable[[], TensorDictModuleBase], loss_class: type[SPARLoss] = SPARLoss
 ) -> tuple[SPARLoss, ReplayBuffer]:
     """The anchor, evaluated too, the residuals' manifold, the critics' start; the data with the anchor's actions."""
     cfg, data = run.cfg, run.data
     # Here, not earlier: all methods with an anchor have the same one for a seed.
     torch.manual_seed(run.seed)
-    anchor = clone_behaviour(run) if make_anchor is None else make_anchor()
-    loss = run.keep("loss", loss_maker(cfg, data, loss_class)(anchor=anchor))
+    loss = run.keep("loss", loss_maker(cfg, data, loss_class)(anchor=make_anchor()))
     run.scores.add_result("anchor", on_cpu(loss.anchor), cfg.eval.final_episodes)
     rows = with_anchor_actions(loss, data)
+    # With no steps they still measure the scales of residuals and rewards.
     fit_residual(loss, rows, **cfg.fit, report=run.phase("fit"), progress=run.progress)
-    if cfg.value.steps:
-        fit_value(loss, rows, **cfg.value, report=run.phase("value"), progress=run.progress)
+    fit_value(loss, rows, **cfg.value, report=run.phase("value"), progress=run.progress)
     return loss, rows
 
 

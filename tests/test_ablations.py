@@ -14,7 +14,10 @@ from torchrl_spar import make_spar_loss
 
 pytest.importorskip("hydra")
 import ablations
+import compare
+import comparison
 from omegaconf import OmegaConf
+from sweep import flatten
 from test_recipes import SMALL, run
 
 CONFIG = Path(__file__).resolve().parents[1] / "recipes" / "config"
@@ -48,7 +51,8 @@ def test_value_gradient_is_that_of_the_critics_mean():
                 values.append(loss.qvalue_network(observation=state["observation"], action=action)[..., 0])
         return sum(values) / len(members)
 
-    scale = ablations.ALPHA / value(residual.detach()).abs().mean()
+    # TD3+BC's alpha in units of squared residuals, 0.1, 0.2 and 0.3 long.
+    scale = ablations.ALPHA / ((0.01 + 0.04 + 0.09) / 3) / value(residual.detach()).abs().mean()
     step = 1e-6
     for j in range(ACTION):
         bump = torch.zeros(ACTION, dtype=torch.float64)
@@ -56,6 +60,12 @@ def test_value_gradient_is_that_of_the_critics_mean():
         slope = (value(residual.detach() + bump) - value(residual.detach() - bump)) / (2 * step)
         torch.testing.assert_close(gradient[:, j], -scale * slope, rtol=1e-5, atol=1e-8)
     assert not metadata
+    # Padding counts in nothing.
+    mask = torch.tensor([True, True, False, True, True, False])
+    padded = state.clone()
+    padded["observation"][~mask] += 3
+    valid, moved = (loss.self_imitation(x, residual, mask=mask)[0][mask] for x in (state, padded))
+    torch.testing.assert_close(valid, moved)
     out = loss(make_batch(6, dtype=torch.float64))
     assert set(out.keys()) == set(loss.out_keys)
 
@@ -78,21 +88,13 @@ def test_middle_of_the_range():
 @pytest.mark.parametrize("name", NAMES)
 def test_an_ablation_changes_spars_own_options(name):
     plain, changed = compose_recipe("compare"), compose_recipe("compare", f"method=ablation/{name}")
-    assert changed.method.name == name and changed.method.algorithm in ablations.RUNS
+    assert changed.method.name == name and changed.method.algorithm in compare.SPAR_RUNS
+    assert name in comparison.NAMES
     changed.method = plain.method
-    known, found = (set(_flat(OmegaConf.to_container(cfg))) for cfg in (plain, changed))
+    known, found = (flatten(OmegaConf.to_container(cfg)) for cfg in (plain, changed))
     # Hydra takes unknown keys of a group without a word.
-    assert {key for key, _ in known} == {key for key, _ in found}
-    code = name in ("value_gradient", "action_space", "no_anchor")
-    assert code or len(found - known) > 0
-
-
-def _flat(options, prefix=""):
-    for key, value in options.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", str(value)
+    assert known.keys() == found.keys()
+    assert known != found or name in ("value_gradient", "action_space", "no_anchor")
 
 
 def test_the_ablations_with_code_run(tmp_path):

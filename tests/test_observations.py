@@ -44,6 +44,8 @@ def test_numbers_become_float32(dtype):
         ({"observation": np.ones((3, 2)), "goal": np.ones((2, 2))}, r"\['observation', 'goal'\] do not join"),
         ({"observation": np.ones((3, 2)), "goal": np.ones(2)}, r"\['observation', 'goal'\] do not join"),
         ({}, "do not join"),
+        ((np.ones(3), np.ones(3)), "not a tuple"),
+        ({"observation": (np.ones(3), np.ones(3))}, "not a tuple"),
     ],
 )
 def test_what_is_refused(observation, message):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -383,5 +384,14 @@ def test_report_gives_mean_and_spread_over_seeds(tmp_path):
 
 def test_readme_shows_the_committed_results(tmp_path):
     readme = (RECIPES.parent / "README.md").read_text()
-    found = report(RECIPES / "results", tmp_path).stdout.strip()
-    assert found.count("\n") >= 2 and found in readme
+    for name, count in (("compare", 6), ("ablations", 1)):
+        shown = (RECIPES / "results" / name / "report.md").read_text()
+        rows = [line for line in shown.splitlines() if line.startswith("| ") and "[" in line]
+        assert len(rows) >= count and all(row in readme for row in rows)
+        # The report is of the committed runs.
+        copy = tmp_path / name
+        shutil.copytree(RECIPES / "results" / name, copy)
+        spar = [str(path) for path in (RECIPES / "results" / "compare").glob("*/spar")] if name == "ablations" else []
+        command = [sys.executable, str(RECIPES / "report.py"), str(copy), *spar]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert done.stdout == shown, done.stderr

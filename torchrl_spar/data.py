@@ -16,7 +16,7 @@ from torchrl.data import Bounded, ImmutableDatasetWriter, TensorDictReplayBuffer
 
 from torchrl_spar.cache import Content, load_cached
 from torchrl_spar.errors import InputError
-from torchrl_spar.readers import Steps, find_minari, read_file, read_minari, read_tensordict
+from torchrl_spar.readers import LARGEST, Steps, find_minari, read_file, read_minari, read_tensordict
 from torchrl_spar.success import REWARD_SHIFT
 from torchrl_spar.success import end_at_success as relabel
 
@@ -47,7 +47,7 @@ class OfflineReplayBuffer(TensorDictReplayBuffer):
     Attributes:
         observation_loc: mean of ``"observation"`` over the rows, float32 ``[observation_dim]``,
             computed in float64.
-        observation_scale: standard deviation (divided by N), likewise. It is 1 where it is
+        observation_scale: standard deviation (divided by N), likewise. It is ``max(1, 1e-6 |mean|)`` where it is
             below ``1e-6 max(1, |mean|)``, so that constant dimensions are not blown up.
         action_spec, episode_returns, name, env_id, env_kwargs, reward_shift: as given; ``"episode"`` indexes
             ``episode_returns``.
@@ -155,7 +155,7 @@ def load_offline_dataset(
 
     Raises:
         InputError: if the source is missing, damaged or of no known form, an array is missing, has
-            the wrong shape, length or type, holds NaN or infinity (also after the cast to float32),
+            the wrong shape, length or type, is there twice, holds NaN, infinity or a number beyond +-1e15,
             all observations or all actions are zero, actions leave their bounds by more than 1e-6,
             rewards are not 0 and 1 with ``end_at_success``, a download fails, or h5py or minari is not installed.
 
@@ -256,8 +256,11 @@ def _check_actions(steps: Steps, low: torch.Tensor, high: torch.Tensor) -> None:
     shape = steps.action.shape[1:]
     if low.shape != shape:
         raise InputError(f"actions are of shape {tuple(shape)}, their bounds of shape {tuple(low.shape)}")
-    if not (low.isfinite().all() and high.isfinite().all()):
-        raise InputError("the action space has no finite bounds: give them as action_spec=Bounded(low, high, shape)")
+    if not ((low.abs() <= LARGEST).all() and (high.abs() <= LARGEST).all()):
+        raise InputError(
+            f"the action space has no finite bounds (within +-{LARGEST:g}): "
+            "give them as action_spec=Bounded(low, high, shape)"
+        )
     least, most = low.numpy(), high.numpy()
     extremes = np.maximum(least - steps.action.min(axis=0), steps.action.max(axis=0) - most)
     if (extremes > ACTION_TOLERANCE).any():
@@ -304,5 +307,6 @@ def _observation_statistics(observation: torch.Tensor) -> tuple[torch.Tensor, to
     buffer = torch.empty_like(observation[:, 0], dtype=torch.float64)
     moments = [torch.std_mean(buffer.copy_(column), correction=0) for column in observation.unbind(-1)]
     scale, loc = (torch.stack(values) for values in zip(*moments))
-    scale = torch.where(scale < SCALE_FLOOR * loc.abs().clamp(min=1), 1.0, scale)
+    rounding = SCALE_FLOOR * loc.abs()
+    scale = torch.where(scale < rounding.clamp(min=SCALE_FLOOR), rounding.clamp(min=1), scale)
     return loc.float(), scale.float()

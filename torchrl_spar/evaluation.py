@@ -42,7 +42,7 @@ def make_env(env_id: str, **kwargs: Any) -> Any:
         gymnasium.register_envs(importlib.import_module("gymnasium_robotics"))
     try:
         return gymnasium.make(env_id, **kwargs)
-    except (gymnasium.error.Error, ImportError, ValueError, TypeError) as err:
+    except Exception as err:  # a constructor fails on a wrong argument in any way it likes
         given = f" with env_kwargs={kwargs}" if kwargs else ""
         raise InputError(f"environment {env_id!r} cannot be made{given}: {err}") from None
 

@@ -76,7 +76,7 @@ class SPARLoss(LossModule):
         joint_fit: whether ``forward`` adds ``loss_fit``. Set it to ``False`` when the VAE was
             trained before by :func:`~torchrl_spar.fit_residual` and is to stay.
         num_candidates: candidates K for each state, the policy's own included (ours: 8).
-        candidates: around what they are sampled in the latent: ``"prior"``, its origin, so that they are drawn
+        candidates: centre of the candidates in the latent: ``"prior"``, its origin, so that they are drawn
             anew from the residuals that the data supports, or ``"policy"``, the policy's own latent (ours: prior).
         latent_std: sigma, the spread of the candidates in the latent (ours: 1, that of the prior).
         latent_bound: candidates are clamped to +- this (ours: 2).
@@ -162,6 +162,10 @@ class SPARLoss(LossModule):
     default_keys = _AcceptedKeys
     default_value_estimator = ValueEstimators.TD0
     SUPPORTED_VALUE_ESTIMATORS = (ValueEstimators.TD0, ValueEstimators.TD1, ValueEstimators.TDLambda)
+    # What self_imitation reports.
+    lsi_metrics: tuple[str, ...] = (
+        "effective_sample_size", "candidate_diversity", "lsi_advantage", "candidate_value_std",
+    )  # fmt: skip
     _schedulable_buffers = frozenset({"lsi_coeff", "trust_coeff", "reward_scale"})
 
     actor_network: SPARActor
@@ -396,9 +400,10 @@ class SPARLoss(LossModule):
         mask: Tensor | None = None,
         noise: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Squared distance of the residual (head B: the latent) to :meth:`self_imitation_target`, which see, ``[*B]``.
+        """Squared distance of the residual (head B: the latent) to :meth:`self_imitation_target`, ``[*B]``.
 
-        A mean over dimensions. The step that improves the policy: a subclass may put another in its place.
+        Arguments as there; a mean over dimensions. This is the step that improves the policy: a subclass may put
+        another in its place, with :attr:`lsi_metrics` as the names of what it reports.
         """
         target, diagnostics = self.self_imitation_target(state, residual, latent, mask, noise)
         prediction = residual if latent is None else latent
@@ -425,7 +430,7 @@ class SPARLoss(LossModule):
 
         Neighbours make it a local step: along the manifold by ``sigma^2 / (tau S) dQ/dz`` where values are linear,
         but in states that are rare in the data many small steps can lead away from it. Draws of the
-        prior cannot drift, whatever the critics say.
+        prior do not add up: the target depends on where the policy is through one candidate alone.
 
         Args:
             state: the observation and the anchor's action, batch ``[*B]``.
@@ -712,11 +717,10 @@ class SPARLoss(LossModule):
     def _list_out_keys(self) -> list[str]:
         fit = ["loss_fit", "reconstruction_error", "kl"] if self.joint_fit else []
         value = ["loss_value", "loss_qvalue", "pred_value", "target_value", "next_state_value"]
-        lsi = ["effective_sample_size", "candidate_diversity", "lsi_advantage", "candidate_value_std"]
         trust = ["trust_advantage", "data_value_std"]
         return [
             *fit, *value, "loss_residual",
-            *(lsi if self.has_lsi else []), *(trust if self.has_trust else []), "residual_ratio",
+            *(self.lsi_metrics if self.has_lsi else ()), *(trust if self.has_trust else []), "residual_ratio",
         ]  # fmt: skip
 
     def _valid(self, tensordict: TensorDictBase, like: Tensor) -> Tensor | None:
@@ -730,7 +734,10 @@ class SPARLoss(LossModule):
         return valid
 
     def _reduce(self, loss: Tensor, tensordict: TensorDictBase) -> Tensor:
-        return self._reduce_loss(loss, tensordict=tensordict, weights=self._maybe_get_priority_weight(tensordict))
+        # Not TorchRL's _maybe_get_priority_weight, which fails on a nested key.
+        use, key = self.use_prioritized_weights in (True, "auto"), self.tensor_keys.priority_weight
+        weights = tensordict.get(key, None) if use else None
+        return self._reduce_loss(loss, tensordict=tensordict, weights=weights)
 
 
 def _check_options(*checks: tuple[bool, str, Any, str]) -> None:

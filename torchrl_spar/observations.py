@@ -36,6 +36,8 @@ def flatten_observation(observation: Any) -> np.ndarray:
             return np.concatenate(parts, axis=-1)
         except ValueError as err:
             raise InputError(f"observation keys {keys} do not join into one vector: {err}") from None
+    if isinstance(observation, tuple):  # which numpy would stack into an array of another meaning
+        raise InputError("observations must be numeric arrays or dictionaries of them, not a tuple")
     array = np.asarray(observation)
     if array.dtype.kind not in "fiub":
         raise InputError(f"observations must be numeric arrays or dictionaries of them, not {array.dtype}")

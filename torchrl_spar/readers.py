@@ -14,9 +14,11 @@ import numpy as np
 import torch
 from tensordict import TensorDictBase
 
-from torchrl_spar.errors import InputError
+from torchrl_spar.errors import InputError, first_line
 from torchrl_spar.observations import flatten_observation
 
+# Beyond it the squares and sums of training overflow float32; no unit of measurement needs it.
+LARGEST = 1e15
 # Each field's names in a file, D4RL's first.
 _FILE_KEYS = {
     "observation": ("observations",),
@@ -111,7 +113,8 @@ def read_minari(directory: Path, *, with_success: bool = False) -> Steps:
         episode=np.repeat(np.arange(len(lengths)), lengths),
         action_bounds=(space.low, space.high),
         env_id=None if spec is None else spec.id,
-        env_kwargs=None if spec is None else spec.kwargs,
+        # How the collector looked on is no property of the task.
+        env_kwargs=None if spec is None else {key: x for key, x in spec.kwargs.items() if key != "render_mode"},
     )
 
 
@@ -124,9 +127,11 @@ def read_file(path: Path) -> Steps:
         arrays, present = load(path, [key for keys in _FILE_KEYS.values() for key in keys])
     raw = {}
     for field, keys in _FILE_KEYS.items():
-        key = next((key for key in keys if key in arrays), None)
-        if key is not None:
-            raw[field] = (key, arrays.pop(key))
+        found = [key for key in keys if key in arrays]
+        if len(found) > 1 and not np.array_equal(arrays[found[0]], arrays[found[1]]):
+            raise InputError(f"{found[0]!r} and {found[1]!r} mean the same and differ: keep one of them")
+        if found:
+            raw[field] = (found[0], arrays.pop(found[0]))
         elif field not in ("truncated", "next_observation"):
             raise _missing(" or ".join(repr(key) for key in keys), present)
     guessed = "truncated" not in raw and "next_observation" not in raw
@@ -154,15 +159,17 @@ def read_tensordict(data: TensorDictBase) -> Steps:
         raise InputError("the batch size is empty; it must be [n] or [B, T]")
     raw = {}
     for field, key in _TED_KEYS.items():
-        value = data.get(key, None)
+        with _readable(f"{key!r} "):
+            value = data.get(key, None)
         if value is None and field not in ("truncated", "done", "episode"):
             raise _missing(repr(key), sorted(map(str, data.keys(True, True))))
         if value is not None:
             if not isinstance(value, torch.Tensor):
                 raise InputError(f"{key!r} is a {type(value).__name__}, not a tensor")
-            with _readable():
-                # a copy: the source's memory stays its own
-                raw[field] = (repr(key), value.detach().cpu().flatten(0, data.ndim - 1).numpy().copy())
+            with _readable(f"{key!r} "):
+                rows = value.detach().cpu().flatten(0, data.ndim - 1)
+                rows = rows.float() if rows.dtype == torch.bfloat16 else rows  # which numpy does not have
+                raw[field] = (repr(key), rows.numpy().copy())  # a copy: the source's memory stays its own
     fields = _clean(raw)
     fields["truncated"] = fields["truncated"] | (fields.pop("done", False) & ~fields["terminated"])
     ends = fields["terminated"] | fields["truncated"]
@@ -185,7 +192,7 @@ def _minari_episodes(dataset: Any, with_success: bool) -> Iterator[tuple[int, di
     has_success = None
     for number, episode in episodes:
         steps = len(episode["rewards"])
-        if not steps:
+        if not steps and not any(len(episode[name]) for name in names[2:]):
             continue
         episode["observations"] = flatten_observation(episode["observations"])
         for name in names[1:]:
@@ -278,14 +285,17 @@ def _stack(episodes: Iterator[tuple[int, dict[str, Any]]], rows: int) -> tuple[d
 def _load_npz(path: Path, wanted: list[str]) -> tuple[dict[str, np.ndarray], list[str]]:
     with np.load(path, allow_pickle=False) as file:  # a pickle could run code
         present = list(file.files)
-        return {key: file[key] for key in wanted if key in present}, present
+        twice = [key for key in wanted if present.count(key) > 1]
+        if twice:
+            raise InputError(f"it holds {twice[0]!r} {present.count(twice[0])} times: keep one of them")
+        return {key: np.asarray(file[key]) for key in wanted if key in present}, present
 
 
 def _load_hdf5(path: Path, wanted: list[str]) -> tuple[dict[str, np.ndarray], list[str]]:
     h5py = _require("h5py")
     with h5py.File(path, "r") as file:
         present = [key if isinstance(file.get(key), h5py.Dataset) else f"{key}/" for key in file]
-        return {key: file[key][()] for key in wanted if key in present}, present
+        return {key: np.asarray(file[key][()]) for key in wanted if key in present}, present
 
 
 def _clean(raw: dict[str, tuple[str, np.ndarray]]) -> dict[str, Any]:
@@ -294,7 +304,10 @@ def _clean(raw: dict[str, tuple[str, np.ndarray]]) -> dict[str, Any]:
     Empties ``raw``, so that a large set is not in memory twice.
     """
     labels = {field: label for field, (label, _) in raw.items()}
-    lengths = {label: len(array) if array.ndim else 0 for label, array in raw.values()}
+    for label, array in raw.values():
+        if not array.ndim:
+            raise InputError(f"{label}: a single value of type {array.dtype}, expected an array with a row a step")
+    lengths = {label: len(array) for label, array in raw.values()}
     if len(set(lengths.values())) > 1:
         raise InputError("arrays of different lengths: " + ", ".join(f"{key} {n}" for key, n in lengths.items()))
     if not all(lengths.values()):
@@ -302,7 +315,7 @@ def _clean(raw: dict[str, tuple[str, np.ndarray]]) -> dict[str, Any]:
     fields = {field: _CASTS[field](*raw.pop(field)) for field in labels}
     width, next_width = (fields.get(key, fields["observation"]).shape[1] for key in ("observation", "next_observation"))
     if width != next_width:
-        raise InputError(f"observations have {width} dimensions, the next ones {next_width}")
+        raise InputError(f"{labels['observation']}: {width} dimensions, {labels['next_observation']}: {next_width}")
     for field in ("observation", "action"):
         if not fields[field].any():
             raise InputError(
@@ -340,10 +353,21 @@ def _flags(label: str, array: np.ndarray) -> np.ndarray:
     return values.astype(bool)
 
 
+def _labels(label: str, array: np.ndarray) -> np.ndarray:
+    if array.dtype.kind not in "iub":
+        return _scalars(label, array)
+    _check_column(label, array)
+    return array.reshape(-1)  # as they are: floats would merge large ids
+
+
 def _check_scalars(label: str, array: np.ndarray) -> None:
+    _check_column(label, array)
+    _check_finite(label, array)
+
+
+def _check_column(label: str, array: np.ndarray) -> None:
     if array.shape not in ((len(array),), (len(array), 1)):
         raise InputError(f"{label}: shape {array.shape}, expected [n] or [n, 1]")
-    _check_finite(label, array)
 
 
 def _check_numbers(label: str, array: np.ndarray) -> None:
@@ -359,12 +383,11 @@ def _check_continuous(label: str, array: np.ndarray) -> None:
 
 def _check_finite(label: str, array: np.ndarray) -> None:
     _check_numbers(label, array)
-    with np.errstate(over="ignore"):
-        if np.isfinite(np.array([array.min(), array.max()]).astype(np.float32)).all():
-            return  # NaN passes through both: the rest only finds where it is
-        bad = ~np.isfinite(array.astype(np.float32, copy=False))
+    if float(array.min()) >= -LARGEST and float(array.max()) <= LARGEST:
+        return  # NaN passes through both: the rest only finds where it is
+    bad = ~(np.abs(array.astype(np.float64, copy=False)) <= LARGEST)
     row = np.argwhere(bad)[0, 0]
-    raise InputError(f"{label}: {bad.sum()} values are NaN or infinite in float32, the first in row {row}")
+    raise InputError(f"{label}: {bad.sum()} values are NaN or infinite or beyond +-{LARGEST:g}, the first in row {row}")
 
 
 _CASTS: dict[str, Callable[[str, np.ndarray], np.ndarray]] = {
@@ -376,7 +399,7 @@ _CASTS: dict[str, Callable[[str, np.ndarray], np.ndarray]] = {
     "truncated": _flags,
     "done": _flags,
     "success": _flags,
-    "episode": _scalars,
+    "episode": _labels,
 }
 
 
@@ -403,14 +426,15 @@ def _require(module: str) -> Any:
 
 
 @contextmanager
-def _readable() -> Iterator[None]:
-    """Whatever a library raises on a damaged file becomes one :class:`InputError`."""
+def _readable(what: str = "") -> Iterator[None]:
+    """Whatever a library raises on a damaged source becomes one :class:`InputError`."""
     try:
         yield
     except InputError:
         raise
     except Exception as err:
-        raise InputError(f"cannot be read, it may be damaged ({err!r})") from err
+        reason = f"{type(err).__name__}: {first_line(err)}"
+        raise InputError(f"{what}cannot be read, it may be damaged ({reason})") from err
 
 
 @contextmanager

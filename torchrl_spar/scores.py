@@ -12,7 +12,7 @@ from torchrl_spar.errors import InputError
 Returns = TypeVar("Returns", float, torch.Tensor)
 
 # (pattern in the lower-case id, return of a random policy, return of an expert), from D4RL's infos.py.
-# Those of maze2d are not PointMaze's: there a random policy gets 16 in the U maze, a controller 244.
+# Those of maze2d are not PointMaze's, whose returns differ.
 _ANTMAZE, _KITCHEN = r"ant_?maze(?!.*dense)", r"kitchen"
 _REFERENCE_RETURNS: tuple[tuple[str, float, float], ...] = (
     (_ANTMAZE, 0.0, 1.0),

@@ -139,7 +139,7 @@ def fit_value(
     Bootstrapping from zero takes about ``1 / (target_rate (1 - gamma))`` updates to see as far as
     ``gamma`` does. Until then the values are short-sighted, and a policy that follows them can end
     below its anchor. Sets ``loss.reward_scale`` to one over the standard deviation of the
-    returns-to-go, too.
+    returns-to-go, too; where they are all the same, to one over their size.
 
     Args:
         loss: its critics, their targets and, if it is used, the value network are trained in place.
@@ -169,7 +169,7 @@ def fit_value(
     """
     data = replay_buffer[:]
     returns = returns_to_go(data, float(loss.value_estimator.gamma), reward_key=loss.tensor_keys.reward)
-    loss.reward_scale.copy_(1 / returns.std().clamp_min(1e-6))
+    loss.reward_scale.copy_(1 / _return_spread(returns))
     rows = data.select(*loss.in_keys).exclude("next").set("return", returns * loss.reward_scale)
 
     def sample() -> TensorDictBase:
@@ -184,6 +184,13 @@ def fit_value(
     if loss.value_mix > 0:
         _fit("loss_value", loss.value_loss, loss.value_network_params, sample, steps, lr, progress)
     return loss
+
+
+def _return_spread(returns: Tensor) -> Tensor:
+    """Standard deviation; where nothing but rounding varies, the size, which alone is left to scale by."""
+    size = returns.double().abs().mean().to(returns)
+    spread = returns.std(correction=min(1, len(returns) - 1))  # of a single row: 0, not NaN
+    return torch.where(spread > 1e-6 * size, spread, size).clamp_min(1e-6)
 
 
 def returns_to_go(data: TensorDictBase, gamma: float, *, reward_key: NestedKey = "reward") -> Tensor:

@@ -15,10 +15,10 @@ class Behaviour:
 
     Args:
         act: the observation, as float32, to the action.
-        algorithm: Minari's name of it.
+        algorithm: its name in Minari's metadata.
         policy: what it is, in words.
         options: what it was made with.
-        training_steps: of the environment.
+        training_steps: environment steps that it was trained for.
     """
 
     act: Callable[[Any], np.ndarray]

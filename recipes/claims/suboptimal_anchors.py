@@ -51,11 +51,11 @@ def measure(cfg: DictConfig) -> dict[str, Any]:
         # The first loss fits the critics' start; the others take it.
         critics = critics or deepcopy(fit_value(loss, data, **cfg.value))
         take_critics(loss, critics)
-        before = summarize(cfg.env, evaluate(loss.anchor, cfg.env, cfg.episodes, cfg.eval_seed))
+        before = summarize(cfg.env, evaluate(loss.anchor, cfg.env, cfg.episodes, cfg.eval_seed), {})
         improve(cfg, make_update(cfg, loss), data)
-        after = summarize(cfg.env, evaluate(loss.actor, cfg.env, cfg.episodes, cfg.eval_seed))
+        after = summarize(cfg.env, evaluate(loss.actor, cfg.env, cfg.episodes, cfg.eval_seed), {})
         rows.append({"anchor_trained_on": name, "rows": len(subset), "anchor": before, "spar": after})
-    return {"findings": verdict(rows), "data": summarize(cfg.env, data.episode_returns), "anchors": rows}
+    return {"findings": verdict(rows), "data": summarize(cfg.env, data.episode_returns, {}), "anchors": rows}
 
 
 def verdict(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

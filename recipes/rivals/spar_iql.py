@@ -6,11 +6,12 @@ What it answers: whether SPAR's policy is better because of its critic, or becau
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from run import Run
-from spar_run import log_columns, make_update, pretrain
+from spar_run import clone_behaviour, log_columns, make_update, pretrain
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
@@ -54,7 +55,7 @@ class ExtractedPolicy(Rival):
 
     def pretrain(self, run: Run) -> None:
         actor = self.policy
-        loss, self.data = pretrain(run)
+        loss, self.data = pretrain(run, partial(clone_behaviour, run))
         self.spar = make_update(self.problem.cfg, loss)
         optimizer = adam(actor.parameters(), self.lr)
 
