@@ -56,6 +56,16 @@ def fitted():
     return fit_residual(loss, data, steps=600), data
 
 
+def test_the_deployed_latent_head_decodes_with_the_fitted_decoder():
+    rows = make_batch(64)
+    loss = make_spar_loss(OBSERVATION, Bounded(-1, 1, (ACTION,)), hidden=[8], head="latent", joint_fit=False)
+    data = load_offline_dataset(rows, batch_size=16)
+    # Without a start of the critics, which would copy all networks into their targets.
+    fit_value(fit_residual(loss, data, steps=5), data, steps=0)
+    head = loss.actor_network(rows.select("observation"))
+    assert torch.equal(loss.actor(rows.select("observation"))["action"], head["action"])
+
+
 def test_anchor_learns_the_conditional_mean(fitted):
     loss, data = fitted
     action = loss.anchor(data[:500].select("observation"))["action"]

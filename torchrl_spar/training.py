@@ -121,7 +121,9 @@ def fit_residual(
     """
     loss.residual_scale = measure_residual_scale(loss, replay_buffer)
     params, sample = loss.residual_vae_params, replay_buffer.sample
-    _fit("loss_fit", loss.fit_loss, params, sample, steps, lr, progress or Progress(), report)
+    # Head B's target holds the decoder, too.
+    finish = loss.sync_targets
+    _fit("loss_fit", loss.fit_loss, params, sample, steps, lr, progress or Progress(), report, finish=finish)
     return loss
 
 
