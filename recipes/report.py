@@ -1,6 +1,6 @@
 """Markdown tables of finished runs, and of several methods their statistics and figures.
 
-python recipes/report.py recipes/results      # SPAR alone: prints one row a data set
+python recipes/report.py recipes/results/development/default    # SPAR alone: prints one row a data set
 python recipes/report.py outputs/compare      # several methods: prints report.md and writes it there with figures
 python recipes/report.py outputs/ablations outputs/compare/*/spar    # runs of several folders; written into the first
 """

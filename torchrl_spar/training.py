@@ -94,8 +94,8 @@ def fit_residual(
     """Measures the data's residual scale and fits the VAE to the scaled residuals.
 
     Args:
-        loss: its ``residual_scale`` and VAE are trained in place; build it with
-            ``joint_fit=False`` to leave them alone afterwards.
+        loss: its ``residual_scale`` and VAE are trained in place, and its targets made equal to what they follow;
+            build it with ``joint_fit=False`` to leave the VAE alone afterwards.
         replay_buffer: the data; ``rb[:]`` gives all of it.
         steps: gradient steps.
         lr: initial learning rate of Adam, falling to zero along a cosine.

@@ -58,7 +58,7 @@ def make_method(
         )  # fmt: skip
         return actor, lambda batch: td3bc.actor_loss(batch)[0]
     options = {**lsi, "lsi_coeff": float(name != AWR), "trust_coeff": float(name in (AWR, SHIPPED))}
-    if name == SHIPPED:
+    if name == SHIPPED:  # a prior as wide as the behaviour, which a fitted VAE would make 1
         options["candidates"] = "prior"
     if name == IN_ACTIONS:  # candidates as far away, on average, and nothing clamped
         options["latent_std"] *= same_reach(manifold)
