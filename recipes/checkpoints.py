@@ -10,11 +10,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+import torch
 from stopping import Stopped, stop
 from torchrl.checkpoint import Checkpoint, CheckpointRotation, GlobalRNGState
 from verified_state import VerifiedStateAdapter
 
-from torchrl_spar import InputError
+from torchrl_spar import InputError, NonFiniteError
 from torchrl_spar.errors import first_line
 
 NAME = "checkpoints"
@@ -104,14 +105,18 @@ class Checkpoints:
         """
         if self.waiting:
             return  # nothing has changed since the checkpoint that was loaded
-        hint = f"the last good checkpoint is {self.latest}" if self.number else "there is none yet"
-        with named_error(self.directory, f"the checkpoint cannot be written, {hint}"):
+        with named_error(self.directory, f"the checkpoint cannot be written, {self.way_back}"):
             if not self.directory.is_dir():  # TorchRL would make an empty one
                 raise FileNotFoundError("the directory is gone")
             self.before_save()
             self.rotation.save(self._bound(), step=self.number + 1)
         self.number += 1
         self.due = time.monotonic() + self.interval
+
+    @property
+    def way_back(self) -> str:
+        """For errors."""
+        return f"the last good checkpoint is {self.latest}" if self.number else "there is no checkpoint yet"
 
     @property
     def latest(self) -> Path:
@@ -123,9 +128,16 @@ class Checkpoints:
         return time.perf_counter() - self.start
 
     def state_dict(self) -> dict[str, Any]:
+        """
+        Raises:
+            NonFiniteError: for NaN or infinity in any part: a checkpoint is something to go on from.
+        """
+        parts = {name: part.state_dict() for name, part in self.parts.items()}
+        for where, tensor in named_tensors(parts):
+            if not tensor.isfinite().all():
+                raise NonFiniteError(f"{where}: NaN or infinite numbers, so no checkpoint is made")
         return {
-            "options": self.options, "seconds": self.seconds, "random": GlobalRNGState().state_dict(),
-            "parts": {name: part.state_dict() for name, part in self.parts.items()},
+            "options": self.options, "seconds": self.seconds, "random": GlobalRNGState().state_dict(), "parts": parts,
         }  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -149,6 +161,15 @@ class Checkpoints:
                 warnings.warn(f"{path}: damaged, so the one before it is used ({first_line(err)})", stacklevel=4)
         if paths:
             raise InputError(f"{self.directory}: no checkpoint in it is usable; start anew in another directory")
+
+
+def named_tensors(state: Any, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    """All tensors in nested dicts and lists, with the way to them."""
+    if isinstance(state, torch.Tensor):
+        yield name.removeprefix(": "), state
+    elif isinstance(state, (Mapping, list, tuple)):
+        for key, value in state.items() if isinstance(state, Mapping) else enumerate(state):
+            yield from named_tensors(value, f"{name}: {key}")
 
 
 def all_checkpoints(home: Path) -> list[Path]:

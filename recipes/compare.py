@@ -34,7 +34,7 @@ from spar_run import SPARRun
 from stopping import stop, stop_with_parent
 from sweep import run_directory, started
 
-from torchrl_spar import InputError
+from torchrl_spar import InputError, check_finite
 
 SPAR_RUNS: dict[str, type[SPARRun]] = {"spar": SPARRun, **ablations.RUNS}
 
@@ -96,6 +96,7 @@ def block_maker(rival: Rival, length: int) -> Callable[[], dict[str, torch.Tenso
     def make_block() -> dict[str, torch.Tensor]:
         for _ in range(length):
             metrics.update(rival(rival.data.sample()))
+        check_finite(rival.updates, {name: x for name, x in metrics.items() if name in rival.trained}, rival.trained)
         return metrics
 
     return make_block

@@ -53,10 +53,10 @@ def load(cfg: DictConfig, device: torch.device) -> tuple[OfflineReplayBuffer, st
 
 
 class Phase:
-    """A progress bar over one phase that logs a row every `interval` steps, for each of several runs."""
+    """A progress bar over one phase; every `interval` steps it has each of several runs record its metrics."""
 
-    def __init__(self, name: str, steps: int, logs: Sequence[MetricLog], interval: int, line: int) -> None:
-        self.name, self.logs, self.interval, self.steps = name, logs, interval, steps
+    def __init__(self, name: str, steps: int, runs: Sequence[Run], interval: int, line: int) -> None:
+        self.name, self.runs, self.interval, self.steps = name, runs, interval, steps
         self.line = line
         self.bar: Any = None
 
@@ -66,8 +66,8 @@ class Phase:
             self.bar = tqdm(total=self.steps, initial=step - 1, desc=f"{self.name:>6}", **look)
         self.bar.update(step - self.bar.n)
         if step % self.interval == 0 or step == self.steps:
-            for index, log in enumerate(self.logs):
-                log.write(self.name, step, {key: x[index] if x.ndim else x for key, x in metrics.items()})
+            for index, run in enumerate(self.runs):
+                run.record(self.name, step, {key: x[index] if x.ndim else x for key, x in metrics.items()})
         if step == self.steps:
             self.bar.close()
 
@@ -135,7 +135,11 @@ class Run:
         """The report of a phase before the main one; none where it has no steps."""
         if not self.cfg[name].steps:
             return None
-        return Phase(name, self.cfg[name].steps, [self.log], self.cfg.logger.interval, self.line)
+        return Phase(name, self.cfg[name].steps, [self], self.cfg.logger.interval, self.line)
+
+    def record(self, phase: str, step: int, metrics: dict[str, Tensor]) -> None:
+        """A row of the log."""
+        self.log.write(phase, step, metrics)
 
     def evaluate(self, step: int) -> None:
         """Adds a point to the learning curve."""
@@ -221,7 +225,7 @@ def improve(
     """
     cfg, line, checkpoints = runs[0].cfg, runs[0].line, runs[0].checkpoints
     interval, length, total = cfg.eval.interval, block_length(cfg), cfg.spar.updates
-    phase = Phase(name, total, [run.log for run in runs], cfg.logger.interval, line)
+    phase = Phase(name, total, runs, cfg.logger.interval, line)
     checkpoints.before_save = synchronize
     position = checkpoints.add("position", Position())
     start = time.perf_counter() - position.seconds

@@ -12,9 +12,11 @@ from omegaconf import DictConfig
 from plots import plot_learning_curve
 from run import Run, on_cpu
 from tensordict.nn import TensorDictModuleBase
+from torch import Tensor
 from torchrl.data import ReplayBuffer
 
 from torchrl_spar import (
+    HealthCheck,
     InputError,
     OfflineReplayBuffer,
     SPARLoss,
@@ -57,6 +59,12 @@ class SPARRun(Run):
 
     def pretrain(self) -> None:
         self.loss, self.anchored_data = pretrain(self, self.make_anchor, self.loss_class)
+        self.health = HealthCheck(self.loss, self.data)
+
+    def record(self, phase: str, step: int, metrics: dict[str, Tensor]) -> None:
+        super().record(phase, step, metrics)
+        if phase == "spar":
+            self.health(step, metrics)
 
     def save(self, results: dict[str, Any]) -> None:
         facts = {key: results[key] for key in ("env", "env_kwargs", "dataset", "seed")}

@@ -13,7 +13,7 @@ from checkpoints import NAME, Checkpoints, all_checkpoints, named_error, remove_
 from omegaconf import Container, DictConfig, OmegaConf
 from stopping import stop
 
-from torchrl_spar import InputError
+from torchrl_spar import InputError, NonFiniteError
 
 # What makes it no other run: where it and the data's cache lie, the threads, evaluation beside training, checkpoints.
 FREE = ("runs", "out", "cache", "threads", "eval.background", "resume", "checkpoint.seconds")
@@ -52,7 +52,12 @@ def started(cfgs: Sequence[DictConfig], *, wait: bool = False) -> Iterator[Check
             yield None
             return
         with stop.handled():
-            yield Checkpoints(home, cfgs[0].checkpoint.seconds, {str(i): options(cfg) for i, cfg in enumerate(cfgs)})
+            seconds, which = cfgs[0].checkpoint.seconds, {str(i): options(cfg) for i, cfg in enumerate(cfgs)}
+            checkpoints = Checkpoints(home, seconds, which)
+            try:
+                yield checkpoints
+            except NonFiniteError as err:
+                raise NonFiniteError(f"{err}; {checkpoints.way_back}") from None
         remove_checkpoints(home)
 
 

@@ -4,9 +4,10 @@ from torchrl_spar.anchor import FrozenAnchor
 from torchrl_spar.build import make_anchor, make_spar_loss
 from torchrl_spar.data import OfflineReplayBuffer, load_offline_dataset
 from torchrl_spar.diagnostics import gradient_cosine, normal_share, support_distance, tangent_normal_split
-from torchrl_spar.errors import InputError
+from torchrl_spar.errors import InputError, NonFiniteError
 from torchrl_spar.evaluation import environment_sizes, evaluate, make_env
 from torchrl_spar.evaluator import BackgroundEvaluator
+from torchrl_spar.health import HealthCheck, check_finite
 from torchrl_spar.objective import SPARLoss
 from torchrl_spar.observations import flatten_observation
 from torchrl_spar.policy import load_policy, save_policy
@@ -28,7 +29,9 @@ __all__ = [
     "BackgroundEvaluator",
     "BatchSampler",
     "FrozenAnchor",
+    "HealthCheck",
     "InputError",
+    "NonFiniteError",
     "OfflineReplayBuffer",
     "Progress",
     "ResidualHead",
@@ -37,6 +40,7 @@ __all__ = [
     "SPARLoss",
     "SPARUpdate",
     "StackedSPARLoss",
+    "check_finite",
     "environment_sizes",
     "evaluate",
     "fit_anchor",

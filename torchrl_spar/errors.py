@@ -1,4 +1,4 @@
-"""The one error a user's own mistake ends in."""
+"""The error a user's own mistake ends in, and that of a training that has failed."""
 
 
 class InputError(ValueError):
@@ -13,6 +13,18 @@ class InputError(ValueError):
         Traceback (most recent call last):
             ...
         torchrl_spar.errors.InputError: data.npz: no array 'actions'
+    """
+
+
+class NonFiniteError(InputError):
+    """A loss or a parameter has become NaN or infinite: the data or a learning rate is to blame.
+
+    Examples:
+        >>> from torchrl_spar import NonFiniteError
+        >>> raise NonFiniteError("step 300: loss_qvalue is NaN or infinite")
+        Traceback (most recent call last):
+            ...
+        torchrl_spar.errors.NonFiniteError: step 300: loss_qvalue is NaN or infinite
     """
 
 

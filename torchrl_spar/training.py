@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
+from itertools import chain
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torchrl.objectives import BCLoss
 from torchrl.objectives.value.functional import reward2go
 
 from torchrl_spar.errors import InputError
+from torchrl_spar.health import CHECK_INTERVAL, check_finite
 from torchrl_spar.objective import SPARLoss
 from torchrl_spar.progress import Progress
 from torchrl_spar.sampling import with_anchor_actions
@@ -51,6 +53,9 @@ def fit_anchor(
         lr: initial learning rate of Adam.
         report: called as ``report(step, {"loss_bc": ...})`` after every step.
         progress: where to go on, see :class:`~torchrl_spar.Progress`.
+
+    Raises:
+        NonFiniteError: within 100 steps of a loss or parameter that is NaN or infinite.
 
     Returns:
         The same actor, to be given to :func:`~torchrl_spar.make_spar_loss` as the anchor.
@@ -102,6 +107,9 @@ def fit_residual(
         report: called as ``report(step, metrics)`` after every step.
         progress: where to go on, see :class:`~torchrl_spar.Progress`.
 
+    Raises:
+        NonFiniteError: within 100 steps of a loss or parameter that is NaN or infinite.
+
     Returns:
         The same loss.
 
@@ -151,6 +159,9 @@ def fit_value(
         lr: initial learning rate of Adam, falling to zero along a cosine.
         report: called as ``report(step, metrics)`` after every step.
         progress: where to go on, see :class:`~torchrl_spar.Progress`.
+
+    Raises:
+        NonFiniteError: within 100 steps of a loss or parameter that is NaN or infinite.
 
     Returns:
         The same loss.
@@ -313,8 +324,8 @@ class SPARUpdate:
         compile: bool = False,
         cudagraph: bool = False,
     ) -> None:
-        critic_params = list(loss.network_params("qvalue_network").values(True, True))
-        device = critic_params[0].device
+        trained = {"loss_qvalue": _leaves(loss.network_params("qvalue_network"))}
+        device = trained["loss_qvalue"][0].device
         if cudagraph and device.type != "cuda":
             raise InputError(f"cudagraph=True: the loss is on {device}, not on a CUDA device")
         _keep_scratch_memory()
@@ -325,15 +336,19 @@ class SPARUpdate:
         critic_terms: dict[str, Term] = {"loss_qvalue": loss.qvalue_loss}
         if loss.value_mix > 0:
             critic_terms["loss_value"] = loss.value_loss
-            critic_params += loss.network_params("value_network").values(True, True)
+            trained["loss_value"] = _leaves(loss.network_params("value_network"))
         actor_terms: dict[str, Term] = {"loss_residual": loss.residual_loss}
-        actor_params = list(loss.network_params("actor_network").get("head").values(True, True))
+        trained["loss_residual"] = _leaves(loss.network_params("actor_network").get("head"))
         if loss.joint_fit:
             actor_terms["loss_fit"] = loss.fit_loss
-            actor_params += loss.network_params("residual_vae").values(True, True)
+            trained["loss_fit"] = _leaves(loss.network_params("residual_vae"))
         self.qvalue_lr, self.actor_lr = qvalue_lr, actor_lr
+        critic_params, actor_params = (
+            chain(*(trained[name] for name in terms)) for terms in (critic_terms, actor_terms)
+        )
         self.critic_optimizer = _adam(critic_params, qvalue_lr, capturable=cudagraph)
         self.actor_optimizer = _adam(actor_params, actor_lr, capturable=cudagraph)
+        self._trained, self._checked = trained, 0
         sources, targets = _trained_with_targets(loss)
         follow = get_ema_multi_avg_fn(1 - target_rate)
 
@@ -374,6 +389,9 @@ class SPARUpdate:
 
         Returns:
             The losses and diagnostics of the last update that has them, detached.
+
+        Raises:
+            NonFiniteError: within 100 updates of a loss or parameter that is NaN or infinite.
         """
         if self.decay_steps is not None:
             share = 0.5 + 0.5 * math.cos(math.pi * min(1.0, self.steps / self.decay_steps))
@@ -381,7 +399,12 @@ class SPARUpdate:
                 _set_lr(optimizer, share * lr)
         update = self._sequence(self.steps % self.policy_interval, len(block))
         self.steps += len(block)
-        return dict(update(block).items())
+        metrics = dict(update(block).items())
+        if self.steps >= self._checked + CHECK_INTERVAL:
+            losses = {name: value for name, value in metrics.items() if name in self._trained}
+            check_finite(self.steps, losses, self._trained)
+            self._checked = self.steps
+        return metrics
 
     def state_dict(self) -> dict[str, Any]:
         """``steps``, ``critic_optimizer`` and ``actor_optimizer``; the networks are in the loss's own ``state_dict``.
@@ -394,7 +417,7 @@ class SPARUpdate:
         """Takes a :meth:`state_dict`; with the loss's and the sampler's the updates go on with the same bits."""
         for name in _OPTIMIZERS:
             getattr(self, name).load_state_dict(state[name])
-        self.steps = state["steps"]
+        self.steps = self._checked = state["steps"]
         self._sequence.cache_clear()  # a captured graph reads the old state
 
     def __call__(self, batch: TensorDictBase) -> dict[str, Tensor]:
@@ -408,6 +431,10 @@ def _keep_scratch_memory() -> None:
     Its allocator returns free memory to the system above twice the largest block that it has mapped and freed.
     """
     torch.empty(31 * 2**20, dtype=torch.uint8)  # freed at once
+
+
+def _leaves(params: TensorDictBase) -> list[Tensor]:
+    return list(params.values(True, True))
 
 
 def _trained_with_targets(loss: SPARLoss | StackedSPARLoss) -> tuple[list[Tensor], list[Tensor]]:
@@ -439,6 +466,8 @@ def _fit(
         schedule.step()
         if finish is not None and step == steps:
             finish()
+        if step % CHECK_INTERVAL == 0 or step == steps:
+            check_finite(step, {name: value.detach()}, {name: list(params.parameters())})
         progress.record(name, step)
         if report is not None:
             metadata.pop("td_error", None)  # one value a row, not a metric

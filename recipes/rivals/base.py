@@ -77,17 +77,18 @@ class Step:
     def state_dict(self) -> dict[str, Any]:
         """The parameters that it moves, and how far its optimiser and schedule are."""
         schedule = {} if self.schedule is None else {"schedule": self.schedule.state_dict()}
-        params = [param.detach() for param in self._params()]
+        params = [param.detach() for param in self.params]
         return {"params": params, "optimizer": self.optimizer.state_dict(), **schedule}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for param, saved in zip(self._params(), state["params"], strict=True):
+        for param, saved in zip(self.params, state["params"], strict=True):
             param.data.copy_(saved)
         self.optimizer.load_state_dict(state["optimizer"])
         if self.schedule is not None:
             self.schedule.load_state_dict(state["schedule"])
 
-    def _params(self) -> list[Tensor]:
+    @property
+    def params(self) -> list[Tensor]:
         return [param for group in self.optimizer.param_groups for param in group["params"]]
 
 
@@ -114,6 +115,11 @@ class Rival:
     def columns(self) -> list[str]:
         """The names of all that the updates return."""
         return [name for step in self.steps for name in (step.name, *step.metrics)]
+
+    @property
+    def trained(self) -> dict[str, list[Tensor]]:
+        """The parameters that each of the losses moves."""
+        return {step.name: step.params for step in self.steps}
 
     def pretrain(self, run: Run) -> None:
         """What comes before the updates; nothing, but for SPAR's critic."""
