@@ -23,6 +23,7 @@ from benchmarks import evaluation
 from benchmarks.flops import update_flops
 from benchmarks.loading import measure_loading
 from benchmarks.matmul import MatmulTrace
+from benchmarks.saving import measure_saving
 from benchmarks.updates import (
     ACTION_DIM,
     BLOCK,
@@ -55,6 +56,9 @@ def main(cfg: DictConfig) -> None:
     results = {
         **measure_updates(cfg, device),
         "policy_latency_ms": measure_latency(cfg, device),
+        "checkpoint": measure_saving(
+            make_losses([0], cfg.hidden, device)[0], make_data(cfg.batch_size, device), rounds=cfg.rounds
+        ),
         "import_seconds": measure_import(),
         "machine": describe_machine(device),
     }

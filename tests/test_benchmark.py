@@ -55,6 +55,7 @@ def test_benchmark_writes_its_keys(tmp_path):
     assert {"mflop_per_update", "share_of_matmul"} <= set(results["spar"])
     assert {"steps_per_second", "bare_gymnasium"} <= set(results["evaluation"])
     assert "rows_per_second" in results["load"] and results["machine"]
+    assert results["checkpoint"]["bytes"] > 0 and 0 < results["checkpoint"]["share_of_run"] < 1
     again = subprocess.run(command, capture_output=True, text=True)
     assert again.returncode == 2 and "exists; give another file" in again.stderr
 
