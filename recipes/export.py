@@ -39,17 +39,14 @@ Act = Callable[[Tensor], Tensor]
 
 
 class Deployed(nn.Module):
-    """`observation [n, observation_dim] -> action [n, action_dim]`; an observation that is not finite gives NaN."""
+    """A function of one tensor, `observation [n, observation_dim] -> action [n, action_dim]`."""
 
     def __init__(self, policy: SPARActor) -> None:
         super().__init__()
         self.policy = policy
 
     def forward(self, observation: Tensor) -> Tensor:
-        action = self.policy(observation=observation)
-        # As the policy itself; onnxruntime's fused layers would make NaN an action like any other.
-        finite = observation.isfinite().all(-1, keepdim=True)
-        return action.masked_fill(~finite, torch.nan)
+        return self.policy(observation=observation)
 
 
 def check_formats(formats: Sequence[str]) -> None:
