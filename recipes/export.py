@@ -5,7 +5,7 @@ python recipes/export.py policy=outputs/.../policy.pt out=deployed
 deployed/policy.pt2     torch.export.load("policy.pt2").module()(observation)
 deployed/policy.onnx    onnxruntime.InferenceSession("policy.onnx").run(["action"], {"observation": observation})[0]
 
-Observations are raw, float32 `[n, observation_dim]` for any n; actions are float32 `[n, action_dim]` in the environment's units.
+Observations are raw, float32 `[n, observation_dim]` for any n; actions `[n, action_dim]` in the environment's units.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import shutil
 import timeit
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
@@ -113,7 +114,7 @@ def compare(policy: SPARActor, norm: ObservationNorm, calls: dict[str, Act]) -> 
     table = Table("", "ms", "off by at most", title="One observation a call, median")
     one = observation[:1]
     for name, act in {"the policy itself": lambda x: policy(observation=x), **calls}.items():
-        seconds = median(timeit.repeat(lambda: act(one), number=1, repeat=TIMED_CALLS))
+        seconds = median(timeit.repeat(partial(act, one), number=1, repeat=TIMED_CALLS))
         table.add_row(name, f"{1e3 * seconds:.3f}", f"{(act(observation) - expected).abs().max():.1e}")
     return table
 

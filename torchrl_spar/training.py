@@ -55,6 +55,9 @@ def fit_anchor(
     Returns:
         The same actor, to be given to :func:`~torchrl_spar.make_spar_loss` as the anchor.
 
+    Raises:
+        InputError: if ``progress`` was loaded from a fit of another number of steps.
+
     Source: pure behaviour cloning is the paper's; optimiser and schedule are ours.
 
     Examples:
@@ -105,6 +108,9 @@ def fit_residual(
     Returns:
         The same loss.
 
+    Raises:
+        InputError: if ``progress`` was loaded from a fit of another number of steps.
+
     Source: fitting the residual manifold first is ours (the paper's part (i)).
 
     Examples:
@@ -154,6 +160,9 @@ def fit_value(
 
     Returns:
         The same loss.
+
+    Raises:
+        InputError: if ``progress`` was loaded from a fit of another number of steps.
 
     Source: ours.
 
@@ -207,6 +216,9 @@ def returns_to_go(data: TensorDictBase, gamma: float, *, reward_key: NestedKey =
         gamma: discount.
         reward_key: the reward's key under ``"next"``.
 
+    Returns:
+        Returns in the rewards' units.
+
     Source: ours.
 
     Examples:
@@ -236,10 +248,19 @@ def returns_to_go(data: TensorDictBase, gamma: float, *, reward_key: NestedKey =
 
 @torch.no_grad()
 def measure_residual_scale(loss: SPARLoss, replay_buffer: ReplayBuffer) -> Tensor:
-    """Root mean square of ``a - a_b`` over the data, for each action dimension ``[action_dim]``.
+    """The data's residual scale ``rho``: root mean square of ``a - a_b`` for each action dimension.
 
     At least one hundredth of half the action's range, so that an exactly cloned dimension
-    does not divide by zero. Source: ours.
+    does not divide by zero.
+
+    Args:
+        loss: with the trained anchor; not changed.
+        replay_buffer: the data; ``rb[:]`` gives all of it.
+
+    Returns:
+        ``rho`` in action units, ``[action_dim]``.
+
+    Source: ours.
 
     Examples:
         >>> import torch
