@@ -41,8 +41,9 @@ def test_tensorboard_holds_every_number(tmp_path):
     assert found == pytest.approx(expected, rel=1e-5)  # the tables have six digits
 
 
-def test_mlflow_keeps_the_runs_of_a_process_apart(tmp_path):
+def test_mlflow_keeps_the_runs_of_a_process_apart(tmp_path, monkeypatch):
     mlflow = pytest.importorskip("mlflow")
+    monkeypatch.setattr(loggers, "MLFLOW_SERVER", None)
     for name in ("a", "b"):
         logger = loggers.make_logger(tmp_path / name, "mlflow")
         logger.write({f"spar/{name}": 1.5}, 7)
