@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -16,6 +17,12 @@ from hydra.errors import CompactHydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from stopping import Stopped, stop
+
+if "MUJOCO_GL" in os.environ:
+    try:
+        import mujoco  # noqa: F401  # as TorchRL does, which fails where the OpenGL that is asked for is missing
+    except Exception as err:
+        sys.exit(f"error: MUJOCO_GL={os.environ['MUJOCO_GL']}: MuJoCo cannot be loaded with it ({err}); unset it")
 
 from torchrl_spar import InputError, evaluate, normalized_score
 from torchrl_spar.errors import first_line
@@ -33,6 +40,8 @@ def run_recipe(main: Callable[[DictConfig], None], config_name: str) -> None:
 
     def guarded(cfg: DictConfig) -> None:
         try:
+            for name in OmegaConf.missing_keys(cfg):
+                raise InputError(f"{name}: must be given, as {name}=...")
             main(cfg)
         except InputError as err:
             if HydraConfig.get().mode == RunMode.MULTIRUN:

@@ -6,6 +6,8 @@ python recipes/evaluate.py policy=policy.pt env=Hopper-v5 episodes=1 video=hoppe
 
 from __future__ import annotations
 
+import os
+import sys
 from contextlib import closing
 from importlib.util import find_spec
 from itertools import count
@@ -68,7 +70,7 @@ def film(policy: SPARActor, env: str, seed: int, path: Path, **env_kwargs: Any) 
         imageio.imwrite(partial, np.stack(frames), fps=speed / stride, **options)
         partial.replace(path)
     except Exception as err:  # rendering fails in as many ways as there are drivers
-        raise InputError(f"video={path}: cannot be rendered here: {err} (on a server, try MUJOCO_GL=egl)") from err
+        raise InputError(f"video={path}: cannot be rendered here: {err} (a server needs MUJOCO_GL=egl)") from err
     finally:
         partial.unlink(missing_ok=True)
 
@@ -79,6 +81,8 @@ def main(cfg: DictConfig) -> None:
     env, env_kwargs = choose_environment(cfg, cfg.policy, facts.get("env"), facts.get("env_kwargs", {}))
     if cfg.video:
         check_video(Path(cfg.video))
+        if sys.platform == "linux" and "DISPLAY" not in os.environ:
+            os.environ.setdefault("MUJOCO_GL", "egl")  # Gymnasium's own choice needs a screen
     environment_sizes(env, **env_kwargs)
     returns = evaluate(policy, env, cfg.episodes, cfg.seed, **env_kwargs)
     row = summarize(env, returns, env_kwargs)

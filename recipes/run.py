@@ -14,10 +14,11 @@ from typing import Any, cast
 import torch
 from checkpoints import Checkpoints, P
 from common import RECIPES, best_device, choose_environment, summarize
+from loggers import make_logger
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
-from run_output import MetricLog, make_logger, save_config, write_json
+from run_output import MetricLog, save_config, write_json
 from scores import Scores
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor

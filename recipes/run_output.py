@@ -12,12 +12,10 @@ from statistics import mean
 from typing import Any
 
 from checkpoints import named_error
+from loggers import RunLogger
 from omegaconf import DictConfig, OmegaConf
-from torchrl.record.loggers import Logger, get_logger
 
 from torchrl_spar import InputError
-
-BACKENDS = ("csv", "tensorboard", "wandb", "mlflow", "trackio")
 
 
 def check_unused(out: Path) -> None:
@@ -47,26 +45,13 @@ def data_score(runs: list[dict[str, Any]]) -> str:
     return "-" if None in scores else f"{mean(scores):.1f}"
 
 
-def make_logger(out: Path, backend: str) -> Logger | None:
-    """A TorchRL logger beside metrics.csv, if one is asked for. Makes `out`."""
-    if backend not in BACKENDS:
-        raise InputError(f"logger.backend={backend}: must be one of {', '.join(BACKENDS)}")
-    out.mkdir(parents=True, exist_ok=True)
-    if backend == "csv":
-        return None
-    try:
-        return get_logger(backend, logger_name=str(out), experiment_name="log")
-    except ImportError as err:
-        raise InputError(f"logger.backend={backend}: {err}; install it first") from None
-
-
 class MetricLog:
     """One row a call in metrics.csv, and the same numbers to a logger if there is one.
 
     Its state is the file's length, to which the file is cut when a run goes on from a checkpoint.
     """
 
-    def __init__(self, out: Path, logger: Logger | None, columns: Iterable[str], *, go_on: bool = False) -> None:
+    def __init__(self, out: Path, logger: RunLogger | None, columns: Iterable[str], *, go_on: bool = False) -> None:
         self.logger = logger
         self.path = out / "metrics.csv"
         with named_error(self.path, "the run cannot go on without it" if go_on else "cannot be written"):
@@ -85,8 +70,7 @@ class MetricLog:
     def show(self, phase: str, step: int, numbers: Mapping[str, float]) -> None:
         """To the logger alone."""
         if self.logger is not None:
-            for name, number in numbers.items():
-                self.logger.log_scalar(f"{phase}/{name}", number, step=step)
+            self.logger.write({f"{phase}/{name}": number for name, number in numbers.items()}, step)
 
     def state_dict(self) -> dict[str, int]:
         self.file.flush()
@@ -102,6 +86,8 @@ class MetricLog:
     def close(self) -> None:
         with suppress(OSError):  # of a row that could not be written, which was said
             self.file.close()
+        if self.logger is not None:
+            self.logger.close()
 
 
 def save_config(out: Path, cfg: DictConfig) -> None:

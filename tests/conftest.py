@@ -44,23 +44,23 @@ def make_batch(*batch: int, dtype: torch.dtype = torch.float32, seed: int = 0) -
     )
 
 
+def build_loss(seed: int = 0, **options: Any) -> SPARLoss:
+    """A small loss whose head, targets and scale are away from their start."""
+    torch.manual_seed(seed)
+    options = {"hidden": [16, 16], **options}
+    loss = make_spar_loss(OBSERVATION, Bounded(-1, 1, (ACTION,)), **options)
+    loss.residual_scale = torch.tensor([0.3, 0.5, 0.8])
+    generator = torch.Generator().manual_seed(seed + 1)
+    for name in ("actor_network_params", "target_actor_network_params", "target_qvalue_network_params"):
+        for key, tensor in loss._modules[name].items(True, True):
+            if key[-1] in ("weight", "bias") and "anchor" not in key:
+                tensor.data += 0.1 * torch.randn(tensor.shape, generator=generator)
+    return loss
+
+
 @pytest.fixture
 def make_loss() -> Callable[..., SPARLoss]:
-    """Builds a small loss whose head, targets and scale are away from their start."""
-
-    def build(seed: int = 0, **options: Any) -> SPARLoss:
-        torch.manual_seed(seed)
-        options = {"hidden": [16, 16], **options}
-        loss = make_spar_loss(OBSERVATION, Bounded(-1, 1, (ACTION,)), **options)
-        loss.residual_scale = torch.tensor([0.3, 0.5, 0.8])
-        generator = torch.Generator().manual_seed(seed + 1)
-        for name in ("actor_network_params", "target_actor_network_params", "target_qvalue_network_params"):
-            for key, tensor in loss._modules[name].items(True, True):
-                if key[-1] in ("weight", "bias") and "anchor" not in key:
-                    tensor.data += 0.1 * torch.randn(tensor.shape, generator=generator)
-        return loss
-
-    return build
+    return build_loss
 
 
 def total(losses: TensorDict) -> torch.Tensor:

@@ -164,7 +164,7 @@ def test_video_of_a_mujoco_episode(finished, monkeypatch):
     reason = opengl_missing()
     if reason:
         pytest.skip(f"MuJoCo cannot render on this machine: {reason}")
-    monkeypatch.setenv("MUJOCO_GL", os.environ.get("MUJOCO_GL", "egl"))
+    monkeypatch.delenv("DISPLAY", raising=False)  # without a screen EGL is the default
     _, cwd = finished
     done = run("evaluate", "policy=result/policy.pt", "episodes=1", "seed=5", "video=hopper.gif", cwd=cwd)
     assert done.returncode == 0, done.stderr
@@ -174,6 +174,11 @@ def test_video_of_a_mujoco_episode(finished, monkeypatch):
     with Image.open(cwd / "hopper.gif") as video:
         # Hopper makes 125 steps a second, about 30 of which are filmed.
         assert video.n_frames == -(-len(lengths) // 4)
+
+
+def test_an_opengl_that_mujoco_cannot_load_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("MUJOCO_GL", "nonsense")
+    assert_one_line(run("evaluate", "policy=absent.pt", cwd=tmp_path), "MUJOCO_GL=nonsense", "unset it")
 
 
 @pytest.mark.parametrize("video", ["result/policy.pt", "hopper.what", "nowhere/hopper.gif"])
@@ -263,6 +268,7 @@ def test_damaged_policy_is_named(tmp_path):
     (tmp_path / "policy.pt").write_bytes(b"nonsense")
     assert_one_line(run("evaluate", "policy=policy.pt", cwd=tmp_path), "policy.pt")
     assert_one_line(run("evaluate", "policy=absent.pt", cwd=tmp_path), "absent.pt")
+    assert_one_line(run("evaluate", cwd=tmp_path), "policy=")
 
 
 def test_make_dataset_writes_what_the_loader_reads(tmp_path):

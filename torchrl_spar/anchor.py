@@ -26,7 +26,7 @@ class FrozenAnchor(TensorDictModuleBase):
         action_key: where the actor writes its action ``[*B, action_dim]``.
 
     Raises:
-        InputError: if ``actor`` is not a TensorDictModule or does not write ``action_key``.
+        InputError: if ``actor`` is not a TensorDictModule, does not write ``action_key`` or has lazy parameters.
 
     Source: the frozen pure behaviour-cloning policy is the paper's; buffers are ours.
 
@@ -56,7 +56,7 @@ class FrozenAnchor(TensorDictModuleBase):
 
     @dispatch(auto_batch_size=False)
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Writes the anchor's action, without gradient."""
+        """Writes the anchor's action ``[*B, action_dim]``, without gradient."""
         scratch = tensordict.select(*self.in_keys)
         with torch.no_grad(), set_exploration_type(ExplorationType.DETERMINISTIC):
             action = self.actor(scratch).get(self.action_key)

@@ -40,6 +40,9 @@ def make_anchor(
     Returns:
         A module ``observation -> action``; train it with :func:`~torchrl_spar.fit_anchor`.
 
+    Raises:
+        InputError: if the spec is not bounded, or the statistics are not of the observation's size.
+
     Source: ours.
 
     Examples:

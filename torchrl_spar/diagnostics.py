@@ -55,6 +55,9 @@ def normal_share(vector: Tensor, tangent_basis: Tensor) -> Tensor:
     Returns:
         A number between 0 (along the manifold) and 1 (straight off it); 0 where all vectors are zero.
 
+    Raises:
+        InputError: if the basis is not of shape ``[..., d, m]``.
+
     Source: ours.
 
     Examples:

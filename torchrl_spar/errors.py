@@ -7,6 +7,8 @@ class InputError(ValueError):
     Recipes print it as one line and exit; everything else that is raised is a bug and
     keeps its traceback.
 
+    Source: ours.
+
     Examples:
         >>> from torchrl_spar import InputError
         >>> raise InputError("data.npz: no array 'actions'")

@@ -25,8 +25,13 @@ def make_env(env_id: str, **kwargs: Any) -> Any:
         env_id: a registered Gymnasium environment.
         **kwargs: passed to ``gymnasium.make``.
 
+    Returns:
+        The Gymnasium environment, wrappers of its registration included.
+
     Raises:
         InputError: if Gymnasium or the environment is missing, or it does not take an argument.
+
+    Source: ours.
 
     Examples:
         >>> make_env("NoSuchRobot-v0")
@@ -59,6 +64,8 @@ def environment_sizes(env_id: str, **env_kwargs: Any) -> tuple[int, Bounded]:
 
     Raises:
         InputError: if the environment is missing or its action is not a bounded box.
+
+    Source: ours.
 
     Examples:
         >>> size, spec = environment_sizes("Pendulum-v1")
@@ -105,7 +112,9 @@ def evaluate(
         Returns in the environment's reward units, float64 ``[episodes]``.
 
     Raises:
-        InputError: if the environment is missing or the policy's sizes do not fit it.
+        InputError: if ``episodes`` is below 1, the environment is missing or the policy's sizes do not fit it.
+
+    Source: ours.
 
     Examples:
         >>> from tensordict.nn import TensorDictModule

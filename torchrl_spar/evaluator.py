@@ -88,7 +88,7 @@ class BackgroundEvaluator:
         return self._take()
 
     def drain(self) -> list[tuple[Any, torch.Tensor]]:
-        """As :meth:`poll`, after all that was submitted has finished."""
+        """As :meth:`poll`, errors included, after all that was submitted has finished."""
         while self._unfinished:
             self._receive()
         return self._take()

@@ -18,6 +18,8 @@ class ObservationNorm(nn.Module):
         loc: mean of the data's observations, ``[observation_dim]``.
         scale: their standard deviation, ``[observation_dim]``, positive.
 
+    Source: the field's habit.
+
     Examples:
         >>> import torch
         >>> ObservationNorm(torch.tensor([1.0]), torch.tensor([2.0]))(torch.tensor([[5.0]]))
@@ -33,6 +35,7 @@ class ObservationNorm(nn.Module):
         self.register_buffer("scale", scale.detach().clone())
 
     def forward(self, observation: torch.Tensor) -> torch.Tensor:
+        """The standardised observation ``[*B, observation_dim]``."""
         return (observation - self.loc) / self.scale
 
 
@@ -46,6 +49,8 @@ class StateMLP(nn.Module):
         hidden: widths of the hidden layers.
         layer_norm: LayerNorm before each activation (critics).
         device: where the weights live.
+
+    Source: ours.
 
     Examples:
         >>> import torch
@@ -77,6 +82,7 @@ class StateMLP(nn.Module):
         )
 
     def forward(self, observation: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
+        """``[*B, out_features]`` of the raw observation ``[*B, observation_dim]`` and ``[*B, features]`` each."""
         return self.mlp(torch.cat((self.norm(observation), *inputs), -1))
 
     def functional(

@@ -46,9 +46,10 @@ class SPARLoss(LossModule):
     deploy, :attr:`actor`) follow by TorchRL's ``SoftUpdate``. ``gamma`` is set by
     :meth:`make_value_estimator`. :func:`~torchrl_spar.make_spar_loss` builds all networks.
 
-    If the batch holds the ``anchor_action`` of its states, or of the following ones under
-    ``"next"``, it is used instead of calling the anchor: it is frozen, so it may be computed once
-    for a data set.
+    Batches ``[*B]`` are in TED form, in raw units: ``observation [*B, observation_dim]``, ``action [*B, action_dim]``
+    and, under ``"next"``, ``observation``, ``reward``, ``done`` and ``terminated`` ``[*B, 1]``; :attr:`in_keys` lists
+    them, ``set_keys`` renames them. If the batch holds the ``anchor_action`` of its states, or of the following ones
+    under ``"next"``, it is used instead of calling the anchor: it is frozen, so it may be computed once for a data set.
 
     Args:
         actor_network: the policy, with its anchor and head.
@@ -94,6 +95,8 @@ class SPARLoss(LossModule):
     Raises:
         InputError: for an option out of range, or networks that do not fit together.
         KeyError: when the batch lacks a key, which it names.
+
+    Source: the paper's parts (https://arxiv.org/abs/2605.27877) as far as each method says so; the rest is ours.
 
     Examples:
         >>> import torch
@@ -305,6 +308,9 @@ class SPARLoss(LossModule):
 
         Reaches the value network alone.
 
+        Returns:
+            The loss, in squared scaled reward units, and no diagnostics.
+
         Source: IQL (https://arxiv.org/abs/2110.06169); its use here is ours.
         """
         state = tensordict.select(*self._state_keys(self.value_network, self.qvalue_network))
@@ -404,6 +410,8 @@ class SPARLoss(LossModule):
 
         Arguments as there; a mean over dimensions. This is the step that improves the policy: a subclass may put
         another in its place, with :attr:`lsi_metrics` as the names of what it reports.
+
+        Source: the regression onto the candidates is the paper's.
         """
         target, diagnostics = self.self_imitation_target(state, residual, latent, mask, noise)
         prediction = residual if latent is None else latent
@@ -443,6 +451,9 @@ class SPARLoss(LossModule):
             The target (residual, or latent where ``latent`` is given), without gradient,
             and ``effective_sample_size``, ``candidate_diversity`` (rms distance of the candidates to the
             first), ``lsi_advantage`` (weighted mean of ``A_k``), ``candidate_value_std``.
+
+        Source: latent candidates weighted by their conservative value are the paper's; where they are drawn, the
+        paired advantages and the scale are ours.
         """
         centre = self._encode(state, residual)[0] if latent is None else latent
         if noise is None:
@@ -477,6 +488,12 @@ class SPARLoss(LossModule):
         ``u = exp(clip(adv / std(adv)))`` divided by its mean, with ``adv = LCB(s, a) - LCB(s, pi(s))``.
         Without the division the term would vanish exactly where the policy is overestimated.
 
+        Args:
+            tensordict: the batch ``[*B]``; its actions are read.
+            state: the observation and the anchor's action, batch ``[*B]``.
+            residual: the policy's scaled residual ``[*B, action_dim]``.
+            mask: valid positions ``[*B]``.
+
         Returns:
             The weight ``[*B]``, mean one, and ``trust_advantage``, ``data_value_std`` (means).
 
@@ -499,7 +516,12 @@ class SPARLoss(LossModule):
 
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """All terms on one batch ``[*B]``; see the class for what to do with them."""
+        """All terms on one batch ``[*B]``; see the class for what to do with them.
+
+        Returns:
+            A TensorDict of scalars (``loss_*`` of shape ``[*B]`` with ``reduction="none"``): the losses and the
+            diagnostics of all terms, named in ``out_keys``.
+        """
         tensordict.select(*self.in_keys)  # a missing key is named here, before any work
         batch = tensordict.clone(False)
         # Every term needs the anchor's action: ask once.

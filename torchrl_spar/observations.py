@@ -12,7 +12,7 @@ from torchrl_spar.errors import InputError
 def flatten_observation(observation: Any) -> np.ndarray:
     """Joins a (nested) dictionary of arrays along the last axis, as float32.
 
-    The order is ours: the entry ``"observation"`` first, then the other keys in
+    The order is the entry ``"observation"`` first, then the other keys in
     alphabetical order, nested dictionaries by the same rule. AntMaze gives
     ``observation`` (27), ``achieved_goal`` (2), ``desired_goal`` (2).
 
@@ -24,6 +24,8 @@ def flatten_observation(observation: Any) -> np.ndarray:
 
     Raises:
         InputError: if a leaf is not numeric, or the leaves differ in their leading axes.
+
+    Source: the order is ours.
 
     Examples:
         >>> flatten_observation({"goal": np.ones(1), "observation": np.zeros(2)})

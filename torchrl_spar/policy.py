@@ -30,7 +30,8 @@ def save_policy(loss: SPARLoss, path: str | os.PathLike[str], **facts: Any) -> N
         **facts: plain values kept beside the weights, e.g. ``env="Hopper-v5"``.
 
     Raises:
-        InputError: if the loss has networks of your own: save its ``state_dict`` instead.
+        InputError: if the loss has networks of your own (save its ``state_dict`` instead), or the file
+            cannot be written.
 
     Source: ours.
 
@@ -86,8 +87,17 @@ def load_policy(
     Raises:
         InputError: if the file is missing, damaged or something else.
 
+    Source: ours.
+
     Examples:
-        See :func:`save_policy`.
+        >>> import pathlib, tempfile
+        >>> from torchrl_spar import load_policy, make_spar_loss, save_policy
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = pathlib.Path(folder) / "policy.pt"
+        ...     save_policy(make_spar_loss(3, Bounded(-1, 1, (2,))), path, env="Toy-v0")
+        ...     policy, facts = load_policy(path)
+        >>> policy(observation=torch.zeros(4, 3)).shape, facts["env"]
+        (torch.Size([4, 2]), 'Toy-v0')
     """
     path = Path(path)
     if not path.is_file():

@@ -16,7 +16,8 @@ class Progress:
     Give one object to :func:`~torchrl_spar.fit_anchor`, :func:`~torchrl_spar.fit_residual` and
     :func:`~torchrl_spar.fit_value` of one training. Its ``state_dict``, saved with the networks' and torch's random
     state, and loaded into a new one with them, lets the same calls go on where it was saved, on a CPU with the same
-    bits. A fit that was finished then is not made again.
+    bits. A fit that was finished then is not made again. A fit of another number of steps than the loaded one's is
+    an :class:`~torchrl_spar.InputError`.
 
     Args:
         on_step: called after every step, when everything is consistent: the place to save.
@@ -68,6 +69,12 @@ class Progress:
     ) -> int:
         """Takes over a fit, gives optimiser and schedule the loaded state, and returns the steps made already.
 
+        Args:
+            name: of its loss, such as ``"loss_bc"``.
+            steps: that it makes in all.
+            optimizer: its optimiser.
+            schedule: of the optimiser's learning rate.
+
         Raises:
             InputError: if the loaded fit has another number of steps.
         """
@@ -81,7 +88,7 @@ class Progress:
         return part["step"]
 
     def record(self, name: str, step: int) -> None:
-        """Notes a step that was made."""
+        """Notes that ``step`` steps of the fit ``name`` are made."""
         self._parts[name]["step"] = step
 
     def state_dict(self) -> dict[str, Any]:

@@ -37,6 +37,7 @@ class GaussianEncoder(nn.Module):
         self.network = network
 
     def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and log standard deviation, both ``[*B, latent_dim]``."""
         return self._split(self.network(*inputs))
 
     @property
@@ -142,7 +143,7 @@ class ResidualHead(TensorDictModule):
         self._shrink()
 
     def reset_parameters_recursive(self, parameters: TensorDictBase | None = None) -> TensorDictBase | None:
-        """See :meth:`reset_parameters`."""
+        """See :meth:`reset_parameters`; an :class:`~torchrl_spar.InputError` with ``parameters``."""
         if parameters is not None:
             raise InputError("ResidualHead resets its own parameters: call it without 'parameters'")
         self.reset_parameters()
@@ -225,7 +226,7 @@ class SPARActor(TensorDictModuleBase):
         return self.decoder is not None
 
     def compose(self, anchor_action: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        """The executed action for a scaled residual, both ``[*B, action_dim]``."""
+        """The executed action for ``a_b`` and a scaled residual, all ``[*B, action_dim]``."""
         return (anchor_action + self.residual_scale * residual).clamp(self.low, self.high)
 
     @dispatch(auto_batch_size=False)
@@ -242,8 +243,14 @@ class SPARActor(TensorDictModuleBase):
 def action_bounds(action_spec: TensorSpec, action_key: NestedKey = "action") -> tuple[torch.Tensor, torch.Tensor]:
     """The finite bounds of an action spec, as floating-point tensors ``[action_dim]``.
 
+    Args:
+        action_spec: ``[..., action_dim]``, or a Composite that holds it.
+        action_key: where it lies in a Composite.
+
     Raises:
-        InputError: if the spec is not a one-dimensional continuous spec with finite bounds.
+        InputError: if the spec is not a continuous spec with finite bounds.
+
+    Source: ours.
 
     Examples:
         >>> from torchrl.data import Bounded

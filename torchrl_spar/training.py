@@ -60,6 +60,9 @@ def fit_anchor(
     Returns:
         The same actor, to be given to :func:`~torchrl_spar.make_spar_loss` as the anchor.
 
+    Raises:
+        InputError: if ``progress`` was loaded from a fit of another number of steps.
+
     Source: pure behaviour cloning is the paper's; optimiser and schedule are ours.
 
     Examples:
@@ -112,6 +115,9 @@ def fit_residual(
 
     Returns:
         The same loss.
+
+    Raises:
+        InputError: if ``progress`` was loaded from a fit of another number of steps.
 
     Source: fitting the residual manifold first is ours (the paper's part (i)).
 
@@ -166,6 +172,9 @@ def fit_value(
     Returns:
         The same loss.
 
+    Raises:
+        InputError: if ``progress`` was loaded from a fit of another number of steps.
+
     Source: ours.
 
     Examples:
@@ -218,6 +227,9 @@ def returns_to_go(data: TensorDictBase, gamma: float, *, reward_key: NestedKey =
         gamma: discount.
         reward_key: the reward's key under ``"next"``.
 
+    Returns:
+        Returns in the rewards' units.
+
     Source: ours.
 
     Examples:
@@ -247,10 +259,19 @@ def returns_to_go(data: TensorDictBase, gamma: float, *, reward_key: NestedKey =
 
 @torch.no_grad()
 def measure_residual_scale(loss: SPARLoss, replay_buffer: ReplayBuffer) -> Tensor:
-    """Root mean square of ``a - a_b`` over the data, for each action dimension ``[action_dim]``.
+    """The data's residual scale ``rho``: root mean square of ``a - a_b`` for each action dimension.
 
     At least one hundredth of half the action's range, so that an exactly cloned dimension
-    does not divide by zero. Source: ours.
+    does not divide by zero.
+
+    Args:
+        loss: with the trained anchor; not changed.
+        replay_buffer: the data; ``rb[:]`` gives all of it.
+
+    Returns:
+        ``rho`` in action units, ``[action_dim]``.
+
+    Source: ours.
 
     Examples:
         >>> import torch

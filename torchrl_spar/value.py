@@ -36,7 +36,9 @@ def lower_bound(values: torch.Tensor, *, bound: Bound = "lcb", kappa: float = 1.
 
 
 def spread(values: torch.Tensor) -> torch.Tensor:
-    """Population standard deviation over the first dimension, ``[E, *B]`` to ``[*B]``.
+    """Population standard deviation of ``values`` over the first dimension, ``[E, *B]`` to ``[*B]``.
+
+    Source: ours.
 
     Examples:
         >>> import torch

@@ -1,0 +1,135 @@
+"""Writes a saved policy, its normalisation included, as files that need neither this package nor TorchRL.
+
+python recipes/export.py policy=outputs/.../policy.pt out=deployed
+
+deployed/policy.pt2     torch.export.load("policy.pt2").module()(observation)
+deployed/policy.onnx    onnxruntime.InferenceSession("policy.onnx").run(["action"], {"observation": observation})[0]
+
+Observations are raw, float32 `[n, observation_dim]` for any n; actions `[n, action_dim]` in the environment's units.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import timeit
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from checkpoints import named_error
+from common import run_recipe
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.table import Table
+from run_output import check_unused
+from torch import Tensor, nn
+
+from torchrl_spar import InputError, SPARActor, load_policy
+from torchrl_spar.networks import ObservationNorm
+
+NEEDED = {"pt2": (), "onnx": ("onnx", "onnxscript", "onnxruntime")}
+COMPARED_ROWS, TIMED_CALLS = 1000, 2000
+
+Act = Callable[[Tensor], Tensor]
+
+
+class Deployed(nn.Module):
+    """A function of one tensor, `observation [n, observation_dim] -> action [n, action_dim]`."""
+
+    def __init__(self, policy: SPARActor) -> None:
+        super().__init__()
+        self.policy = policy
+
+    def forward(self, observation: Tensor) -> Tensor:
+        return self.policy(observation=observation)
+
+
+def check_formats(formats: Sequence[str]) -> None:
+    for name in formats:
+        if name not in NEEDED:
+            raise InputError(f"formats: {name!r} is none of {', '.join(NEEDED)}")
+        missing = [package for package in NEEDED[name] if find_spec(package) is None]
+        if missing:
+            raise InputError(
+                f"formats: {name} needs {', '.join(missing)}: pip install -e '.[export]'; formats=[pt2] works without"
+            )
+    if not formats:
+        raise InputError(f"formats=[]: give at least one of {', '.join(NEEDED)}")
+
+
+@torch.no_grad()
+def write(policy: SPARActor, observation_dim: int, formats: Sequence[str], out: Path) -> None:
+    """All files, or none."""
+    rows = {0: torch.export.Dim("batch")}
+    module = Deployed(policy).requires_grad_(False)
+    program = torch.export.export(module, (torch.zeros(2, observation_dim),), dynamic_shapes=(rows,))
+    partial = out.with_name(f".{out.name}.partial")
+    with named_error(out, "cannot be written"):
+        try:
+            partial.mkdir(parents=True, exist_ok=True)
+            if "pt2" in formats:
+                torch.export.save(program, partial / "policy.pt2")
+            if "onnx" in formats:
+                write_onnx(program, partial / "policy.onnx")
+            partial.replace(out)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_onnx(program: torch.export.ExportedProgram, path: Path) -> None:
+    # It warns of torchvision's absence, and of its own use of torch.
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        names: dict[str, Any] = {"input_names": ["observation"], "output_names": ["action"]}
+        torch.onnx.export(program, (), path, **names, external_data=False, verbose=False)
+
+
+def load(out: Path, formats: Sequence[str], threads: int) -> dict[str, Act]:
+    """What was written, as its users load it."""
+    calls: dict[str, Act] = {}
+    if "pt2" in formats:
+        calls["policy.pt2"] = torch.export.load(out / "policy.pt2").module()
+    if "onnx" in formats:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        session = onnxruntime.InferenceSession(out / "policy.onnx", options)
+        calls["policy.onnx"] = lambda x: torch.from_numpy(session.run(["action"], {"observation": x.numpy()})[0])
+    return calls
+
+
+@torch.no_grad()
+def compare(policy: SPARActor, norm: ObservationNorm, calls: dict[str, Act]) -> Table:
+    """Milliseconds of a call for one observation, and how far the actions are from the policy's."""
+    observation = norm.loc + norm.scale * torch.randn(COMPARED_ROWS, len(norm.loc))
+    expected = policy(observation=observation)
+    table = Table("", "ms", "off by at most", title="One observation a call, median")
+    one = observation[:1]
+    for name, act in {"the policy itself": lambda x: policy(observation=x), **calls}.items():
+        seconds = median(timeit.repeat(partial(act, one), number=1, repeat=TIMED_CALLS))
+        table.add_row(name, f"{1e3 * seconds:.3f}", f"{(act(observation) - expected).abs().max():.1e}")
+    return table
+
+
+def main(cfg: DictConfig) -> None:
+    torch.set_num_threads(cfg.threads)
+    out = Path(cfg.out)
+    check_formats(cfg.formats)
+    check_unused(out)
+    policy, _ = load_policy(cfg.policy)
+    norm = next(module for module in policy.modules() if isinstance(module, ObservationNorm))
+    write(policy, len(norm.loc), cfg.formats, out)
+    Console().print(compare(policy, norm, load(out, cfg.formats, cfg.threads)))
+    print(f"files in {out}")
+
+
+if __name__ == "__main__":
+    run_recipe(main, "export")
