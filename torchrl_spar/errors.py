@@ -21,6 +21,8 @@ class InputError(ValueError):
 class NonFiniteError(InputError):
     """A loss or a parameter has become NaN or infinite: the data or a learning rate is to blame.
 
+    Source: ours.
+
     Examples:
         >>> from torchrl_spar import NonFiniteError
         >>> raise NonFiniteError("step 300: loss_qvalue is NaN or infinite")

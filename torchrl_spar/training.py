@@ -54,14 +54,12 @@ def fit_anchor(
         report: called as ``report(step, {"loss_bc": ...})`` after every step.
         progress: where to go on, see :class:`~torchrl_spar.Progress`.
 
-    Raises:
-        NonFiniteError: within 100 steps of a loss or parameter that is NaN or infinite.
-
     Returns:
         The same actor, to be given to :func:`~torchrl_spar.make_spar_loss` as the anchor.
 
     Raises:
         InputError: if ``progress`` was loaded from a fit of another number of steps.
+        NonFiniteError: within 100 steps of a loss or parameter that is NaN or infinite.
 
     Source: pure behaviour cloning is the paper's; optimiser and schedule are ours.
 
@@ -110,14 +108,12 @@ def fit_residual(
         report: called as ``report(step, metrics)`` after every step.
         progress: where to go on, see :class:`~torchrl_spar.Progress`.
 
-    Raises:
-        NonFiniteError: within 100 steps of a loss or parameter that is NaN or infinite.
-
     Returns:
         The same loss.
 
     Raises:
         InputError: if ``progress`` was loaded from a fit of another number of steps.
+        NonFiniteError: within 100 steps of a loss or parameter that is NaN or infinite.
 
     Source: fitting the residual manifold first is ours (the paper's part (i)).
 
@@ -166,14 +162,12 @@ def fit_value(
         report: called as ``report(step, metrics)`` after every step.
         progress: where to go on, see :class:`~torchrl_spar.Progress`.
 
-    Raises:
-        NonFiniteError: within 100 steps of a loss or parameter that is NaN or infinite.
-
     Returns:
         The same loss.
 
     Raises:
         InputError: if ``progress`` was loaded from a fit of another number of steps.
+        NonFiniteError: within 100 steps of a loss or parameter that is NaN or infinite.
 
     Source: ours.
 
