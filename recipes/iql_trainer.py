@@ -12,20 +12,14 @@ from __future__ import annotations
 from common import run_recipe
 from hydra.utils import instantiate
 from omegaconf import DictConfig
-from torchrl.trainers import Trainer
 
 from torchrl_spar.configs import register_configs
 
 
-def train(cfg: DictConfig) -> Trainer:
+def main(cfg: DictConfig) -> None:
     trainer = instantiate(cfg.trainer)
     trainer.train()
-    return trainer
-
-
-def main(cfg: DictConfig) -> None:
-    trainer = train(cfg)
-    print(f"{type(trainer.loss_module).__name__}: {trainer.collected_frames} frames, {trainer._optim_count} updates")
+    print(f"{type(trainer.loss_module).__name__}: {trainer.collected_frames} frames")
 
 
 if __name__ == "__main__":
