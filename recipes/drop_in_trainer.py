@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import best_device, run_recipe, summarize
+from common import best_device, describe, run_recipe, summarize
 from omegaconf import DictConfig
 from run import Phase, dataset_name, load
 from run_output import check_unused
@@ -61,6 +61,7 @@ class NothingCollected(BaseCollector):
     init_random_frames = 0
 
     def __init__(self, updates: int) -> None:
+        super().__init__()
         self.batch = TensorDict(batch_size=[updates])
 
     def iterator(self) -> Iterator[TensorDictBase]:
@@ -146,9 +147,11 @@ def main(cfg: DictConfig) -> None:
     if not cfg.resume:
         check_unused(out)
     data, env, env_kwargs = load(cfg, best_device(cfg.device))
+    loss = make_loss(cfg, data)  # a wrong option ends here, not after the anchor
     torch.manual_seed(cfg.seed)
     saved = rotation(out).latest()
-    loss = make_loss(cfg, data) if saved else pretrain(cfg, data)
+    if saved is None:
+        loss = pretrain(cfg, data)
     trainer = make_trainer(loss, data, cfg.trainer, out)
     if saved:
         try:
@@ -161,9 +164,8 @@ def main(cfg: DictConfig) -> None:
         trainer.train()
     save_policy(loss, out / "policy.pt", env=env, env_kwargs=env_kwargs, dataset=dataset_name(cfg), seed=cfg.seed)
     for name, policy in (("anchor", loss.anchor), ("spar", loss.actor)):
-        row = summarize(env, evaluate(policy, env, cfg.episodes, RESULT_SEED + 100_000 * cfg.seed, **env_kwargs), env_kwargs)
-        score = "" if row["normalized"] is None else f", normalised score {row['normalized']:.1f}"
-        print(f"{name}: return {row['return_mean']:.1f} +- {row['return_std']:.1f} over {cfg.episodes} episodes{score}")
+        returns = evaluate(policy, env, cfg.episodes, RESULT_SEED + 100_000 * cfg.seed, **env_kwargs)
+        print(f"{name}: {describe(summarize(env, returns, env_kwargs), cfg.episodes)}")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ from tensordict.nn import TensorDictModuleBase
 from torchrl.data import ReplayBuffer
 
 from torchrl_spar import (
-    InputError,
     OfflineReplayBuffer,
     SPARLoss,
     SPARUpdate,

@@ -1,4 +1,4 @@
-"""SPARLoss in TorchRL's Trainer: the parameters of a plain loop, resumption bit by bit, the script as a user runs it."""
+"""SPARLoss in TorchRL's Trainer: a plain loop's parameters, resumption bit by bit, the script as a user runs it."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ import drop_in_trainer
 from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
 
 SCRIPT = Path(drop_in_trainer.__file__)
-SMALL = ["preset=drop_in_smoke", "anchor.steps=5", "fit.steps=5", "value.steps=5", "loss.hidden=[8]", "cache=null"]
-SMALL += ["trainer.updates=12", "trainer.round=3", "trainer.log_interval=2", "trainer.save_interval=2"]
+SMALL = ["anchor.steps=5", "fit.steps=5", "value.steps=5", "loss.hidden=[8]", "cache=null"]
+SMALL += ["trainer.updates=12", "trainer.round=3", "trainer.log_interval=2", "trainer.save_interval=2", "episodes=2"]
 
 
 def options(out, *more):
@@ -123,17 +123,17 @@ def test_a_finished_run_trains_no_further(finished, tmp_path):
 @pytest.mark.parametrize(
     "option, message",
     [
-        (None, "exists and is not empty"),
+        ("resume=false", "exists and is not empty"),
         ("trainer.round=5", "trainer.updates=12: must be a multiple of trainer.round=5"),
         ("trainer.round=0", "trainer.updates=12: must be a multiple of trainer.round=0"),
         ("loss.hidden=[9]", "does not fit these options"),
-        ("loss.kapa=1", "unknown option for SPARLoss"),
+        ("+loss.kapa=1", "unknown option for SPARLoss"),
     ],
 )
 def test_wrong_options_end_in_one_error(finished, option, message):
     _, out = finished
     with pytest.raises(InputError, match=message):
-        drop_in_trainer.main(options(out, *([f"+{option}" if "kapa" in option else option, "resume=true"] if option else [])))
+        drop_in_trainer.main(options(out, "resume=true", option))
 
 
 def test_a_damaged_checkpoint_ends_in_one_error(finished, tmp_path):
@@ -143,5 +143,3 @@ def test_a_damaged_checkpoint_ends_in_one_error(finished, tmp_path):
         path.write_bytes(path.read_bytes()[:1])
     with pytest.raises(InputError, match="or is damaged"):
         drop_in_trainer.main(options(tmp_path / "out", "resume=true"))
-
-

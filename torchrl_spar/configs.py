@@ -128,7 +128,7 @@ class ResidualHeadConfig:
 
 @dataclass
 class ResidualVAEConfig:
-    """``model: residual_vae``: a :class:`~torchrl_spar.ResidualVAE` from two networks such as TorchRL's ``network: mlp``.
+    """``model: residual_vae``: a :class:`~torchrl_spar.ResidualVAE` of networks such as ``network: mlp``.
 
     Attributes:
         encoder_network: from ``in_keys`` and the residual to twice the latent: mean and log standard deviation.

@@ -1,4 +1,4 @@
-"""Our Minari reader behind TorchRL's ``load_dataset``: ``import torchrl_spar.datasets`` registers ``"minari-exact:<id>"``.
+"""Our Minari reader behind TorchRL's ``load_dataset``: importing this module registers ``"minari-exact:<id>"``.
 
 Not part of ``import torchrl_spar``: TorchRL's registry comes with all of its data set classes, a fortieth of that
 import's time.
