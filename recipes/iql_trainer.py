@@ -9,6 +9,7 @@ anchor is not cloned before, so the policy is no better for it. The whole method
 
 from __future__ import annotations
 
+import torch
 from common import run_recipe
 from hydra.utils import instantiate
 from omegaconf import DictConfig
@@ -17,6 +18,7 @@ from torchrl_spar.configs import register_configs
 
 
 def main(cfg: DictConfig) -> None:
+    torch.manual_seed(cfg.trainer.seed)  # of the networks; the trainer seeds what comes after
     trainer = instantiate(cfg.trainer)
     trainer.train()
     print(f"{type(trainer.loss_module).__name__}: {trainer.collected_frames} frames")

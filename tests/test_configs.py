@@ -101,6 +101,8 @@ def test_partial_loss_takes_the_trainers_networks():
         ("loss.candidate_dtype=halves", "candidate_dtype=halves: not a type"),
         ("loss.kappa=-1", "kappa=-1.0: must be at least 0"),
         ("models.actor.low=[2]", "low < high"),
+        ("models.actor.low=-2", r"low=-2, high=\[2.0\]: give lists"),
+        ("models.actor.low=[-2,-2]", r"low=\[-2, -2\], high=\[2.0\]: give lists"),
     ],
 )
 def test_a_wrong_option_is_named(option, message):

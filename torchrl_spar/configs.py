@@ -192,6 +192,8 @@ def _make_loss(*, gamma: float | None, candidate_dtype: str | None, **options: A
 
 
 def _make_actor(*, anchor: Any, head: Any, low: Any, high: Any, residual_vae: Any) -> SPARActor:
+    if isinstance(low, (int, float)) or isinstance(high, (int, float)) or len(low) != len(high):
+        raise InputError(f"low={low}, high={high}: give lists, with a number for each dimension of the action")
     bounds = [torch.tensor(list(bound), dtype=torch.get_default_dtype()) for bound in (low, high)]
     spec = Bounded(*bounds, bounds[0].shape, dtype=bounds[0].dtype)
     decoder = None if residual_vae is None else _built(residual_vae).decoder
