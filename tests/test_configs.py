@@ -33,11 +33,13 @@ LATENT += ["models.actor.residual_vae=${models.residual_vae}"]
 @pytest.fixture(scope="module", autouse=True)
 def groups():
     """TorchRL's groups for this file alone: they change what env=... means to other recipes' tests."""
-    store = ConfigStore.instance()
-    before = deepcopy(store.repo)
+    repo = ConfigStore.instance().repo
+    before = set(repo)
     register_configs()
+    added = set(repo) - before
     yield
-    store.repo = before
+    for group in added:
+        del repo[group]
 
 
 def compose(*overrides):
