@@ -102,3 +102,9 @@ def summarize(env: str, returns: torch.Tensor, env_kwargs: Mapping[str, Any]) ->
         with suppress(InputError):
             score = normalized_score(env, returns).mean().item()
     return {"return_mean": mean, "return_std": returns.std(correction=0).item(), "normalized": score}
+
+
+def describe(row: Mapping[str, float | None], episodes: int) -> str:
+    """What `summarize` returns, as a line's end."""
+    score = "" if row["normalized"] is None else f", normalised score {row['normalized']:.1f}"
+    return f"return {row['return_mean']:.1f} +- {row['return_std']:.1f} over {episodes} episodes{score}"

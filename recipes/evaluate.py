@@ -17,7 +17,7 @@ from typing import Any
 import imageio.v3 as imageio
 import numpy as np
 import torch
-from common import best_device, choose_environment, run_recipe, summarize
+from common import best_device, choose_environment, describe, run_recipe, summarize
 from omegaconf import DictConfig
 
 from torchrl_spar import InputError, SPARActor, environment_sizes, evaluate, load_policy, make_env
@@ -85,9 +85,7 @@ def main(cfg: DictConfig) -> None:
             os.environ.setdefault("MUJOCO_GL", "egl")  # Gymnasium's own choice needs a screen
     environment_sizes(env, **env_kwargs)
     returns = evaluate(policy, env, cfg.episodes, cfg.seed, **env_kwargs)
-    row = summarize(env, returns, env_kwargs)
-    score = "" if row["normalized"] is None else f", normalised score {row['normalized']:.1f}"
-    print(f"{env}: return {row['return_mean']:.1f} +- {row['return_std']:.1f} over {cfg.episodes} episodes{score}")
+    print(f"{env}: {describe(summarize(env, returns, env_kwargs), cfg.episodes)}")
     if cfg.video:
         film(policy, env, cfg.seed, Path(cfg.video), **env_kwargs)
         print(f"filmed into {cfg.video}")

@@ -17,7 +17,6 @@ from torchrl.data import ReplayBuffer
 
 from torchrl_spar import (
     HealthCheck,
-    InputError,
     OfflineReplayBuffer,
     SPARLoss,
     SPARUpdate,
@@ -30,6 +29,7 @@ from torchrl_spar import (
     save_policy,
     with_anchor_actions,
 )  # fmt: skip
+from torchrl_spar.configs import dtype_of
 
 # The method's name without compare.py, which gives one.
 NAMES = {"residual": "spar", "latent": "spar_latent"}
@@ -116,12 +116,3 @@ def pretrain(
 def make_update(cfg: DictConfig, loss: SPARLoss | StackedSPARLoss, *, cudagraph: bool = False) -> SPARUpdate:
     options = {key: cfg.spar[key] for key in ("qvalue_lr", "actor_lr", "target_rate", "policy_interval", "compile")}
     return SPARUpdate(loss, decay_steps=cfg.spar.updates if cfg.spar.decay else None, cudagraph=cudagraph, **options)
-
-
-def dtype_of(name: str | None) -> torch.dtype | None:
-    if name is None:
-        return None
-    dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype):
-        raise InputError(f"candidate_dtype={name}: not a type of torch, such as bfloat16")
-    return dtype

@@ -643,3 +643,10 @@ def test_wrong_specs_and_statistics_are_named():
         make_spar_loss(OBSERVATION, Bounded(-1, 1, (ACTION,)), observation_stats=(torch.zeros(2), torch.ones(2)))
     with pytest.raises(InputError, match="SPARActor"):
         SPARLoss(nn.Linear(1, 1), None, None, None)
+
+
+def test_a_latent_head_needs_the_vaes_own_decoder(make_loss):
+    loss = make_loss(head="latent")
+    networks = [loss.get_stateful_net(name) for name in ("actor_network", "qvalue_network", "value_network")]
+    with pytest.raises(InputError, match=r"decoder of a latent head .* must be residual_vae\.decoder"):
+        SPARLoss(*networks, deepcopy(loss.get_stateful_net("residual_vae")))

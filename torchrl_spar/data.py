@@ -105,6 +105,7 @@ def load_offline_dataset(
     action_spec: TensorSpec | None = None,
     end_at_success: bool = False,
     cache: str | os.PathLike[str] | None = None,
+    **kwargs: Any,
 ) -> OfflineReplayBuffer:
     """Reads and checks a data set, whole, into a replay buffer.
 
@@ -134,6 +135,7 @@ def load_offline_dataset(
             is the same bit for bit, and copy-on-write. A source whose path, size or times changed is read
             again and takes its old entry's place; a damaged entry or a directory that cannot be written gives a
             warning. By default nothing is written.
+        **kwargs: passed to ``TensorDictReplayBuffer``, such as ``sampler`` or ``transform``.
 
     Returns:
         A buffer of N rows, raw units: ``observation [N, d]``, ``action [N, a]``,
@@ -204,6 +206,7 @@ def load_offline_dataset(
         reward_shift=facts["reward_shift"],
         device=device,
         batch_size=batch_size,
+        **kwargs,
     )
 
 

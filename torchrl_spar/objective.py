@@ -220,6 +220,8 @@ class SPARLoss(LossModule):
         super().__init__()
         if not isinstance(actor_network, SPARActor):
             raise InputError(f"actor_network must be a SPARActor, not {type(actor_network).__name__}")
+        if actor_network.is_latent and actor_network.decoder is not residual_vae.decoder:
+            raise InputError("actor_network: the decoder of a latent head (head B) must be residual_vae.decoder itself")
         _check_options(
             (num_qvalue_nets >= 1, "num_qvalue_nets", num_qvalue_nets, "at least 1"),
             (bound in ("lcb", "min"), "bound", bound, "'lcb' or 'min'"),

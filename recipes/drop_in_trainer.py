@@ -1,0 +1,172 @@
+"""SPARLoss in TorchRL's own Trainer: replay buffer, hooks, csv logger, checkpoints and progress bar are TorchRL's.
+
+python recipes/drop_in_trainer.py                              # the embedded Hopper data
+python recipes/drop_in_trainer.py out=mine resume=true         # goes on from the last checkpoint
+
+One optimiser for all losses, and the head in every update: less than spar_d4rl.py does, with nothing but SPARLoss in
+the loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import best_device, describe, run_recipe, summarize
+from omegaconf import DictConfig
+from run import Phase, dataset_name, load
+from run_output import check_unused
+from scores import RESULT_SEED
+from spar_run import sizes_of
+from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import TensorDictModuleBase
+from torch.optim.lr_scheduler import CosineAnnealingLR
+from torchrl.checkpoint import Checkpoint, CheckpointError, CheckpointRotation, GlobalRNGState
+from torchrl.collectors import BaseCollector
+from torchrl.data import ReplayBuffer
+from torchrl.objectives import SoftUpdate
+from torchrl.record.loggers import CSVLogger
+from torchrl.trainers import (
+    DefaultOptimizationStepper,
+    LRSchedulerHook,
+    ReplayBufferTrainer,
+    TargetNetUpdaterHook,
+    Trainer,
+)
+
+from torchrl_spar import (
+    InputError,
+    OfflineReplayBuffer,
+    SPARLoss,
+    evaluate,
+    fit_anchor,
+    fit_residual,
+    fit_value,
+    make_anchor,
+    make_spar_loss,
+    save_policy,
+    with_anchor_actions,
+)
+
+
+class NothingCollected(BaseCollector):
+    """Stands where the Trainer wants a collector: empty batches, so that a frame of the Trainer is an update.
+
+    Args:
+        updates: frames in a batch.
+    """
+
+    init_random_frames = 0
+
+    def __init__(self, updates: int) -> None:
+        super().__init__()
+        self.batch = TensorDict(batch_size=[updates])
+
+    def iterator(self) -> Iterator[TensorDictBase]:
+        while True:
+            yield self.batch
+
+    def set_seed(self, seed: int, static_seed: bool = False) -> int:
+        return seed
+
+    def shutdown(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def update_policy_weights_(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def state_dict(self) -> Any:
+        return {}
+
+    def load_state_dict(self, state_dict: Any) -> None: ...
+
+
+class DetachedStepper(DefaultOptimizationStepper):
+    """TorchRL's, which keeps the graph of every loss that is logged (49 MB a thousand updates of a tiny IQLLoss)."""
+
+    def step(self, trainer: Trainer, sub_batch: TensorDictBase) -> TensorDictBase:
+        return super().step(trainer, sub_batch).detach()
+
+
+def rotation(out: Path) -> CheckpointRotation:
+    return CheckpointRotation(out / "checkpoints", keep_last=2)
+
+
+def make_trainer(loss: SPARLoss, replay_buffer: ReplayBuffer, cfg: DictConfig, out: Path) -> Trainer:
+    """TorchRL's Trainer on a data set; its csv logs and checkpoints lie in `out`."""
+    optimizer = torch.optim.Adam(loss.parameters(), lr=cfg.lr)
+    trainer = Trainer(
+        collector=NothingCollected(cfg.round),
+        total_frames=cfg.updates,
+        frame_skip=1,
+        optim_steps_per_batch=cfg.round,
+        loss_module=loss,
+        optimizer=optimizer,
+        optimization_stepper=DetachedStepper(),
+        logger=CSVLogger("log", str(out)),
+        log_interval=cfg.log_interval,
+        checkpoint=Checkpoint(rng=GlobalRNGState()),
+        checkpoint_rotation=rotation(out),
+        save_trainer_interval=cfg.save_interval,
+    )
+    # Not registered as a module: the data set would be in every checkpoint.
+    trainer.register_op("process_optim_batch", ReplayBufferTrainer(replay_buffer).sample)
+    trainer.register_op("post_optim", TargetNetUpdaterHook(SoftUpdate(loss, tau=cfg.target_rate)))
+    LRSchedulerHook(CosineAnnealingLR(optimizer, cfg.updates), interval="optim").register(trainer)
+    trainer.register_op("post_optim_complete_log", show)
+    return trainer
+
+
+def show(steps: int, losses: TensorDictBase) -> dict[str, Any]:
+    """Puts two means of a round beside the progress bar."""
+    return {"log_pbar": True, **{name: losses[name].item() for name in ("pred_value", "residual_ratio")}}
+
+
+def make_loss(cfg: DictConfig, data: OfflineReplayBuffer, anchor: TensorDictModuleBase | None = None) -> SPARLoss:
+    return make_spar_loss(**sizes_of(data), anchor=anchor, **cfg.loss)
+
+
+def pretrain(cfg: DictConfig, data: OfflineReplayBuffer) -> SPARLoss:
+    """The anchor, the residuals' manifold, the critics' start."""
+
+    def phase(name: str) -> dict[str, Any]:
+        return {**cfg[name], "report": Phase(name, cfg[name].steps, [], cfg[name].steps, 0)}
+
+    anchor = make_anchor(**sizes_of(data), hidden=list(cfg.loss.hidden))
+    loss = make_loss(cfg, data, fit_anchor(anchor, data, **phase("anchor")))
+    rows = with_anchor_actions(loss, data)
+    fit_residual(loss, rows, **phase("fit"))
+    return fit_value(loss, rows, **phase("value"))
+
+
+def main(cfg: DictConfig) -> None:
+    torch.set_num_threads(cfg.threads)
+    updates, out = cfg.trainer.updates, Path(cfg.out)
+    if not 1 <= cfg.trainer.round <= updates or updates % cfg.trainer.round:
+        raise InputError(f"trainer.updates={updates}: must be a multiple of trainer.round={cfg.trainer.round}")
+    if not cfg.resume:
+        check_unused(out)
+    data, env, env_kwargs = load(cfg, best_device(cfg.device))
+    loss = make_loss(cfg, data)  # a wrong option ends here, not after the anchor
+    torch.manual_seed(cfg.seed)
+    saved = rotation(out).latest()
+    if saved is None:
+        loss = pretrain(cfg, data)
+    trainer = make_trainer(loss, data, cfg.trainer, out)
+    if saved:
+        try:
+            trainer.load_from_file(saved)
+        except CheckpointError as err:
+            raise InputError(f"out={out}: its checkpoint does not fit these options, or is damaged: {err}") from None
+    else:
+        trainer.save_trainer(force_save=True)
+    if trainer.collected_frames < updates:
+        trainer.train()
+    save_policy(loss, out / "policy.pt", env=env, env_kwargs=env_kwargs, dataset=dataset_name(cfg), seed=cfg.seed)
+    for name, policy in (("anchor", loss.anchor), ("spar", loss.actor)):
+        returns = evaluate(policy, env, cfg.episodes, RESULT_SEED + 100_000 * cfg.seed, **env_kwargs)
+        print(f"{name}: {describe(summarize(env, returns, env_kwargs), cfg.episodes)}")
+
+
+if __name__ == "__main__":
+    run_recipe(main, "drop_in_trainer")
