@@ -28,6 +28,7 @@ from torchrl.objectives.common import LossModule
 from torchrl.objectives.utils import ValueEstimators, dispatch_value_estimator, distance_loss
 from torchrl.objectives.value import ValueEstimatorBase
 
+from torchrl_spar.anchor import FrozenAnchor
 from torchrl_spar.errors import InputError
 from torchrl_spar.functional import call, call_ensemble
 from torchrl_spar.residual import ResidualVAE, SPARActor
@@ -334,6 +335,9 @@ class SPARLoss(LossModule):
             outcome = tensordict.select(*(_under_next(key) for key in (keys.reward, keys.done, keys.terminated)))
             outcome.set(_under_next(keys.reward), self.reward_scale * outcome[_under_next(keys.reward)])
             outcome.set(_under_next(keys.value), next_value.unsqueeze(-1))
+            # Written by TorchRL's MultiStep and by chunk_actions: gamma to the power of it.
+            steps = self.value_estimator.tensor_keys.steps_to_next_obs
+            outcome.update(tensordict.select(steps, strict=False))
             target = self.value_estimator.value_estimate(outcome).squeeze(-1)
         loss, metadata = self.qvalue_regression(tensordict, target)
         return loss, metadata | {"next_state_value": _masked_mean(next_value, self._valid(tensordict, target))}
@@ -500,7 +504,7 @@ class SPARLoss(LossModule):
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """All terms on one batch ``[*B]``; see the class for what to do with them."""
-        tensordict.select(*self.in_keys)  # a missing key is named here, before any work
+        tensordict.select(*self._needed_keys(tensordict))  # a missing key is named here, before any work
         batch = tensordict.clone(False)
         # Every term needs the anchor's action: ask once.
         batch.set(self.tensor_keys.anchor_action, self._anchored(batch).get(self.tensor_keys.anchor_action))
@@ -540,7 +544,7 @@ class SPARLoss(LossModule):
         return _stateful(self.actor_network, self.target_params("actor_network"))
 
     @property
-    def anchor(self) -> TensorDictModuleBase:
+    def anchor(self) -> FrozenAnchor:
         """The frozen behaviour policy, ``observation -> action``."""
         return _stateful(self.actor_network, self.actor_network_params).anchor
 
@@ -566,8 +570,8 @@ class SPARLoss(LossModule):
         return self._modules[f"target_{name}_params"]
 
     def _anchored(self, tensordict: TensorDictBase, *readers: TensorDictModuleBase) -> TensorDictBase:
-        """The state entries that the readers (by default all networks) need, with the anchor's action."""
-        readers = readers or (self.actor_network, self.qvalue_network, self.residual_vae)
+        """The state entries that the readers (by default all but the anchor) need, with the anchor's action."""
+        readers = readers or (*self._rectifiers, self.qvalue_network, self.residual_vae)
         state = tensordict.select(*self._state_keys(*readers))
         action = tensordict.get(self.tensor_keys.anchor_action, None)
         if action is None:
@@ -629,7 +633,7 @@ class SPARLoss(LossModule):
         """The bootstrapped value of the next state, ``[*B]``."""
         if self.value_mix == 1:
             return self._value(following)
-        state = self._anchored(following, self.actor_network, self.qvalue_network)
+        state = self._anchored(following, *self._rectifiers, self.qvalue_network)
         action = self._compose(state.get(self.tensor_keys.anchor_action), self._rectify(state, target=True)[1])
         low, high = self.actor_network_params.get("low"), self.actor_network_params.get("high")
         noise = torch.randn_like(action) if noise is None else noise
@@ -705,6 +709,24 @@ class SPARLoss(LossModule):
             later += [keys.reward, keys.done, keys.terminated]
             self._in_keys = list(dict.fromkeys([keys.action, *now, *(_under_next(key) for key in later)]))
         return self._in_keys
+
+    @property
+    def _rectifiers(self) -> list[TensorDictModuleBase]:
+        """What makes the residual of a state and the anchor's action."""
+        actor = self.actor_network
+        return [actor.head] if actor.decoder is None else [actor.head, actor.decoder]
+
+    def _needed_keys(self, tensordict: TensorDictBase) -> list[NestedKey]:
+        """The in_keys, less what the anchor alone reads where its action is given."""
+        keys = self.tensor_keys
+        others = self._state_keys(*self._rectifiers, self.residual_vae, self.qvalue_network, self.value_network)
+        anchors = {*self.actor_network.anchor.in_keys}.difference(others, [keys.action])
+        spared: set[NestedKey] = set()
+        if tensordict.get(keys.anchor_action, None) is not None:
+            spared.update(anchors)
+        if tensordict.get(_under_next(keys.anchor_action), None) is not None:
+            spared.update(_under_next(key) for key in anchors)
+        return [key for key in self.in_keys if key not in spared]
 
     @in_keys.setter
     def in_keys(self, values: list[NestedKey]) -> None:
