@@ -15,8 +15,8 @@ def chunk_actions(replay_buffer: ReplayBuffer, length: int, *, gamma: float = 0.
     A chunk is an action of size ``length * action_dim``, so nothing else changes: build the loss with
     bounds of that size and the ``gamma`` of a single step; critics bootstrap ``gamma ** length`` from the state after
     the chunk. The anchor writes chunks: one of :func:`~torchrl_spar.make_anchor`, or TorchRL's ``ACTModel``
-    followed by ``nn.Flatten(-2)``. To play a chunk in a TorchRL environment, append ``MultiAction`` and
-    ``FlattenAction``.
+    followed by ``nn.Flatten(-2)``. TorchRL's ``MultiAction`` has an environment play ``[length, action_dim]``
+    a call: put ``nn.Unflatten(-1, (length, action_dim))`` after the policy.
 
     Args:
         replay_buffer: TED rows ``[N]`` in order, with one ``"action"`` ``[N, action_dim]`` each; ``rb[:]`` gives all of
