@@ -9,7 +9,8 @@ from torchrl.data import Binary, Bounded, Categorical, Composite, MultiCategoric
 from torchrl_spar import InputError, make_anchor, make_spar_loss
 
 DISCRETE = [
-    Categorical(4), OneHot(4), MultiCategorical([3, 2]), MultiOneHot([3, 2]), Binary(4), Bounded(0, 3, (2,), dtype=torch.int64)
+    Categorical(4), OneHot(4), MultiCategorical([3, 2]), MultiOneHot([3, 2]), Binary(4),
+    Bounded(0, 3, (2,), dtype=torch.int64),
 ]  # fmt: skip
 
 

@@ -173,9 +173,8 @@ def test_from_a_checkpoint_of_a_torchrl_loss():
 @pytest.fixture
 def sb3():
     pytest.importorskip("stable_baselines3")
-    from gymnasium.spaces import Box
-
     import numpy as np
+    from gymnasium.spaces import Box
     from stable_baselines3 import common, sac, td3
 
     spaces = Box(-np.inf, np.inf, (OBSERVATION,)), Box(LOW.numpy(), HIGH.numpy())
@@ -345,7 +344,9 @@ def test_lstm_anchor_through_all_phases():
     actor = recurrent(default_recurrent_mode=True)
     batch, observation = sequences()
     loss = make_spar_loss(OBSERVATION, Bounded(-9, 9, (ACTION,)), anchor=actor, hidden=[8], joint_fit=False)
-    with pytest.raises(InputError, match=r"lacks \['recurrent_state_h', 'recurrent_state_c', 'is_init'\].*anchor_action"):
+    with pytest.raises(
+        InputError, match=r"lacks \['recurrent_state_h', 'recurrent_state_c', 'is_init'\].*anchor_action"
+    ):
         fit_residual(loss, buffer(batch), steps=1)
     actions = along(actor, observation)[0]
     batch["anchor_action"], batch["next", "anchor_action"] = actions[:, :-1], actions[:, 1:]

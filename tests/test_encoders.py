@@ -50,7 +50,7 @@ def gradients(term, params):
 
 
 def test_one_encoder_before_everything():
-    """The anchor brings its own copy of an encoder, which stays; the shared one learns from the terms it is given to."""
+    """The anchor brings a copy of the encoder, which stays; the shared one learns from the terms it is given to."""
     torch.manual_seed(0)
     encoder = encode()
     cloned = TensorDictSequential(encoder, TensorDictModule(nn.Linear(FEATURES, ACTION), ["observation"], ["action"]))
@@ -102,7 +102,8 @@ def test_an_encoder_in_each_network():
 
     base, residual, latent = ("anchor_action", ACTION), ("residual", ACTION), ("latent", 4)
     vae = ResidualVAE(
-        network([base, residual], 8, ["latent_loc", "latent_log_std"], split=True), network([base, latent], ACTION, ["residual"])
+        network([base, residual], 8, ["latent_loc", "latent_log_std"], split=True),
+        network([base, latent], ACTION, ["residual"]),
     )  # fmt: skip
     head = ResidualHead(PixelHead(), [*IN_KEYS, "anchor_action"], ["residual"])
     actor = SPARActor(network([], ACTION, ["action"]), head, action_spec=SPEC)

@@ -28,7 +28,6 @@ from torchrl.objectives.common import LossModule
 from torchrl.objectives.utils import ValueEstimators, dispatch_value_estimator, distance_loss
 from torchrl.objectives.value import ValueEstimatorBase
 
-from torchrl_spar.anchor import FrozenAnchor
 from torchrl_spar.errors import InputError
 from torchrl_spar.functional import call, call_ensemble
 from torchrl_spar.residual import ResidualVAE, SPARActor
@@ -287,7 +286,7 @@ class SPARLoss(LossModule):
 
         Source: fitting the manifold by residual regression is the paper's, the VAE is ours.
         """
-        state = self._anchored(tensordict)
+        state = self._anchored(tensordict, self.residual_vae)
         residual = self._data_residual(tensordict, state)
         loc, log_std = self._encode(state, residual)
         noise = tensordict.get(self.tensor_keys.latent_noise, None)
@@ -522,7 +521,7 @@ class SPARLoss(LossModule):
     @torch.no_grad()
     def noise_shapes(self, tensordict: TensorDictBase) -> dict[NestedKey, tuple[int, ...]]:
         """The noise that the terms draw for a batch like this one: keys, and shapes after the batch's own."""
-        keys, state = self.tensor_keys, self._anchored(tensordict)
+        keys, state = self.tensor_keys, self._anchored(tensordict, self.residual_vae)
         residual = self._data_residual(tensordict, state)
         action, latent = residual.shape[-1], self._encode(state, residual)[0].shape[-1]
         shapes: dict[NestedKey, tuple[int, ...]] = {keys.action_noise: (action,)}
@@ -544,7 +543,7 @@ class SPARLoss(LossModule):
         return _stateful(self.actor_network, self.target_params("actor_network"))
 
     @property
-    def anchor(self) -> FrozenAnchor:
+    def anchor(self) -> TensorDictModuleBase:
         """The frozen behaviour policy, ``observation -> action``."""
         return _stateful(self.actor_network, self.actor_network_params).anchor
 
@@ -710,6 +709,10 @@ class SPARLoss(LossModule):
             self._in_keys = list(dict.fromkeys([keys.action, *now, *(_under_next(key) for key in later)]))
         return self._in_keys
 
+    @in_keys.setter
+    def in_keys(self, values: list[NestedKey]) -> None:
+        self._in_keys = values
+
     @property
     def _rectifiers(self) -> list[TensorDictModuleBase]:
         """What makes the residual of a state and the anchor's action."""
@@ -727,10 +730,6 @@ class SPARLoss(LossModule):
         if tensordict.get(_under_next(keys.anchor_action), None) is not None:
             spared.update(_under_next(key) for key in anchors)
         return [key for key in self.in_keys if key not in spared]
-
-    @in_keys.setter
-    def in_keys(self, values: list[NestedKey]) -> None:
-        self._in_keys = values
 
     def _forward_value_estimator_keys(self, **kwargs: Any) -> None:
         super()._forward_value_estimator_keys(**kwargs)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 import torch
-from tensordict import TensorDictBase
+from tensordict import NestedKey, TensorDictBase
+from tensordict.nn import TensorDictModuleBase
 from torchrl.data import ImmutableDatasetWriter, ReplayBuffer, TensorDictReplayBuffer, TensorStorage
 
-from torchrl_spar.anchor import FrozenAnchor
 from torchrl_spar.errors import InputError
 from torchrl_spar.objective import SPARLoss
 
@@ -51,23 +51,23 @@ def with_anchor_actions(loss: SPARLoss, replay_buffer: ReplayBuffer) -> TensorDi
         torch.Size([4, 2])
     """
     rows = replay_buffer[:].select(*loss.in_keys, *BESIDE, strict=False)
-    anchor = loss.anchor
+    anchor, key = loss.anchor, loss.tensor_keys.action
     for state in (rows, rows["next"]):
-        _check_anchor(anchor, state)
+        _check_anchor(anchor, state, key)
         chunks = state.select(*anchor.in_keys).split(ROWS_PER_CALL)
-        actions = torch.cat([anchor(chunk)[loss.tensor_keys.action] for chunk in chunks])
+        actions = torch.cat([anchor(chunk)[key] for chunk in chunks])
         state.set(loss.tensor_keys.anchor_action, actions)
     storage = TensorStorage(rows, device=rows.device)
     return TensorDictReplayBuffer(storage=storage, writer=ImmutableDatasetWriter(), batch_size=replay_buffer.batch_size)
 
 
-def _check_anchor(anchor: FrozenAnchor, state: TensorDictBase) -> None:
+def _check_anchor(anchor: TensorDictModuleBase, state: TensorDictBase, action_key: NestedKey) -> None:
     if missing := [key for key in anchor.in_keys if key not in state.keys(True)]:
         raise InputError(
             f"the data lacks {missing}, which the anchor reads: put its actions into the data as 'anchor_action' and "
             "('next', 'anchor_action'); a recurrent one is to be run along each episode, see FrozenAnchor"
         )
-    first, again = (anchor(state[:1].select(*anchor.in_keys))[anchor.action_key] for _ in range(2))
+    first, again = (anchor(state[:1].select(*anchor.in_keys))[action_key] for _ in range(2))
     if not torch.equal(first, again):
         raise InputError(
             "the anchor's action is random: asked again, it gives another one to the same state, even under "
