@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 
 import pytest
 import torch
@@ -10,13 +11,12 @@ from conftest import ACTION, OBSERVATION, compose_recipe, make_batch
 from torchrl.data import Bounded
 from torchrl.objectives import SoftUpdate
 
-from torchrl_spar import load_offline_dataset, make_spar_loss
+from torchrl_spar import InputError, load_offline_dataset, make_spar_loss
 
 pytest.importorskip("hydra")
 import mix_objectives
 import mixes
 from rivals.networks import Networks
-from test_recipes import run
 
 HEAD, CRITICS, VALUE = "actor_network_params", "qvalue_network_params", "value_network_params"
 # Whose parameters each term must reach, and no others. SPAR's own are by network, those beside it by loss.
@@ -126,18 +126,18 @@ SMALL = ["anchor.steps=3", "fit.steps=3", "value.steps=3", "spar.updates=4", "sp
 SMALL += ["eval.episodes=1", "eval.final_episodes=1", "cql.num_random=1"]
 
 
-def test_the_recipe_runs_every_mix(tmp_path):
-    done = run("mix_objectives", *SMALL, "seeds=[3]", "out=result", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "Warning" not in done.stderr
+def test_the_recipe_runs_every_mix(tmp_path, capsys):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        mix_objectives.main(compose_recipe("mix_objectives", *SMALL, "seeds=[3]", f"out={tmp_path / 'result'}"))
     runs = json.loads((tmp_path / "result" / "results.json").read_text())["runs"]
     assert [row["mix"] for row in runs] == list(REACHED)
     assert len({row["anchor"] for row in runs}) == 1  # all start from the same one
     assert all([point["step"] for point in row["curve"]] == [2, 4] for row in runs)
-    assert all(name in done.stdout for name in REACHED)
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in REACHED)
 
 
 def test_a_wrong_mix_is_named(tmp_path):
-    done = run("mix_objectives", "mix=sac", cwd=tmp_path)
-    assert done.returncode == 2
-    assert done.stderr.splitlines() == ["error: mix=sac: 'sac' is none of none, iql, cql, encoder, aux"]
+    with pytest.raises(InputError, match="mix=sac: 'sac' is none of none, iql, cql, encoder, aux"):
+        mix_objectives.main(compose_recipe("mix_objectives", "mix=sac", f"out={tmp_path / 'result'}"))
