@@ -29,6 +29,7 @@ from torchrl_spar import (
     BatchSampler,
     InputError,
     SPARUpdate,
+    evaluate,
     fit_residual,
     fit_value,
     make_anchor,
@@ -321,6 +322,8 @@ def test_lstm_policy_keeps_its_state_when_it_is_played():
     actor = recurrent()
     loss = make_spar_loss(OBSERVATION, Bounded(-9, 9, (ACTION,)), anchor=actor, hidden=[8])
     policy = with_zero_residual(loss).actor
+    with pytest.raises(InputError, match=r"reads \['recurrent_state_h', .*InitTracker"):
+        evaluate(policy, "Pendulum-v1")
     assert policy.out_keys == ["action", ("next", "recurrent_state_h"), ("next", "recurrent_state_c")]
     observation = torch.randn(4, 5, OBSERVATION)
     state = TensorDict({"is_init": torch.ones(4, 1, dtype=torch.bool)}, [4])
@@ -330,6 +333,18 @@ def test_lstm_policy_keeps_its_state_when_it_is_played():
         torch.testing.assert_close(state["action"], expected)
         state["next", "observation"] = observation[:, step]
         state = step_mdp(state).set("is_init", torch.zeros(4, 1, dtype=torch.bool))
+
+
+def test_lstm_policy_in_a_torchrl_environment():
+    pytest.importorskip("gymnasium")
+    from torchrl.envs import GymEnv, InitTracker, TransformedEnv
+
+    lstm = LSTMModule(3, 4, in_key="observation", out_key="features")
+    actor = TensorDictSequential(lstm, TensorDictModule(nn.Linear(4, 1), ["features"], ["action"]))
+    policy = with_zero_residual(make_spar_loss(3, Bounded(-9, 9, (1,)), anchor=actor, hidden=[8])).actor
+    env = TransformedEnv(GymEnv("Pendulum-v1"), InitTracker()).append_transform(lstm.make_tensordict_primer())
+    rollout = env.rollout(5, policy)
+    torch.testing.assert_close(rollout["action"], along(actor, rollout["observation"].unsqueeze(0))[0][0])
 
 
 def buffer(batch):
