@@ -1,7 +1,7 @@
 """SPAR mixed with other objectives of TorchRL, on one batch and by one optimiser, on the embedded data.
 
 none: SPAR alone. iql: IQLLoss trains SPAR's critics and state value with it. cql: CQLLoss trains SPAR's critics with
-it. encoder: head, critics and state value share an encoder. aux: the same, and BCLoss trains the encoder, too.
+it. encoder: head and critics share an encoder, which the critics train. aux: the same, and BCLoss trains it, too.
 
 python recipes/mix_objectives.py                          # all of them, one seed
 python recipes/mix_objectives.py mix=[none,iql] seeds=[0,1,2]

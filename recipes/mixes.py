@@ -36,7 +36,14 @@ class Mix:
             batch = self.encoder(batch)
             with torch.no_grad():
                 batch["next"] = self.encoder(batch["next"].clone(False))
-        terms = losses_of("spar", self.spar, batch)
+            # As in SAC+AE and DrQ: the critics train the encoder, the head reads what they made of it. Nothing
+            # bootstraps from the state value.
+            terms = {
+                "spar.loss_qvalue": self.spar.qvalue_loss(batch)[0],
+                "spar.loss_residual": self.spar.residual_loss(batch.detach())[0],
+            }
+        else:
+            terms = losses_of("spar", self.spar, batch)
         # SPAR scales its rewards itself; shared critics need them in one unit.
         batch["next"] = batch["next"].clone(False)
         batch["next", "reward"] = batch["next", "reward"] * self.spar.reward_scale
@@ -99,7 +106,7 @@ def add_cql(mix: Mix, networks: Networks, *, min_q_weight: float, num_random: in
 
 
 def add_encoder(mix: Mix, networks: Networks, *, features: int) -> None:
-    """Head, critics and state value read one encoder's features; anchor and VAE, fitted before, the observation."""
+    """Head and critics read one encoder's features; anchor and VAE, fitted before, the observation."""
     spar, size = mix.spar, networks.action_dim
 
     def body(inputs: int, outputs: int, *, layer_norm: bool = False) -> MLP:

@@ -21,7 +21,7 @@ from rivals.networks import Networks
 HEAD, CRITICS, VALUE = "actor_network_params", "qvalue_network_params", "value_network_params"
 # Whose parameters each term must reach, and no others. SPAR's own are by network, those beside it by loss.
 OWN = {"spar.loss_residual": {HEAD}, "spar.loss_qvalue": {CRITICS}, "spar.loss_value": {VALUE}}
-SHARED = {name: {*owners, "encoder"} for name, owners in OWN.items()}
+SHARED = {"spar.loss_residual": {HEAD}, "spar.loss_qvalue": {CRITICS, "encoder"}}
 REACHED = {
     "none": OWN,
     "iql": {**OWN, "iql.loss_qvalue": {CRITICS}, "iql.loss_value": {VALUE}, "iql.loss_actor": {"iql"}},
