@@ -20,13 +20,14 @@ from typing import Any
 
 import mixes
 import torch
-from common import RECIPES, run_recipe, summarize
+from common import RECIPES, run_recipe
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 from rivals.networks import Networks
 from run import EMBEDDED
 from run_output import check_unused, write_json
+from tensordict.nn import TensorDictModuleBase
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from torchrl.data import ReplayBuffer, TensorDictReplayBuffer, TensorStorage
 from torchrl.objectives import SoftUpdate
@@ -42,20 +43,24 @@ from torchrl_spar import (
     fit_value,
     load_offline_dataset,
     make_spar_loss,
+    normalized_score,
     with_anchor_actions,
 )
 
 ENV = "Hopper-v5"
+# Batches that are drawn at once.
+BLOCK = 100
 
 
 def adders(cfg: DictConfig) -> dict[str, Callable[[mixes.Mix, Networks], None] | None]:
     """What each mix adds to SPAR."""
+    options = {name: value for name, value in cfg.spar.loss.items() if name != "hidden"}
     return {
         "none": None,
         "iql": partial(mixes.add_iql, **cfg.iql),
         "cql": partial(mixes.add_cql, **cfg.cql),
-        "encoder": partial(mixes.add_encoder, features=cfg.features),
-        "aux": partial(mixes.add_aux, features=cfg.features),
+        "encoder": partial(mixes.add_encoder, features=cfg.features, **options),
+        "aux": partial(mixes.add_aux, features=cfg.features, **options),
     }
 
 
@@ -107,11 +112,11 @@ def train(cfg: DictConfig, name: str, start: SPARLoss, networks: Networks, rows:
     optimizer = torch.optim.Adam(groups, fused=True)
     schedule = CosineAnnealingLR(optimizer, cfg.spar.updates)
     updater = SoftUpdate(mix.spar, tau=cfg.spar.target_rate)
-    sampler = BatchSampler(mix.spar, rows, length=100, seed=torch.initial_seed())
+    sampler = BatchSampler(mix.spar, rows, length=BLOCK, seed=torch.initial_seed())
     scores = {"anchor": score(mix.spar.anchor, cfg.eval.final_episodes)}
     curve = []
     for step in range(1, cfg.spar.updates + 1):
-        if step % 100 == 1:
+        if step % BLOCK == 1:
             block = iter(next(sampler).unbind(0))
         optimizer.zero_grad(set_to_none=True)
         torch.stack(list(mix(next(block)).values())).sum().backward()
@@ -133,10 +138,8 @@ def start_critics(cfg: DictConfig, mix: mixes.Mix, rows: ReplayBuffer) -> None:
     fit_value(mix.spar, TensorDictReplayBuffer(storage=TensorStorage(data), batch_size=rows.batch_size), **cfg.value)
 
 
-def score(policy: Any, episodes: int) -> float:
-    normalized = summarize(ENV, evaluate(policy, ENV, episodes, seed=20_000), {})["normalized"]
-    assert normalized is not None
-    return round(normalized, 2)
+def score(policy: TensorDictModuleBase, episodes: int) -> float:
+    return round(normalized_score(ENV, evaluate(policy, ENV, episodes, seed=20_000)).mean().item(), 2)
 
 
 def show(runs: list[dict[str, Any]], out: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from copy import deepcopy
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from rivals.networks import Networks
@@ -15,7 +16,7 @@ from torchrl.modules import MLP, TanhModule, ValueOperator
 from torchrl.objectives import BCLoss, CQLLoss, IQLLoss
 from torchrl.objectives.common import LossModule
 
-from torchrl_spar import ResidualHead, ResidualVAE, SPARActor, SPARLoss
+from torchrl_spar import InputError, ResidualHead, ResidualVAE, SPARActor, SPARLoss
 
 # CQL's loss for its actor while it warms up by cloning; it would pull against the other one.
 LEFT_OUT = ("loss_actor_bc",)
@@ -97,6 +98,8 @@ def add_iql(mix: Mix, networks: Networks, *, temperature: float) -> None:
 def add_cql(mix: Mix, networks: Networks, *, min_q_weight: float, num_random: int) -> None:
     """CQL's critics are SPAR's: its penalty, and its targets from an actor of its own, beside SPAR's."""
     spar = mix.spar
+    if spar.num_qvalue_nets != 2:
+        raise InputError(f"mix=cql: TorchRL's CQLLoss has 2 critics, spar.loss.num_qvalue_nets={spar.num_qvalue_nets}")
     loss = CQLLoss(
         networks.squashed_actor(), critics_like(spar), loss_function="l2", action_spec=networks.action_spec,
         min_q_weight=min_q_weight, num_random=num_random, deactivate_vmap=True,
@@ -105,8 +108,11 @@ def add_cql(mix: Mix, networks: Networks, *, min_q_weight: float, num_random: in
     mix.beside["cql"] = share(loss, spar, "qvalue_network")
 
 
-def add_encoder(mix: Mix, networks: Networks, *, features: int) -> None:
-    """Head and critics read one encoder's features; anchor and VAE, fitted before, the observation."""
+def add_encoder(mix: Mix, networks: Networks, *, features: int, **options: Any) -> None:
+    """Head and critics read one encoder's features; anchor and VAE, fitted before, the observation.
+
+    `options` are SPARLoss's.
+    """
     spar, size = mix.spar, networks.action_dim
 
     def body(inputs: int, outputs: int, *, layer_norm: bool = False) -> MLP:
@@ -124,16 +130,16 @@ def add_encoder(mix: Mix, networks: Networks, *, features: int) -> None:
     loss = SPARLoss(
         SPARActor(spar.anchor, head, action_spec=networks.action_spec, residual_scale=spar.residual_scale), critics,
         ValueOperator(body(features, 1, layer_norm=True), in_keys=["features"]), vae,
-        num_qvalue_nets=spar.num_qvalue_nets, joint_fit=False,
+        **options,
     )  # fmt: skip
     loss.residual_vae_params.data.copy_(spar.residual_vae_params.data)
     loss.make_value_estimator(gamma=float(spar.value_estimator.gamma))
     mix.spar = loss
 
 
-def add_aux(mix: Mix, networks: Networks, *, features: int) -> None:
+def add_aux(mix: Mix, networks: Networks, *, features: int, **options: Any) -> None:
     """BCLoss on the shared encoder: its features must tell the data's action, too."""
-    add_encoder(mix, networks, features=features)
+    add_encoder(mix, networks, features=features, **options)
     decoder = TensorDictSequential(
         TensorDictModule(nn.Linear(features, networks.action_dim), ["features"], ["action"]),
         TanhModule(in_keys=["action"], low=networks.low, high=networks.high),

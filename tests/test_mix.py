@@ -138,6 +138,9 @@ def test_the_recipe_runs_every_mix(tmp_path, capsys):
     assert all(name in printed for name in REACHED)
 
 
-def test_a_wrong_mix_is_named(tmp_path):
+def test_a_wrong_mix_is_named(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="mix=sac: 'sac' is none of none, iql, cql, encoder, aux"):
         mix_objectives.main(compose_recipe("mix_objectives", "mix=sac", f"out={tmp_path / 'result'}"))
+    monkeypatch.setattr(mix_objectives, "prepare", lambda cfg, *_: (make_spar_loss(3, Bounded(-1, 1, (1,))), None))
+    with pytest.raises(InputError, match=r"CQLLoss has 2 critics, spar\.loss\.num_qvalue_nets=4"):
+        mix_objectives.main(compose_recipe("mix_objectives", "mix=cql", f"out={tmp_path / 'result'}"))
