@@ -2,6 +2,7 @@
 
 from torchrl_spar.anchor import FrozenAnchor
 from torchrl_spar.build import make_anchor, make_spar_loss
+from torchrl_spar.chunks import chunk_actions
 from torchrl_spar.data import OfflineReplayBuffer, load_offline_dataset
 from torchrl_spar.diagnostics import gradient_cosine, normal_share, support_distance, tangent_normal_split
 from torchrl_spar.errors import InputError, NonFiniteError
@@ -41,6 +42,7 @@ __all__ = [
     "SPARUpdate",
     "StackedSPARLoss",
     "check_finite",
+    "chunk_actions",
     "environment_sizes",
     "evaluate",
     "fit_anchor",

@@ -18,8 +18,17 @@ class FrozenAnchor(TensorDictModuleBase):
 
     The actor is copied, then its parameters become buffers: they carry no gradient, no
     optimiser or target updater finds them, and they are saved in the state dict under the
-    actor's own names. Resets leave them alone and the module stays in eval mode. A
-    probabilistic actor answers with its mode.
+    actor's own names. Resets leave them alone and the module stays in eval mode.
+
+    The actor is asked under ``ExplorationType.DETERMINISTIC``: a probabilistic one answers with its mode, TorchRL's
+    ``DiffusionActor`` denoises from a zero latent without noise (repeatable, but no sample of its prior). One that
+    draws noise all the same is no anchor: the residual of an action would be another in every update.
+    :func:`~torchrl_spar.with_anchor_actions` refuses it; let it denoise from a fixed latent.
+
+    A recurrent actor (TorchRL's ``LSTMModule``) hands its state on under ``"next"``, so it is played like any
+    other. Trained on, a batch must hold what it reads of its state at the root and under ``"next"``, as TorchRL's
+    collectors record it, or the actions themselves: run it along each episode ``[1, T + 1]`` and store
+    ``"anchor_action"`` and ``("next", "anchor_action")``.
 
     Args:
         actor: reads its ``in_keys``, writes ``action_key``; the caller's actor is not touched.
@@ -49,18 +58,22 @@ class FrozenAnchor(TensorDictModuleBase):
         if action_key not in actor.out_keys:
             raise InputError(f"the anchor must write {action_key!r}; its out_keys are {actor.out_keys}")
         self.in_keys = list(actor.in_keys)
-        self.out_keys = [action_key]
+        # What comes back at the next step.
+        self.state_keys = [("next", *_path(key)) for key in actor.in_keys if ("next", *_path(key)) in actor.out_keys]
+        self.out_keys = [action_key, *self.state_keys]
         self.action_key = action_key
         self.actor = _freeze(deepcopy(actor))
         self.train(False)
 
     @dispatch(auto_batch_size=False)
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Writes the anchor's action ``[*B, action_dim]``, without gradient."""
+        """Writes the anchor's action ``[*B, action_dim]`` (and a recurrent anchor's next state), without gradient."""
         scratch = tensordict.select(*self.in_keys)
         with torch.no_grad(), set_exploration_type(ExplorationType.DETERMINISTIC):
-            action = self.actor(scratch).get(self.action_key)
-        return tensordict.set(self.action_key, action)
+            scratch = self.actor(scratch)
+        for key in self.out_keys:
+            tensordict.set(key, scratch.get(key))
+        return tensordict
 
     def train(self, mode: bool = True) -> FrozenAnchor:
         """Stays in eval mode whatever is asked."""
@@ -69,6 +82,10 @@ class FrozenAnchor(TensorDictModuleBase):
     def reset_parameters_recursive(self, parameters: TensorDictBase | None = None) -> TensorDictBase | None:
         """Leaves the anchor as it is."""
         return parameters
+
+
+def _path(key: NestedKey) -> tuple[str, ...]:
+    return key if isinstance(key, tuple) else (key,)
 
 
 def _keep_parameters() -> None:

@@ -112,7 +112,8 @@ def evaluate(
         Returns in the environment's reward units, float64 ``[episodes]``.
 
     Raises:
-        InputError: if ``episodes`` is below 1, the environment is missing or the policy's sizes do not fit it.
+        InputError: if ``episodes`` is below 1, the environment is missing, the policy's sizes do not fit it, or the
+            policy reads more than the observation (a recurrent one its state).
 
     Source: ours.
 
@@ -124,6 +125,11 @@ def evaluate(
     """
     if episodes < 1:
         raise InputError(f"episodes={episodes}: at least one episode is needed")
+    if more := [key for key in policy.in_keys if key != "observation"]:
+        raise InputError(
+            f"the policy reads {more}, and evaluate gives it the observation alone; "
+            "roll it out in a TorchRL environment (of an LSTM: with InitTracker and its make_tensordict_primer())"
+        )
     state = chain(policy.parameters(), policy.buffers())
     device = next((tensor.device for tensor in state), torch.device("cpu"))
     act = action_function(policy)

@@ -291,7 +291,7 @@ class SPARLoss(LossModule):
 
         Source: fitting the manifold by residual regression is the paper's, the VAE is ours.
         """
-        state = self._anchored(tensordict)
+        state = self._anchored(tensordict, self.residual_vae)
         residual = self._data_residual(tensordict, state)
         loc, log_std = self._encode(state, residual)
         noise = tensordict.get(self.tensor_keys.latent_noise, None)
@@ -342,6 +342,9 @@ class SPARLoss(LossModule):
             outcome = tensordict.select(*(_under_next(key) for key in (keys.reward, keys.done, keys.terminated)))
             outcome.set(_under_next(keys.reward), self.reward_scale * outcome[_under_next(keys.reward)])
             outcome.set(_under_next(keys.value), next_value.unsqueeze(-1))
+            # Written by TorchRL's MultiStep and by chunk_actions: gamma to the power of it.
+            steps = self.value_estimator.tensor_keys.steps_to_next_obs
+            outcome.update(tensordict.select(steps, strict=False))
             target = self.value_estimator.value_estimate(outcome).squeeze(-1)
         loss, metadata = self.qvalue_regression(tensordict, target)
         return loss, metadata | {"next_state_value": _masked_mean(next_value, self._valid(tensordict, target))}
@@ -524,7 +527,7 @@ class SPARLoss(LossModule):
             A TensorDict of scalars (``loss_*`` of shape ``[*B]`` with ``reduction="none"``): the losses and the
             diagnostics of all terms, named in ``out_keys``.
         """
-        tensordict.select(*self.in_keys)  # a missing key is named here, before any work
+        tensordict.select(*self._needed_keys(tensordict))  # a missing key is named here, before any work
         batch = tensordict.clone(False)
         # Every term needs the anchor's action: ask once.
         batch.set(self.tensor_keys.anchor_action, self._anchored(batch).get(self.tensor_keys.anchor_action))
@@ -542,7 +545,7 @@ class SPARLoss(LossModule):
     @torch.no_grad()
     def noise_shapes(self, tensordict: TensorDictBase) -> dict[NestedKey, tuple[int, ...]]:
         """The noise that the terms draw for a batch like this one: keys, and shapes after the batch's own."""
-        keys, state = self.tensor_keys, self._anchored(tensordict)
+        keys, state = self.tensor_keys, self._anchored(tensordict, self.residual_vae)
         residual = self._data_residual(tensordict, state)
         action, latent = residual.shape[-1], self._encode(state, residual)[0].shape[-1]
         shapes: dict[NestedKey, tuple[int, ...]] = {keys.action_noise: (action,)}
@@ -590,8 +593,8 @@ class SPARLoss(LossModule):
         return self._modules[f"target_{name}_params"]
 
     def _anchored(self, tensordict: TensorDictBase, *readers: TensorDictModuleBase) -> TensorDictBase:
-        """The state entries that the readers (by default all networks) need, with the anchor's action."""
-        readers = readers or (self.actor_network, self.qvalue_network, self.residual_vae)
+        """The state entries that the readers (by default all but the anchor) need, with the anchor's action."""
+        readers = readers or (*self._rectifiers, self.qvalue_network, self.residual_vae)
         state = tensordict.select(*self._state_keys(*readers))
         action = tensordict.get(self.tensor_keys.anchor_action, None)
         if action is None:
@@ -653,7 +656,7 @@ class SPARLoss(LossModule):
         """The bootstrapped value of the next state, ``[*B]``."""
         if self.value_mix == 1:
             return self._value(following)
-        state = self._anchored(following, self.actor_network, self.qvalue_network)
+        state = self._anchored(following, *self._rectifiers, self.qvalue_network)
         action = self._compose(state.get(self.tensor_keys.anchor_action), self._rectify(state, target=True)[1])
         low, high = self.actor_network_params.get("low"), self.actor_network_params.get("high")
         noise = torch.randn_like(action) if noise is None else noise
@@ -733,6 +736,24 @@ class SPARLoss(LossModule):
     @in_keys.setter
     def in_keys(self, values: list[NestedKey]) -> None:
         self._in_keys = values
+
+    @property
+    def _rectifiers(self) -> list[TensorDictModuleBase]:
+        """What makes the residual of a state and the anchor's action."""
+        actor = self.actor_network
+        return [actor.head] if actor.decoder is None else [actor.head, actor.decoder]
+
+    def _needed_keys(self, tensordict: TensorDictBase) -> list[NestedKey]:
+        """The in_keys, less what the anchor alone reads where its action is given."""
+        keys = self.tensor_keys
+        others = self._state_keys(*self._rectifiers, self.residual_vae, self.qvalue_network, self.value_network)
+        anchors = {*self.actor_network.anchor.in_keys}.difference(others, [keys.action])
+        spared: set[NestedKey] = set()
+        if tensordict.get(keys.anchor_action, None) is not None:
+            spared.update(anchors)
+        if tensordict.get(_under_next(keys.anchor_action), None) is not None:
+            spared.update(_under_next(key) for key in anchors)
+        return [key for key in self.in_keys if key not in spared]
 
     def _forward_value_estimator_keys(self, **kwargs: Any) -> None:
         super()._forward_value_estimator_keys(**kwargs)

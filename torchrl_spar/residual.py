@@ -9,7 +9,7 @@ import torch
 from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import TensorDictModule, TensorDictModuleBase, dispatch
 from torch import nn
-from torchrl.data import Bounded, Composite, TensorSpec
+from torchrl.data import Bounded, Composite, TensorSpec, Unbounded
 
 from torchrl_spar.anchor import FrozenAnchor
 from torchrl_spar.errors import InputError
@@ -153,8 +153,8 @@ class ResidualHead(TensorDictModule):
 class SPARActor(TensorDictModuleBase):
     """The policy ``pi(s) = clamp(a_b + rho * Delta(s, a_b), low, high)`` with ``a_b = pi_b(s)``.
 
-    Reads the observation, writes the action alone, so it serves as the ``policy`` of any
-    TorchRL collector. The residual is in units of ``rho``, the data's residual scale.
+    Reads the observation, writes the action alone (a recurrent anchor's state beside it), so it serves as the
+    ``policy`` of any TorchRL collector. The residual is in units of ``rho``, the data's residual scale.
 
     Args:
         anchor: the frozen behaviour policy; any other actor is wrapped in :class:`FrozenAnchor`.
@@ -218,7 +218,7 @@ class SPARActor(TensorDictModuleBase):
         internal = {anchor_action_key, residual_key, *head.out_keys}
         read = [*self.anchor.in_keys, *head.in_keys, *(decoder.in_keys if decoder is not None else [])]
         self.in_keys = [key for key in dict.fromkeys(read) if key not in internal]
-        self.out_keys = [self.action_key]
+        self.out_keys = list(self.anchor.out_keys)
 
     @property
     def is_latent(self) -> bool:
@@ -231,9 +231,12 @@ class SPARActor(TensorDictModuleBase):
 
     @dispatch(auto_batch_size=False)
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Writes the action ``[*B, action_dim]``."""
+        """Writes the action ``[*B, action_dim]`` (and a recurrent anchor's next state)."""
         scratch = tensordict.select(*self.in_keys)
-        anchor_action = self.anchor(scratch.select(*self.anchor.in_keys)).get(self.action_key)
+        anchored = self.anchor(scratch.select(*self.anchor.in_keys))
+        anchor_action = anchored.get(self.action_key)
+        for key in self.anchor.state_keys:
+            tensordict.set(key, anchored.get(key))
         scratch = self.head(scratch.set(self.anchor_action_key, anchor_action))
         if self.decoder is not None:
             scratch = self.decoder(scratch)
@@ -248,7 +251,7 @@ def action_bounds(action_spec: TensorSpec, action_key: NestedKey = "action") -> 
         action_key: where it lies in a Composite.
 
     Raises:
-        InputError: if the spec is not a continuous spec with finite bounds.
+        InputError: if the spec is not a continuous spec with finite bounds; it says why one is needed.
 
     Source: ours.
 
@@ -258,11 +261,22 @@ def action_bounds(action_spec: TensorSpec, action_key: NestedKey = "action") -> 
         (tensor([-1., -1.]), tensor([2., 2.]))
     """
     if isinstance(action_spec, Composite):
+        if action_key not in action_spec.keys(True, True):
+            raise InputError(f"action_spec has no {action_key!r}; its keys are {list(action_spec.keys(True, True))}")
         action_spec = action_spec[action_key]
-    if not isinstance(action_spec, Bounded) or not action_spec.dtype.is_floating_point or action_spec.ndim < 1:
+    kind = type(action_spec).__name__
+    if isinstance(action_spec, TensorSpec) and not action_spec.dtype.is_floating_point:
         raise InputError(
-            f"action_spec must be a continuous torchrl.data.Bounded of shape [action_dim], got {action_spec}"
+            f"action_spec: {kind} of {action_spec.dtype}: SPAR adds a residual to the anchor's action, "
+            "which discrete actions cannot carry; it needs a continuous torchrl.data.Bounded"
         )
+    if isinstance(action_spec, Unbounded):
+        raise InputError(
+            "action_spec: Unbounded: SPAR clamps its actions, and measures noise and residuals in the actions' range; "
+            "give a torchrl.data.Bounded with the least and the largest action of the data"
+        )
+    if not isinstance(action_spec, Bounded) or action_spec.ndim < 1:
+        raise InputError(f"action_spec must be a torchrl.data.Bounded of shape [action_dim], got {action_spec}")
     # Batched environments repeat the bounds along leading dimensions.
     lead = (0,) * (action_spec.ndim - 1)
     low, high = action_spec.space.low[lead].clone(), action_spec.space.high[lead].clone()

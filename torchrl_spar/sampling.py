@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 import torch
-from tensordict import TensorDictBase
+from tensordict import NestedKey, TensorDictBase
+from tensordict.nn import TensorDictModuleBase
 from torchrl.data import ImmutableDatasetWriter, ReplayBuffer, TensorDictReplayBuffer, TensorStorage
 
+from torchrl_spar.errors import InputError
 from torchrl_spar.objective import SPARLoss
 
 ROWS_PER_CALL = 16_384
+# What the data holds beside the loss's in_keys: see fit_value and chunk_actions.
+BESIDE = ("episode", "return_to_go", "steps_to_next_obs")
 
 
 @torch.no_grad()
@@ -25,8 +29,11 @@ def with_anchor_actions(loss: SPARLoss, replay_buffer: ReplayBuffer) -> TensorDi
 
     Returns:
         A read-only buffer with the batch size of the given one, uniform sampling and shared memory: the
-        loss's ``in_keys``, ``"episode"`` if there is one, and ``anchor_action`` ``[N, action_dim]`` at the
-        root and under ``"next"``.
+        loss's ``in_keys``, of ``"episode"``, ``"return_to_go"`` and ``"steps_to_next_obs"`` what there is, and
+        ``anchor_action`` ``[N, action_dim]`` at the root and under ``"next"``.
+
+    Raises:
+        InputError: if the data lacks what the anchor reads, or the anchor's action is random.
 
     Source: ours.
 
@@ -43,14 +50,29 @@ def with_anchor_actions(loss: SPARLoss, replay_buffer: ReplayBuffer) -> TensorDi
         >>> buffer.sample()["next", "anchor_action"].shape
         torch.Size([4, 2])
     """
-    rows = replay_buffer[:].select(*loss.in_keys, "episode", strict=False)
-    anchor = loss.anchor
+    rows = replay_buffer[:].select(*loss.in_keys, *BESIDE, strict=False)
+    anchor, key = loss.anchor, loss.tensor_keys.action
     for state in (rows, rows["next"]):
+        _check_anchor(anchor, state, key)
         chunks = state.select(*anchor.in_keys).split(ROWS_PER_CALL)
-        actions = torch.cat([anchor(chunk)[loss.tensor_keys.action] for chunk in chunks])
+        actions = torch.cat([anchor(chunk)[key] for chunk in chunks])
         state.set(loss.tensor_keys.anchor_action, actions)
     storage = TensorStorage(rows, device=rows.device)
     return TensorDictReplayBuffer(storage=storage, writer=ImmutableDatasetWriter(), batch_size=replay_buffer.batch_size)
+
+
+def _check_anchor(anchor: TensorDictModuleBase, state: TensorDictBase, action_key: NestedKey) -> None:
+    if missing := [key for key in anchor.in_keys if key not in state.keys(True)]:
+        raise InputError(
+            f"the data lacks {missing}, which the anchor reads: put its actions into the data as 'anchor_action' and "
+            "('next', 'anchor_action'); a recurrent one is to be run along each episode, see FrozenAnchor"
+        )
+    first, again = (anchor(state[:1].select(*anchor.in_keys))[action_key] for _ in range(2))
+    if not torch.equal(first, again):
+        raise InputError(
+            "the anchor's action is random: asked again, it gives another one to the same state, even under "
+            "ExplorationType.DETERMINISTIC; fix its noise, see FrozenAnchor"
+        )
 
 
 class BatchSampler(Iterator[TensorDictBase]):
@@ -89,7 +111,7 @@ class BatchSampler(Iterator[TensorDictBase]):
         keys = loss.tensor_keys
         if keys.anchor_action not in replay_buffer[:1].keys(True):
             replay_buffer = with_anchor_actions(loss, replay_buffer)
-        self.rows = replay_buffer[:].exclude("episode")
+        self.rows = replay_buffer[:].exclude("episode", "return_to_go")
         self.shape = (length, replay_buffer.batch_size)
         self.generator = torch.Generator(self.rows[keys.action].device).manual_seed(seed)
         self.noise = loss.noise_shapes(self.rows[:1])

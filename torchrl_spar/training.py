@@ -156,7 +156,8 @@ def fit_value(
     Args:
         loss: its critics, their targets and, if it is used, the value network are trained in place.
         replay_buffer: the data, in order; episodes are told apart by ``("next", "done")`` and,
-            if there is one, ``"episode"``.
+            if there is one, ``"episode"``. Returns that it holds as ``"return_to_go"`` ``[N, 1]`` are taken as they
+            are.
         steps: gradient steps.
         lr: initial learning rate of Adam, falling to zero along a cosine.
         report: called as ``report(step, metrics)`` after every step.
@@ -166,7 +167,8 @@ def fit_value(
         The same loss.
 
     Raises:
-        InputError: if ``progress`` was loaded from a fit of another number of steps.
+        InputError: if ``progress`` was loaded from a fit of another number of steps, or for rows of several steps
+            (``"steps_to_next_obs"``) without ``"return_to_go"``.
         NonFiniteError: within 100 steps of a loss or parameter that is NaN or infinite.
 
     Source: ours.
@@ -184,9 +186,17 @@ def fit_value(
         True
     """
     data = replay_buffer[:]
-    returns = returns_to_go(data, float(loss.value_estimator.gamma), reward_key=loss.tensor_keys.reward)
+    returns = data.get("return_to_go", None)
+    if returns is None:
+        if "steps_to_next_obs" in data.keys():
+            raise InputError(
+                "the data's rewards are sums of several steps ('steps_to_next_obs'): give the returns of the single "
+                "steps (returns_to_go) as 'return_to_go'"
+            )
+        returns = returns_to_go(data, float(loss.value_estimator.gamma), reward_key=loss.tensor_keys.reward)
     loss.reward_scale.copy_(1 / _return_spread(returns))
-    rows = data.select(*loss.in_keys).exclude("next").set("return", returns * loss.reward_scale)
+    # Not strict: the anchor is not asked here.
+    rows = data.select(*loss.in_keys, strict=False).exclude("next").set("return", returns * loss.reward_scale)
 
     def sample() -> TensorDictBase:
         return rows[torch.randint(len(rows), (replay_buffer.batch_size,), device=returns.device)]
@@ -236,10 +246,7 @@ def returns_to_go(data: TensorDictBase, gamma: float, *, reward_key: NestedKey =
                 [1.0000]])
     """
     reward, terminated = data["next", reward_key], data["next", "terminated"]
-    end = data["next", "done"].clone()
-    if "episode" in data.keys():
-        end[:-1] |= (data["episode"][1:] != data["episode"][:-1]).view(-1, 1)
-    end[-1] = True
+    end = episode_ends(data)
     cut = end & ~terminated
     returns = reward2go(reward, end, gamma)
     if not cut.any():
@@ -287,6 +294,25 @@ def measure_residual_scale(loss: SPARLoss, replay_buffer: ReplayBuffer) -> Tenso
     params = loss.actor_network_params
     floor = RESIDUAL_SCALE_FLOOR * (params.get("high") - params.get("low")) / 2
     return mean_square.sqrt().to(floor).maximum(floor)
+
+
+def episode_ends(data: TensorDictBase) -> Tensor:
+    """Whether a row is the last of its episode, ``[N, 1]``, for TED rows ``[N]`` in order.
+
+    Source: ours.
+
+    Examples:
+        >>> import torch
+        >>> from tensordict import TensorDict
+        >>> done = torch.tensor([[True], [False], [False]])
+        >>> episode_ends(TensorDict({"next": {"done": done}, "episode": torch.tensor([0, 1, 2])}, [3])).flatten()
+        tensor([True, True, True])
+    """
+    end = data["next", "done"].clone()
+    if "episode" in data.keys():
+        end[:-1] |= (data["episode"][1:] != data["episode"][:-1]).view(-1, 1)
+    end[-1] = True
+    return end
 
 
 class SPARUpdate:

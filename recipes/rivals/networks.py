@@ -50,7 +50,7 @@ class Networks:
         """IQL's: the mean through a tanh to the bounds, one learned scale a dimension."""
         scale = AddStateIndependentNormalScale(self.action_dim, device=self.device)
         body = TensorDictSequential(
-            TensorDictModule(self._body(self.observation_dim, self.action_dim), ["observation"], ["loc"]),
+            TensorDictModule(self.body(self.observation_dim, self.action_dim), ["observation"], ["loc"]),
             TanhModule(in_keys=["loc"], low=self.low, high=self.high),
             TensorDictModule(scale, ["loc"], ["loc", "scale"]),
         )
@@ -59,7 +59,7 @@ class Networks:
     def squashed_actor(self) -> TensorDictModuleBase:
         """SAC's: a Gaussian through a tanh, mean and scale from the observation."""
         body = TensorDictSequential(
-            TensorDictModule(self._body(self.observation_dim, 2 * self.action_dim), ["observation"], ["params"]),
+            TensorDictModule(self.body(self.observation_dim, 2 * self.action_dim), ["observation"], ["params"]),
             TensorDictModule(NormalParamExtractor(), ["params"], ["loc", "scale"]),
         )
         bounds = {"low": self.low, "high": self.high}
@@ -70,12 +70,13 @@ class Networks:
     def critics(self, num: int, *, layer_norm: bool) -> list[ValueOperator]:
         """A list, so that TorchRL keeps each one's initialisation instead of drawing all anew."""
         size = self.observation_dim + self.action_dim
-        bodies = (self._body(size, 1, layer_norm) for _ in range(num))
+        bodies = (self.body(size, 1, layer_norm) for _ in range(num))
         return [ValueOperator(body, in_keys=["observation", "action"]) for body in bodies]
 
     def value(self) -> ValueOperator:
-        return ValueOperator(self._body(self.observation_dim, 1), in_keys=["observation"])
+        return ValueOperator(self.body(self.observation_dim, 1), in_keys=["observation"])
 
-    def _body(self, in_features: int, out_features: int, layer_norm: bool = False) -> StateMLP:
+    def body(self, in_features: int, out_features: int, layer_norm: bool = False) -> StateMLP:
+        """An MLP on the standardised observation; further inputs are joined to it."""
         norm = ObservationNorm(*self.stats)
         return StateMLP(norm, in_features, out_features, hidden=self.hidden, layer_norm=layer_norm, device=self.device)

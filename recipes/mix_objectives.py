@@ -1,0 +1,161 @@
+"""SPAR mixed with other objectives of TorchRL, on one batch and by one optimiser, on the embedded data.
+
+none: SPAR alone. iql: IQLLoss trains SPAR's critics and state value with it. cql: CQLLoss trains SPAR's critics with
+it. encoder: head and critics share an encoder, which the critics train. aux: the same, and BCLoss trains it, too.
+
+python recipes/mix_objectives.py                          # all of them, one seed
+python recipes/mix_objectives.py mix=[none,iql] seeds=[0,1,2]
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from copy import deepcopy
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import mixes
+import torch
+from common import RECIPES, run_recipe
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.table import Table
+from rivals.networks import Networks
+from run import EMBEDDED
+from run_output import check_unused, write_json
+from tensordict.nn import TensorDictModuleBase
+from torch.optim.lr_scheduler import CosineAnnealingLR
+from torchrl.data import ReplayBuffer, TensorDictReplayBuffer, TensorStorage
+from torchrl.objectives import SoftUpdate
+
+from torchrl_spar import (
+    BatchSampler,
+    InputError,
+    OfflineReplayBuffer,
+    SPARLoss,
+    evaluate,
+    fit_anchor,
+    fit_residual,
+    fit_value,
+    load_offline_dataset,
+    make_spar_loss,
+    normalized_score,
+    with_anchor_actions,
+)
+
+ENV = "Hopper-v5"
+# Batches that are drawn at once.
+BLOCK = 100
+
+
+def adders(cfg: DictConfig) -> dict[str, Callable[[mixes.Mix, Networks], None] | None]:
+    """What each mix adds to SPAR."""
+    options = {name: value for name, value in cfg.spar.loss.items() if name != "hidden"}
+    return {
+        "none": None,
+        "iql": partial(mixes.add_iql, **cfg.iql),
+        "cql": partial(mixes.add_cql, **cfg.cql),
+        "encoder": partial(mixes.add_encoder, features=cfg.features, **options),
+        "aux": partial(mixes.add_aux, features=cfg.features, **options),
+    }
+
+
+def main(cfg: DictConfig) -> None:
+    names = [cfg.mix] if isinstance(cfg.mix, str) else list(cfg.mix)
+    if unknown := [name for name in names if name not in adders(cfg)]:
+        raise InputError(f"mix={cfg.mix}: {unknown[0]!r} is none of {', '.join(adders(cfg))}")
+    torch.set_num_threads(cfg.threads)
+    out = Path(cfg.out)
+    check_unused(out)
+    data = load_offline_dataset(RECIPES / "data" / EMBEDDED, batch_size=cfg.batch_size)
+    networks = Networks(data, cfg.spar.loss.hidden, torch.device("cpu"))
+    out.mkdir(parents=True, exist_ok=True)
+    runs: list[dict[str, Any]] = []
+    for seed in cfg.seeds:
+        torch.manual_seed(seed)
+        start, rows = prepare(cfg, data, networks)
+        for name in names:
+            torch.manual_seed(seed)
+            runs.append({"mix": name, "seed": seed, **train(cfg, name, deepcopy(start), networks, rows)})
+            facts = {"env": ENV, "episodes": cfg.eval.final_episodes, "updates": cfg.spar.updates}
+            versions = {package: version(package) for package in ("torchrl-spar", "torch", "torchrl")}
+            write_json(out / "results.json", {**facts, "versions": versions, "runs": runs})
+    show(runs, out)
+
+
+def prepare(cfg: DictConfig, data: OfflineReplayBuffer, networks: Networks) -> tuple[SPARLoss, ReplayBuffer]:
+    """What all mixes of a seed start from: the anchor, its actions, and the fitted residuals."""
+    anchor = fit_anchor(networks.actor(), data, **cfg.anchor)
+    loss = make_spar_loss(
+        networks.observation_dim, data.action_spec, anchor=anchor, observation_stats=networks.stats, **cfg.spar.loss
+    )
+    rows = with_anchor_actions(loss, data)
+    return fit_residual(loss, rows, **cfg.fit), rows
+
+
+def train(cfg: DictConfig, name: str, start: SPARLoss, networks: Networks, rows: ReplayBuffer) -> dict[str, Any]:
+    """One mix of one seed: its scores."""
+    mix = mixes.Mix(start)
+    if (add := adders(cfg)[name]) is not None:
+        add(mix, networks)
+    begin = time.process_time()
+    start_critics(cfg, mix, rows)
+    head = {id(param) for param in mix.spar.network_params("actor_network").parameters()}
+    groups = [
+        {"params": [param for param in mix.parameters() if (id(param) in head) == is_head], "lr": lr}
+        for is_head, lr in ((True, cfg.spar.actor_lr), (False, cfg.spar.qvalue_lr))
+    ]
+    optimizer = torch.optim.Adam(groups, fused=True)
+    schedule = CosineAnnealingLR(optimizer, cfg.spar.updates)
+    updater = SoftUpdate(mix.spar, tau=cfg.spar.target_rate)
+    sampler = BatchSampler(mix.spar, rows, length=BLOCK, seed=torch.initial_seed())
+    scores = {"anchor": score(mix.spar.anchor, cfg.eval.final_episodes)}
+    curve = []
+    for step in range(1, cfg.spar.updates + 1):
+        if step % BLOCK == 1:
+            block = iter(next(sampler).unbind(0))
+        optimizer.zero_grad(set_to_none=True)
+        torch.stack(list(mix(next(block)).values())).sum().backward()
+        optimizer.step()
+        schedule.step()
+        updater.step()
+        if step % cfg.eval.interval == 0:
+            curve.append({"step": step, "score": score(mix.policy, cfg.eval.episodes)})
+    scores["policy"] = score(mix.policy, cfg.eval.final_episodes)
+    return {**scores, "curve": curve, "cpu_seconds": round(time.process_time() - begin, 1)}
+
+
+def start_critics(cfg: DictConfig, mix: mixes.Mix, rows: ReplayBuffer) -> None:
+    """The critics' start, on the encoder's features where they read them."""
+    data = rows[:]
+    if mix.encoder is not None:
+        with torch.no_grad():
+            data = mix.encoder(data.clone(False))
+    fit_value(mix.spar, TensorDictReplayBuffer(storage=TensorStorage(data), batch_size=rows.batch_size), **cfg.value)
+
+
+def score(policy: TensorDictModuleBase, episodes: int) -> float:
+    return round(normalized_score(ENV, evaluate(policy, ENV, episodes, seed=20_000)).mean().item(), 2)
+
+
+def show(runs: list[dict[str, Any]], out: Path) -> None:
+    """Each seed's score; the mean over seeds and, steadier, over the last half of the learning curves."""
+    seeds = list(dict.fromkeys(run["seed"] for run in runs))
+    table = Table("mix", "anchor", *(f"seed {seed}" for seed in seeds), "mean", "last half", "CPU s", title=ENV)
+    for name in dict.fromkeys(run["mix"] for run in runs):
+        own = [run for run in runs if run["mix"] == name]
+        late = [row["score"] for run in own for row in run["curve"][len(run["curve"]) // 2 :]]
+        numbers = [mean(run["anchor"] for run in own), *(run["policy"] for run in own)]
+        numbers += [mean(run["policy"] for run in own), mean(late) if late else float("nan")]
+        table.add_row(name, *(f"{x:.1f}" for x in numbers), f"{mean(run['cpu_seconds'] for run in own):.0f}")
+    console = Console()
+    console.print(table)
+    console.print(f"files in {out}")
+
+
+if __name__ == "__main__":
+    run_recipe(main, "mix_objectives")

@@ -1,0 +1,32 @@
+"""What SPAR cannot act in is refused, with the reason."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torchrl.data import Binary, Bounded, Categorical, Composite, MultiCategorical, MultiOneHot, OneHot, Unbounded
+
+from torchrl_spar import InputError, make_anchor, make_spar_loss
+
+DISCRETE = [
+    Categorical(4), OneHot(4), MultiCategorical([3, 2]), MultiOneHot([3, 2]), Binary(4),
+    Bounded(0, 3, (2,), dtype=torch.int64),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("make", [make_anchor, make_spar_loss])
+@pytest.mark.parametrize("spec", DISCRETE, ids=lambda spec: type(spec).__name__)
+def test_discrete_actions(make, spec):
+    for given in (spec, Composite(action=spec)):
+        with pytest.raises(InputError, match="discrete actions cannot carry"):
+            make(3, given)
+
+
+@pytest.mark.parametrize("make", [make_anchor, make_spar_loss])
+def test_actions_without_bounds(make):
+    with pytest.raises(InputError, match=r"Unbounded: .*Bounded with the least and the largest action"):
+        make(3, Unbounded((2,)))
+    with pytest.raises(InputError, match=r"finite bounds"):
+        make(3, Bounded(-torch.inf, 1, (2,)))
+    with pytest.raises(InputError, match=r"no 'action'; its keys are \['move'\]"):
+        make(3, Composite(move=Bounded(-1, 1, (2,))))
