@@ -1,8 +1,8 @@
 """From offline to online: SPAR trained on the data set goes on in its environment, Latent Self-Imitation included.
 
-python recipes/spar_offline_to_online.py                                # SPAR and TD3's warm start, the embedded Hopper data
+python recipes/spar_offline_to_online.py               # SPAR and TD3's warm start, the embedded Hopper data
 python recipes/spar_offline_to_online.py method=spar seed=0 collector.backend=process collector.workers=4
-python recipes/spar_offline_to_online.py method=spar seed=0 collector.backend=ray     # pip install '.[ray]'
+python recipes/spar_offline_to_online.py method=spar seed=0 collector.backend=ray   # pip install '.[ray]'
 
 `runs`/<data set>/online.json and online.png hold the curves of all runs that lie there. The same command goes on after
 a kill: finished runs are not repeated, a run's offline phase goes on from its checkpoint, its online phase begins anew.

@@ -34,7 +34,7 @@ def make_torchrl_env(env_id: str, **kwargs: Any) -> GymWrapper:
 
 
 def with_noise(policy: TensorDictModuleBase, action_spec: Bounded, noise: float) -> TensorDictSequential:
-    """The policy with Gaussian noise on its actions, in half action ranges, clipped to the bounds; shares its weights."""
+    """The policy with Gaussian noise on its actions, in half action ranges, clipped; shares its weights."""
     half_range: Any = ((action_spec.space.high - action_spec.space.low) / 2).tolist()
     options: dict[str, Any] = {"sigma_init": float(noise), "sigma_end": float(noise), "std": half_range}
     return TensorDictSequential(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 from math import hypot, sqrt
-from statistics import mean
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import numpy as np
