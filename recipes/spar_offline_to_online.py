@@ -31,8 +31,10 @@ class OnlineSPAR(SPARRun):
     """SPAR; online anchor, residuals' manifold and scales stay as they are, critics and head go on."""
 
     def go_on(self, results: dict[str, Any]) -> None:
+        online = self.cfg.online
         options = {key: self.cfg.spar[key] for key in ("target_rate", "policy_interval", "compile")}
-        update = SPARUpdate(self.loss, **options, **self.cfg.online.spar)
+        updates = round(online.steps * online.updates_per_step)
+        update = SPARUpdate(self.loss, decay_steps=updates, **options, **online.spar)
         results["online"] = go_online(self, self.loss.actor, update)
 
 
