@@ -271,7 +271,7 @@ def test_workers_must_share_the_frames():
 
 def test_dictionaries_come_in_the_datas_order():
     pytest.importorskip("gymnasium_robotics")
-    env = make_torchrl_env("PointMaze_UMaze-v3")
+    env = make_torchrl_env("PointMaze_UMaze-v3", 0, {})
     state = env.reset()
     raw = env._env.unwrapped
     assert state["observation"].dtype == torch.float32 and state["observation"].shape == (8,)

@@ -22,15 +22,17 @@ BACKENDS = ("direct", "process", "ray")
 RAY_MEMORY = 2**28
 
 
-def make_torchrl_env(env_id: str, **kwargs: Any) -> GymWrapper:
+def make_torchrl_env(env_id: str, seed: int, kwargs: dict[str, Any]) -> GymWrapper:
     """A Gymnasium environment with the observations that the data has: one float32 vector, raw units."""
     from gymnasium.spaces import Box
     from gymnasium.wrappers import TransformObservation
 
-    env = make_env(env_id, **kwargs)
-    shape = flatten_observation(env.observation_space.sample()).shape
+    gym_env = make_env(env_id, **kwargs)
+    shape = flatten_observation(gym_env.observation_space.sample()).shape
     space = Box(-np.inf, np.inf, shape, np.float32)
-    return GymWrapper(TransformObservation(env, flatten_observation, space), device="cpu")
+    env = GymWrapper(TransformObservation(gym_env, flatten_observation, space), device="cpu")
+    env.set_seed(seed)
+    return env
 
 
 def with_noise(policy: TensorDictModuleBase, action_spec: Bounded, noise: float) -> TensorDictSequential:
@@ -74,7 +76,7 @@ def make_collector(
         policy: observation -> action, exploration included.
         env_id, env_kwargs: see `make_torchrl_env`.
         total_frames: environment steps in all.
-        seed: of the environments.
+        seed: the environments' are 1,000 times this and the numbers that follow.
         device: of the policy.
     """
     # What later releases of TorchRL append unasked is for recurrent policies.
@@ -83,10 +85,13 @@ def make_collector(
         ray = {"num_cpus": cfg.workers, "include_dashboard": False, "log_to_driver": False}
         remote = {"num_cpus": 1, "memory": RAY_MEMORY, "num_gpus": 1 / cfg.workers if device.type == "cuda" else 0}
         options = {"ray_init_config": ray, "remote_configs": remote, "collector_kwargs": options}
+    workers = 1 if cfg.backend == "direct" else cfg.workers
     if cfg.backend != "direct":
-        options |= {"num_collectors": cfg.workers, "sync": True}
-    collector = Collector(
-        partial(make_torchrl_env, env_id, **env_kwargs),
+        options |= {"num_collectors": workers, "sync": True}
+    # Not by the collector's set_seed: it resets the environments, and their first transitions would begin elsewhere.
+    envs = [partial(make_torchrl_env, env_id, 1_000 * seed + worker, env_kwargs) for worker in range(workers)]
+    return Collector(
+        envs,
         policy,
         backend=cfg.backend,
         frames_per_batch=cfg.frames_per_batch,
@@ -95,5 +100,3 @@ def make_collector(
         storing_device="cpu",
         **options,
     )
-    collector.set_seed(seed)
-    return collector
