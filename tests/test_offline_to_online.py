@@ -125,7 +125,8 @@ def offline_rows(n=50):
     step = {"reward": torch.zeros(n, 1), "terminated": flag}
     observation = 1000 + torch.arange(2.0 * n).view(n, 2)
     data = TensorDict(
-        {"observation": observation, "action": torch.zeros(n, 1), "next": {"observation": observation, **step}}, [n]
+        {"observation": observation, "action": torch.full((n, 1), 0.5), "next": {"observation": observation, **step}},
+        [n],
     )
     return load_offline_dataset(data, batch_size=40, action_spec=Bounded(-1, 1, (1,)))
 

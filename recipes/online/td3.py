@@ -48,7 +48,8 @@ def warm_start(
         loss_function="l2",
         deactivate_vmap=True,
     )
-    loss.make_value_estimator()  # else at first use, and a state with one would not fit
+    rival = alternate(loss, actor, problem.data, actor_metrics=(), **options)
     assert pretrained.targets is not None
+    # Last, for TorchRL's updater of targets begins with copies of the networks.
     loss.load_state_dict(pretrained.targets.loss_module.state_dict())
-    return alternate(loss, actor, problem.data, actor_metrics=(), **options)
+    return rival
