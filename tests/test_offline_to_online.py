@@ -54,8 +54,8 @@ class Counter(gymnasium.Env):
 gymnasium.register("OnlineCounter-v0", lambda **kwargs: Counter(**kwargs), max_episode_steps=7)
 
 
-def constant(value, size=1):
-    module = torch.nn.Linear(2, size)
+def constant(value, size=1, inputs=2):
+    module = torch.nn.Linear(inputs, size)
     torch.nn.init.zeros_(module.weight)
     torch.nn.init.constant_(module.bias, value)
     return TensorDictModule(module, ["observation"], ["action"])
@@ -202,6 +202,33 @@ def test_collected_actions_are_those_of_the_updated_policy():
     assert {int(n) for n in rounds.round()} <= set(range(10)) and rounds.max().round() >= 7
 
 
+RAY = pytest.param("ray", marks=pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed"))
+
+
+@pytest.mark.parametrize("backend", ["process", RAY])
+def test_workers_get_the_weights_and_give_whole_batches(backend, monkeypatch):
+    # For Ray's workers, which know nothing of pytest's own paths.
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(RECIPES), str(RECIPES.parent)]))
+    policy = constant(0.0, inputs=3)
+    explorer = with_noise(policy, Bounded(-2, 2, (1,)), 0.0)
+    weights = TensorDict.from_module(explorer).data
+    cfg = OmegaConf.create({"backend": backend, "workers": 2, "frames_per_batch": 20})
+    collector = make_collector(cfg, explorer, "Pendulum-v1", {}, total_frames=60, seed=0, device=CPU)
+    batches = []
+    try:
+        collector.update_policy_weights_(weights)
+        for batch in collector:
+            batches.append(batch.clone())
+            policy.module.bias.data += 0.1
+            collector.update_policy_weights_(weights)
+    finally:
+        collector.shutdown()
+    assert [batch["action"].unique().tolist() for batch in batches] == [pytest.approx([n / 10]) for n in range(3)]
+    rows = torch.cat(batches, 1)
+    assert rows.shape == (2, 30) and not torch.equal(rows[0]["observation"], rows[1]["observation"])
+    assert torch.equal(rows["next", "observation"][:, :-1], rows["observation"][:, 1:])
+
+
 def test_the_curve_is_the_policys_return():
     online, *_ = run_online("online.updates_per_step=0.5")
     assert [row["step"] for row in online["curve"]] == [0, 100, 200]
@@ -294,16 +321,10 @@ def run_recipe(*overrides, cwd):
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=600, env=environment)
 
 
-BACKENDS = [
-    ("direct", "spar,td3_bc"),
-    ("process", "spar"),
-    pytest.param("ray", "spar", marks=pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed")),
-]
-
-
-@pytest.mark.parametrize("backend, methods", BACKENDS)
-def test_recipe(backend, methods, tmp_path):
+@pytest.mark.parametrize("backend", ["direct", "process", RAY])
+def test_recipe(backend, tmp_path):
     pytest.importorskip("mujoco")
+    methods = "spar,td3_bc" if backend == "direct" else "spar"
     done = run_recipe(f"method={methods}", f"collector.backend={backend}", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "runs" / "torchrl-spar-hopper-medium-v0"
