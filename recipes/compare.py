@@ -65,13 +65,14 @@ class RivalRun(Run):
     def __init__(self, cfg: DictConfig, checkpoints: Checkpoints) -> None:
         super().__init__(cfg, checkpoints)
         torch.manual_seed(self.seed)
-        build, options = BUILDERS[cfg.method.algorithm], method_options(cfg.method, dataset_name(cfg))
-        self.rival = build(Problem(self.data, self.cfg, self.device), **options)
+        build, self.options = BUILDERS[cfg.method.algorithm], method_options(cfg.method, dataset_name(cfg))
+        self.problem = Problem(self.data, self.cfg, self.device)
+        self.rival = build(self.problem, **self.options)
         self.policy = self.rival.policy
         self.open(self.rival.columns)
 
 
-def train(cfg: DictConfig, seed: int, out: Path) -> None:
+def train(cfg: DictConfig, seed: int, out: Path, run_class: type[RivalRun] = RivalRun) -> None:
     torch.set_num_threads(cfg.threads)
     cfg = of_one_run(cfg, seed, out)
     with started([cfg], wait=True) as checkpoints:
@@ -80,7 +81,7 @@ def train(cfg: DictConfig, seed: int, out: Path) -> None:
         run: RivalRun | None = None
         try:
             with stop.at_once(False):
-                run = RivalRun(cfg, checkpoints)
+                run = run_class(cfg, checkpoints)
                 run.rival.pretrain(run)
                 run.keep("rival", run.rival)
                 run.finish(updates_per_second=improve([run], run.method, block_maker(run.rival, block_length(cfg))))

@@ -165,10 +165,14 @@ class Run:
             "versions": {name: version(name) for name in VERSIONED},
             "curve": self.scores.curve,
         }  # fmt: skip
+        self.go_on(results)
         self.save(results)
         write_json(self.out / "results.json", results)
         self.draw(results)
         show(results, self.out)
+
+    def go_on(self, results: dict[str, Any]) -> None:
+        """What follows the offline phase, into the results; nothing by default."""
 
     def save(self, results: dict[str, Any]) -> None:
         """The method's own files; none by default."""

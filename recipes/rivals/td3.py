@@ -84,7 +84,7 @@ class BehaviorRegularizedLoss(TD3BCLoss):
 
 
 def alternate(
-    loss: TD3BCLoss,
+    loss: Any,
     policy: Any,
     data: OfflineReplayBuffer,
     *,
@@ -93,6 +93,7 @@ def alternate(
     policy_interval: int,
     target_rate: float,
     gamma: float,
+    actor_metrics: tuple[str, ...] = ("bc_loss",),
 ) -> Rival:
     """The critics every time, the actor and all targets every `policy_interval` times."""
     loss.make_value_estimator(gamma=gamma)
@@ -102,6 +103,6 @@ def alternate(
     actor = adam(loss.actor_network_params.parameters(), actor_lr)
     steps = [
         Step("loss_qvalue", loss.qvalue_loss, qvalue, metrics=("pred_value", "target_value")),
-        Step("loss_actor", loss.actor_loss, actor, interval=policy_interval, metrics=("bc_loss",)),
+        Step("loss_actor", loss.actor_loss, actor, interval=policy_interval, metrics=actor_metrics),
     ]
     return Rival(data, policy, steps, SoftUpdate(loss, tau=target_rate), policy_interval)

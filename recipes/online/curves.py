@@ -1,0 +1,82 @@
+"""Return against environment steps, of all finished runs on one data set: a JSON, a figure, a line a run."""
+
+from __future__ import annotations
+
+import json
+from math import hypot, sqrt
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import numpy as np
+from plots import BLUE, GREY, VERMILION, plt
+from run_output import write_json
+
+NAMES = {"spar": "SPAR", "td3_bc": "TD3, from TD3+BC"}
+COLORS = {"spar": BLUE, "td3_bc": VERMILION}
+
+
+def report(folder: Path) -> None:
+    """Writes online.json and online.png into the data set's folder, from the results of the runs below it."""
+    runs = [json.loads(path.read_text()) for path in sorted(folder.glob("*/seed*/results.json"))]
+    runs = [run for run in runs if "online" in run]
+    for run in runs:
+        print(describe(run))
+    write_json(folder / "online.json", gather(runs))
+    draw(folder / "online.png", runs)
+
+
+def gather(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """The curves by method and seed, and how each run starts."""
+    methods: dict[str, Any] = {}
+    for run in runs:
+        rows = run["online"]["curve"]
+        curve = {key: [row[key] for row in rows] for key in rows[0]}
+        methods.setdefault(run["method"], {})[f"seed {run['seed']}"] = {**curve, "start": start_of(run["online"])}
+    return {key: runs[0][key] for key in ("dataset", "env", "versions")} | {"methods": methods}
+
+
+def start_of(online: dict[str, Any]) -> dict[str, float]:
+    """The offline policy's return, the lowest of the curve's first quarter, and the noise of their difference.
+
+    The noise is twice the standard error of the difference of two means over episodes: what it would be, nineteen times
+    in twenty, for one policy. That policies of an undisturbed training differ is not in it.
+    """
+    before, *after = online["curve"]
+    early = [row for row in after if row["step"] <= after[-1]["step"] / 4] or after[:1]
+    lowest = min(early, key=lambda row: row["return_mean"])
+    noise = 2 * hypot(before["return_std"], lowest["return_std"]) / sqrt(online["episodes"])
+    return {"offline": before["return_mean"], "lowest_of_first_quarter": lowest["return_mean"], "noise": noise}
+
+
+def describe(run: dict[str, Any]) -> str:
+    start, last = start_of(run["online"]), run["online"]["curve"][-1]
+    offline, lowest, noise = start.values()
+    verdict = "below by more than noise" if lowest < offline - noise else "not below"
+    return (
+        f"{run['method']}, seed {run['seed']}: offline {offline:.0f}, lowest of the first quarter {lowest:.0f} "
+        f"({verdict}, noise {noise:.0f}), after {last['step']} steps {last['return_mean']:.0f}"
+    )
+
+
+def draw(path: Path, runs: list[dict[str, Any]]) -> None:
+    """A thin line a seed, a thick one for their mean."""
+    figure, axes = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
+    for method in dict.fromkeys(run["method"] for run in runs):
+        curves = [run["online"]["curve"] for run in runs if run["method"] == method]
+        color = COLORS.get(method)
+        steps = [row["step"] for row in curves[0]]
+        returns = np.array([[row["return_mean"] for row in curve] for curve in curves])
+        (line,) = axes.plot(steps, returns.mean(0), color=color, linewidth=2.2, label=NAMES.get(method, method))
+        axes.plot(steps, returns.T, color=line.get_color(), linewidth=0.8, alpha=0.5)
+        axes.plot(0, returns[:, 0].mean(), "o", color=line.get_color(), markersize=5)
+    data = mean(run["data"]["return_mean"] for run in runs)
+    axes.axhline(data, color=GREY, linestyle=":", label="the data")
+    axes.set_xlabel("environment steps (0: the offline policy)")
+    axes.set_ylabel("return")
+    axes.set_title(f"{runs[0]['env']}, {runs[0]['dataset']}; mean and single seeds", fontsize=10)
+    axes.set_ylim(bottom=min(0, *axes.get_ylim()))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8, loc="lower right")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)

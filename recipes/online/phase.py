@@ -1,0 +1,94 @@
+"""The online phase of any method: collect, mix with the data, update, send the weights back, evaluate."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from common import summarize
+from omegaconf import DictConfig
+from run import Run, on_cpu
+from scores import CURVE_SEED
+from stopping import stop
+from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import TensorDictModuleBase
+from torch import Tensor
+from torchrl.trainers.algorithms.offline_to_online import OfflineToOnlineReplayBufferHook
+
+from online.collecting import check_collector, make_collector, with_noise
+from online.replay import anneal, check_share, make_replay_buffer
+from torchrl_spar import InputError, evaluate
+
+Update = Callable[[TensorDictBase], dict[str, Tensor]]
+
+
+def check(cfg: DictConfig) -> None:
+    """Refuses wrong options before the offline phase is spent on them."""
+    online, frames = cfg.online, cfg.collector.frames_per_batch
+    check_collector(cfg.collector)
+    check_share(online.offline_share)
+    for name in ("steps", "eval_interval"):
+        if online[name] < 1 or online[name] % frames:
+            raise InputError(f"online.{name}={online[name]}: must be a multiple of collector.frames_per_batch={frames}")
+    for name in ("first_update", "updates_per_step", "exploration_noise"):
+        if online[name] < 0:
+            raise InputError(f"online.{name}={online[name]}: at least 0")
+    if cfg.end_at_success:
+        raise InputError("end_at_success=true: the environment does not relabel its rewards and ends; offline only")
+
+
+def go_online(run: Run, policy: TensorDictModuleBase, update: Update) -> dict[str, Any]:
+    """Returns the curve, a row an evaluation by environment steps (at 0 the offline policy's), and their episodes.
+
+    Args:
+        run: a finished offline run, for its data, environment, options and log.
+        policy: what is deployed, observation -> action; follows `update`.
+        update: makes one update on a batch.
+    """
+    cfg, online, share = run.cfg, run.cfg.online, run.cfg.online.offline_share
+    # TorchRL reports the replay buffer's size.
+    logging.getLogger("torchrl").setLevel(logging.WARNING)
+    torch.manual_seed(run.seed)
+    buffer = make_replay_buffer(
+        run.data, start=share.start, capacity=online.steps, batch_size=cfg.batch_size, device=run.device
+    )
+    keep = OfflineToOnlineReplayBufferHook(buffer)  # knows the data's keys
+    explorer = with_noise(policy, run.data.action_spec, online.exploration_noise)
+    curve: list[dict[str, Any]] = []
+
+    def add_to_curve(step: int) -> None:
+        # Every point from the same states, other than those of the offline results.
+        returns = evaluate(
+            on_cpu(policy), run.env, online.eval_episodes, CURVE_SEED + 100_000 * run.seed, **run.env_kwargs
+        )
+        curve.append({"step": step, **summarize(run.env, returns, run.env_kwargs)})
+        mean, spread = curve[-1]["return_mean"], curve[-1]["return_std"]
+        print(f"{run.method}, seed {run.seed}, {step} environment steps: return {mean:.1f} +- {spread:.1f}", flush=True)
+
+    add_to_curve(0)
+    collector = make_collector(
+        cfg.collector, explorer, run.env, run.env_kwargs,
+        total_frames=online.steps, seed=run.seed, device=run.device,
+    )  # fmt: skip
+    weights = TensorDict.from_module(explorer).data
+    step = 0
+    try:
+        collector.update_policy_weights_(weights)
+        for batch in collector:
+            stop.check()
+            step += batch.numel()
+            keep.extend(batch)
+            anneal(buffer, step, online.steps, start=share.start, end=share.end)
+            if step > online.first_update:
+                metrics: dict[str, Tensor] = {}
+                for _ in range(round(batch.numel() * online.updates_per_step)):
+                    metrics |= update(buffer.sample())
+                collector.update_policy_weights_(weights)
+                run.log.write("online", step, metrics)
+            if step % online.eval_interval == 0 or step == online.steps:
+                add_to_curve(step)
+    finally:
+        collector.shutdown()
+    return {"curve": curve, "episodes": online.eval_episodes}
