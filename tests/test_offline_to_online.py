@@ -264,10 +264,10 @@ def test_td3_starts_from_what_td3_bc_trained():
 
 
 def test_the_start_is_judged_against_two_standard_errors():
-    rows = [(0, 100, 30), (10, 90, 40), (20, 80, 40), (30, 70, 0), (80, 300, 0)]
+    rows = [(0, 100, 30), (10, 90, 40), (20, 80, 40), (30, 70, 0), (40, 300, 0)]
     curve = [{"step": step, "return_mean": mean, "return_std": std} for step, mean, std in rows]
     start = start_of({"curve": curve, "episodes": 25})
-    assert start == {"offline": 100, "lowest_of_first_quarter": 80, "noise": pytest.approx(20.0)}
+    assert start == {"offline": 100, "lowest_of_first_half": 80, "noise": pytest.approx(20.0)}
     run = {"method": "spar", "seed": 1, "online": {"curve": curve, "episodes": 25}}
     assert "not below" in describe(run)
     run["online"]["episodes"] = 26

@@ -37,16 +37,16 @@ def gather(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def start_of(online: dict[str, Any]) -> dict[str, float]:
-    """The offline policy's return, the lowest of the curve's first quarter, and the noise of their difference.
+    """The offline policy's return, the lowest of the curve's first half, and the noise of their difference.
 
     The noise is twice the standard error of the difference of two means over episodes: what it would be, nineteen times
     in twenty, for one policy. That policies of an undisturbed training differ is not in it.
     """
     before, *after = online["curve"]
-    early = [row for row in after if row["step"] <= after[-1]["step"] / 4] or after[:1]
+    early = [row for row in after if row["step"] <= after[-1]["step"] / 2] or after[:1]
     lowest = min(early, key=lambda row: row["return_mean"])
     noise = 2 * hypot(before["return_std"], lowest["return_std"]) / sqrt(online["episodes"])
-    return {"offline": before["return_mean"], "lowest_of_first_quarter": lowest["return_mean"], "noise": noise}
+    return {"offline": before["return_mean"], "lowest_of_first_half": lowest["return_mean"], "noise": noise}
 
 
 def describe(run: dict[str, Any]) -> str:
@@ -54,7 +54,7 @@ def describe(run: dict[str, Any]) -> str:
     offline, lowest, noise = start.values()
     verdict = "below by more than noise" if lowest < offline - noise else "not below"
     return (
-        f"{run['method']}, seed {run['seed']}: offline {offline:.0f}, lowest of the first quarter {lowest:.0f} "
+        f"{run['method']}, seed {run['seed']}: offline {offline:.0f}, lowest of the first half {lowest:.0f} "
         f"({verdict}, noise {noise:.0f}), after {last['step']} steps {last['return_mean']:.0f}"
     )
 
@@ -77,6 +77,6 @@ def draw(path: Path, runs: list[dict[str, Any]]) -> None:
     axes.set_title(f"{runs[0]['env']}, {runs[0]['dataset']}; mean and single seeds", fontsize=10)
     axes.set_ylim(bottom=min(0, *axes.get_ylim()))
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8, loc="lower right")
+    axes.legend(fontsize=8, loc="best")
     figure.savefig(path, dpi=150)
     plt.close(figure)
