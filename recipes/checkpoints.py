@@ -135,7 +135,7 @@ class Checkpoints:
         parts = {name: part.state_dict() for name, part in self.parts.items()}
         for where, tensor in named_tensors(parts):
             if not tensor.isfinite().all():
-                raise NonFiniteError(f"{where}: NaN or infinite numbers, so no checkpoint is made")
+                raise NonFiniteError(f"NaN or infinity in {where}, so no checkpoint is made")
         return {
             "options": self.options, "seconds": self.seconds, "random": GlobalRNGState().state_dict(), "parts": parts,
         }  # fmt: skip

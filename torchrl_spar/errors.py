@@ -25,10 +25,10 @@ class NonFiniteError(InputError):
 
     Examples:
         >>> from torchrl_spar import NonFiniteError
-        >>> raise NonFiniteError("step 300: loss_qvalue is NaN or infinite")
+        >>> raise NonFiniteError("step 300: NaN or infinity in loss_qvalue")
         Traceback (most recent call last):
             ...
-        torchrl_spar.errors.NonFiniteError: step 300: loss_qvalue is NaN or infinite
+        torchrl_spar.errors.NonFiniteError: step 300: NaN or infinity in loss_qvalue
     """
 
 

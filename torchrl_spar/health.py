@@ -43,7 +43,7 @@ def check_finite(step: int, losses: Mapping[str, Tensor], parameters: Mapping[st
         >>> check_finite(200, {"loss_qvalue": torch.tensor(float("nan"))}, {})
         Traceback (most recent call last):
             ...
-        torchrl_spar.errors.NonFiniteError: step 200: loss_qvalue is NaN or infinite; ...
+        torchrl_spar.errors.NonFiniteError: step 200: NaN or infinity in loss_qvalue; ...
     """
     # The largest entry, which is NaN where one is.
     sizes = {name: get_total_norm(tensors, float("inf")) for name, tensors in parameters.items()}
@@ -56,7 +56,7 @@ def check_finite(step: int, losses: Mapping[str, Tensor], parameters: Mapping[st
     # All parameters follow their loss within a step: then they tell nothing.
     culprits = [name for name in culprits if name in losses] or culprits
     raise NonFiniteError(
-        f"step {step}: {', '.join(culprits)} is NaN or infinite; lower the learning rate, "
+        f"step {step}: NaN or infinity in {', '.join(culprits)}; lower the learning rate, "
         "or look for outliers in the data"
     )
 
