@@ -21,6 +21,7 @@ from torchrl_spar import (
     fit_anchor,
     fit_residual,
     fit_value,
+    health,
     load_offline_dataset,
     make_anchor,
     make_spar_loss,
@@ -157,6 +158,14 @@ def test_residual_collapse_warns_once_when_it_lasts():
     assert warned(checked(), [0.5] * 20 + [0.8] * 4, "residual_ratio") == []
     (text,) = warned(checked(), [0.8] * 20, "residual_ratio")
     assert "trust_coeff" in text and "0.80" in text
+
+
+def test_a_run_warns_by_its_logged_rows(tmp_path, monkeypatch):
+    # Any residual is too much: the eight logged rows of this run all say so, five are enough.
+    monkeypatch.setattr(health, "RESIDUAL_RATIO_LIMIT", -1.0)
+    with pytest.warns(UserWarning, match="at step 10 its residual is .* raise trust_coeff") as caught:
+        start_run("spar", tmp_path / "run")
+    assert sum("trust_coeff" in str(warning.message) for warning in caught) == 1
 
 
 def test_real_divergence_is_found(make_loss):
