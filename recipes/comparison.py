@@ -102,12 +102,12 @@ class Comparison:
 
     def left_out(self) -> list[str]:
         """The runs that the statistics leave out, since their method lacks the seed on another data set."""
-        return [
-            f"{method} on {dataset}, seed {seed}"
-            for method in self.methods
-            for dataset in self.datasets
-            for seed in sorted(self.runs[method, dataset].keys() - set(self.seeds(method)))
-        ]
+        found: dict[str, list[str]] = defaultdict(list)
+        for dataset in self.datasets:
+            for method in self.methods:
+                if seeds := sorted(self.runs[method, dataset].keys() - set(self.seeds(method))):
+                    found[f"{dataset} (seed {', '.join(map(str, seeds))})"].append(label(method))
+        return [f"{where}: {', '.join(methods)}" for where, methods in found.items()]
 
     def interquartile_means(self) -> dict[str, Interval]:
         """IQM over all runs and data sets, by method."""

@@ -434,7 +434,7 @@ def test_report_says_what_its_statistics_leave_out(tmp_path):
     del scores["iql"]["b"][1]
     write_runs(tmp_path, scores)
     found = comparison.Comparison(report.read_runs(tmp_path))
-    assert found.left_out() == ["iql on a, seed 1"] and "iql on a, seed 1" in found.markdown()
+    assert found.left_out() == ["a (seed 1): IQL"] and "a (seed 1): IQL" in found.markdown()
     assert found.scores()["iql"].tolist() == [[20.0, 40.0]]
     # On a one run of two is better, on b both; one seed has no spread to resample.
     assert "| 40.0 +- 0.0 (1) | 30.00 (one seed) | 0.75 (one seed) |" in found.markdown()
