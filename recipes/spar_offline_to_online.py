@@ -32,7 +32,7 @@ class OnlineSPAR(SPARRun):
 
     def go_on(self, results: dict[str, Any]) -> None:
         online = self.cfg.online
-        options = {key: self.cfg.spar[key] for key in ("target_rate", "policy_interval", "compile")}
+        options = {key: self.cfg.spar[key] for key in ("policy_interval", "compile")}
         updates = round(online.steps * online.updates_per_step)
         update = SPARUpdate(self.loss, decay_steps=updates, **options, **online.spar)
         results["online"] = go_online(self, self.loss.actor, update)

@@ -229,6 +229,12 @@ def test_workers_get_the_weights_and_give_whole_batches(backend, monkeypatch):
     assert torch.equal(rows["next", "observation"][:, :-1], rows["observation"][:, 1:])
 
 
+def test_each_worker_has_its_own_noise_which_a_seed_repeats():
+    explorer = with_noise(constant(0.0, inputs=3), Bounded(-2, 2, (1,)), 0.1)
+    once, again = (collect(explorer, "Pendulum-v1", 40, backend="process")["action"] for _ in range(2))
+    assert torch.equal(once, again) and len(once.unique()) == 40
+
+
 def test_the_curve_is_the_policys_return():
     online, *_ = run_online("online.updates_per_step=0.5")
     assert [row["step"] for row in online["curve"]] == [0, 100, 200]

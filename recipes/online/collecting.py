@@ -35,6 +35,12 @@ def make_torchrl_env(env_id: str, seed: int, kwargs: dict[str, Any]) -> GymWrapp
     return env
 
 
+def start_worker(env_id: str, seed: int, kwargs: dict[str, Any]) -> GymWrapper:
+    """A worker's environment; seeds its exploration noise, too, which else differs from run to run."""
+    torch.manual_seed(seed)
+    return make_torchrl_env(env_id, seed, kwargs)
+
+
 def with_noise(policy: TensorDictModuleBase, action_spec: Bounded, noise: float) -> TensorDictSequential:
     """The policy with Gaussian noise on its actions, in half action ranges, clipped; shares its weights."""
     half_range: Any = ((action_spec.space.high - action_spec.space.low) / 2).tolist()
@@ -76,7 +82,7 @@ def make_collector(
         policy: observation -> action, exploration included.
         env_id, env_kwargs: see `make_torchrl_env`.
         total_frames: environment steps in all.
-        seed: the environments' are 1,000 times this and the numbers that follow.
+        seed: the environments' and the noise's are 1,000 times this and the numbers that follow.
         device: of the policy.
     """
     # What later releases of TorchRL append unasked is for recurrent policies.
@@ -89,7 +95,7 @@ def make_collector(
     if cfg.backend != "direct":
         options |= {"num_collectors": workers, "sync": True}
     # Not by the collector's set_seed: it resets the environments, and their first transitions would begin elsewhere.
-    envs = [partial(make_torchrl_env, env_id, 1_000 * seed + worker, env_kwargs) for worker in range(workers)]
+    envs = [partial(start_worker, env_id, 1_000 * seed + worker, env_kwargs) for worker in range(workers)]
     return Collector(
         envs,
         policy,
