@@ -288,7 +288,7 @@ def test_the_start_is_judged_against_two_standard_errors():
         ("online.steps=150", "multiple of collector.frames_per_batch=100"),
         ("online.eval_interval=150", "multiple of collector.frames_per_batch=100"),
         ("online.offline_share.start=1.0", "0 < start < 1"),
-        ("online.offline_share.end=0.9", "end <= start"),
+        ("online.offline_share.end=0.96", "end <= start"),
         ("online.updates_per_step=-1", "online.updates_per_step=-1"),
         ("end_at_success=true", "end_at_success=true"),
     ],
