@@ -17,9 +17,10 @@ import torch
 from common import best_device, describe, run_recipe, summarize
 from omegaconf import DictConfig
 from run import Phase, dataset_name, load
-from run_output import check_unused
+from run_output import check_unused, save_config
 from scores import RESULT_SEED
 from spar_run import sizes_of
+from sweep import check_options
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch.optim.lr_scheduler import CosineAnnealingLR
@@ -144,10 +145,13 @@ def main(cfg: DictConfig) -> None:
     updates, out = cfg.trainer.updates, Path(cfg.out)
     if not 1 <= cfg.trainer.round <= updates or updates % cfg.trainer.round:
         raise InputError(f"trainer.updates={updates}: must be a multiple of trainer.round={cfg.trainer.round}")
-    if not cfg.resume:
+    if cfg.resume:
+        check_options(out, cfg)
+    else:
         check_unused(out)
     data, env, env_kwargs = load(cfg, best_device(cfg.device))
     loss = make_loss(cfg, data)  # a wrong option ends here, not after the anchor
+    save_config(out, cfg)
     torch.manual_seed(cfg.seed)
     saved = rotation(out).latest()
     if saved is None:
@@ -157,7 +161,7 @@ def main(cfg: DictConfig) -> None:
         try:
             trainer.load_from_file(saved)
         except CheckpointError as err:
-            raise InputError(f"out={out}: its checkpoint does not fit these options, or is damaged: {err}") from None
+            raise InputError(f"out={out}: its checkpoint cannot be loaded, remove it or give another directory: {err}") from None
     else:
         trainer.save_trainer(force_save=True)
     if trainer.collected_frames < updates:

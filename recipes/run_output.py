@@ -91,4 +91,6 @@ class MetricLog:
 
 
 def save_config(out: Path, cfg: DictConfig) -> None:
+    with named_error(out, "cannot be used as a run's directory"):
+        out.mkdir(parents=True, exist_ok=True)
     write_text(out / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))

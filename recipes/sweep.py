@@ -119,6 +119,15 @@ def is_finished(out: Path, cfg: DictConfig) -> bool:
     """Whether a run with these options lies there, finished.
 
     Raises:
+        InputError: see `check_options`.
+    """
+    return check_options(out, cfg) and (out / "results.json").is_file()
+
+
+def check_options(out: Path, cfg: DictConfig) -> bool:
+    """Whether a run with these options lies there.
+
+    Raises:
         InputError: if the run there has other options, or the directory is something else.
     """
     if not (out / "config.yaml").is_file():
@@ -130,7 +139,7 @@ def is_finished(out: Path, cfg: DictConfig) -> bool:
             f"out={out}: of a run with other options ({', '.join(different)}); "
             "give them as they were, another directory, or remove it"
         )
-    return (out / "results.json").is_file()
+    return True
 
 
 def differences(one: Container, other: Container) -> set[str]:

@@ -86,7 +86,7 @@ def test_the_trainer_keeps_no_graph(make_loss, tmp_path):
 def test_script_leaves_logs_checkpoints_and_a_policy(finished):
     done, out = finished
     assert "Warning" not in done.stderr and "12/12" in done.stderr
-    assert sorted(os.listdir(out)) == ["checkpoints", "log", "policy.pt"]
+    assert sorted(os.listdir(out)) == ["checkpoints", "config.yaml", "log", "policy.pt"]
     assert sorted(os.listdir(out / "checkpoints")) == [f"checkpoint-{step:012d}" for step in (9, 12)]
     logged = {path.stem: list(csv.reader(path.open())) for path in (out / "log" / "scalars").iterdir()}
     for name in ("loss_qvalue", "loss_residual", "loss_value", "residual_ratio", "grad_norm"):
@@ -128,8 +128,9 @@ def test_a_finished_run_trains_no_further(finished, tmp_path):
         ("resume=false", "exists and is not empty"),
         ("trainer.round=5", "trainer.updates=12: must be a multiple of trainer.round=5"),
         ("trainer.round=0", "trainer.updates=12: must be a multiple of trainer.round=0"),
-        ("loss.hidden=[9]", "does not fit these options"),
-        ("+loss.kapa=1", "unknown option for SPARLoss"),
+        ("loss.hidden=[9]", r"of a run with other options \(loss\.hidden\)"),
+        ("seed=1", r"of a run with other options \(seed\)"),
+        ("dataset=other.npz", r"of a run with other options \(dataset\)"),
     ],
 )
 def test_wrong_options_end_in_one_error(finished, option, message):
@@ -138,10 +139,16 @@ def test_wrong_options_end_in_one_error(finished, option, message):
         drop_in_trainer.main(options(out, "resume=true", option))
 
 
+def test_an_unknown_option_leaves_nothing(tmp_path):
+    with pytest.raises(InputError, match="unknown option for SPARLoss"):
+        drop_in_trainer.main(options(tmp_path / "out", "+loss.kapa=1"))
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_damaged_checkpoint_ends_in_one_error(finished, tmp_path):
     _, out = finished
     shutil.copytree(out, tmp_path / "out")
     for path in (tmp_path / "out" / "checkpoints" / f"checkpoint-{12:012d}").rglob("*.memmap"):
         path.write_bytes(path.read_bytes()[:1])
-    with pytest.raises(InputError, match="or is damaged"):
+    with pytest.raises(InputError, match="cannot be loaded"):
         drop_in_trainer.main(options(tmp_path / "out", "resume=true"))
