@@ -161,7 +161,7 @@ def main(cfg: DictConfig) -> None:
         try:
             trainer.load_from_file(saved)
         except CheckpointError as err:
-            raise InputError(f"out={out}: its checkpoint cannot be loaded, remove it or give another directory: {err}") from None
+            raise InputError(f"out={out}: its checkpoint cannot be loaded, remove it: {err}") from None
     else:
         trainer.save_trainer(force_save=True)
     if trainer.collected_frames < updates:
