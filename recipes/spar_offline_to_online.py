@@ -18,7 +18,7 @@ import spar_d4rl
 from common import run_recipe
 from omegaconf import DictConfig
 from online.curves import report
-from online.phase import check, go_online
+from online.phase import check, count_updates, go_online
 from online.td3 import warm_start
 from run import dataset_name
 from spar_run import SPARRun
@@ -31,10 +31,9 @@ class OnlineSPAR(SPARRun):
     """SPAR; online anchor, residuals' manifold and scales stay as they are, critics and head go on."""
 
     def go_on(self, results: dict[str, Any]) -> None:
-        online = self.cfg.online
         options = {key: self.cfg.spar[key] for key in ("policy_interval", "compile")}
-        updates = round(online.steps * online.updates_per_step)
-        update = SPARUpdate(self.loss, decay_steps=updates, **options, **online.spar)
+        decay_steps = max(1, count_updates(self.cfg))
+        update = SPARUpdate(self.loss, decay_steps=decay_steps, **options, **self.cfg.online.spar)
         results["online"] = go_online(self, self.loss.actor, update)
 
 

@@ -24,7 +24,7 @@ import gymnasium
 from omegaconf import OmegaConf
 from online.collecting import make_collector, make_torchrl_env, with_noise
 from online.curves import describe, start_of
-from online.phase import check, go_online
+from online.phase import check, count_updates, go_online
 from online.replay import anneal, make_replay_buffer
 from online.td3 import warm_start
 from rivals import td3_bc
@@ -169,7 +169,7 @@ def run_online(*overrides):
 def test_batches_hold_the_configured_share_of_the_data():
     _, update, run = run_online("online.offline_share.start=0.8", "online.offline_share.end=0.2")
     # After 60, 80, ..., 200 steps, 20 updates each.
-    assert run.log.steps == list(range(60, 201, 20)) and len(update.batches) == 160
+    assert run.log.steps == list(range(60, 201, 20)) and len(update.batches) == 160 == count_updates(run.cfg)
     counts = [int((batch["observation"][:, 0] >= 1000).sum()) for batch in update.batches]
     expected = [round(40 * (0.8 - 0.6 * step / 200)) for step in run.log.steps for _ in range(20)]
     assert counts == expected and counts[-1] == 8

@@ -39,6 +39,17 @@ def check(cfg: DictConfig) -> None:
         raise InputError("end_at_success=true: the environment does not relabel its rewards and ends; offline only")
 
 
+def count_updates(cfg: DictConfig) -> int:
+    """Updates that `go_online` makes: none before `first_update`, then a round for each batch of the collector."""
+    frames = cfg.collector.frames_per_batch
+    rounds = max(0, cfg.online.steps // frames - cfg.online.first_update // frames)
+    return rounds * updates_per_round(cfg)
+
+
+def updates_per_round(cfg: DictConfig) -> int:
+    return round(cfg.collector.frames_per_batch * cfg.online.updates_per_step)
+
+
 def go_online(run: Run, policy: TensorDictModuleBase, update: Update) -> dict[str, Any]:
     """Returns the curve, a row an evaluation by environment steps (at 0 the offline policy's), and their episodes.
 
@@ -83,7 +94,7 @@ def go_online(run: Run, policy: TensorDictModuleBase, update: Update) -> dict[st
             anneal(buffer, step, online.steps, start=share.start, end=share.end)
             if step > online.first_update:
                 metrics: dict[str, Tensor] = {}
-                for _ in range(round(batch.numel() * online.updates_per_step)):
+                for _ in range(updates_per_round(cfg)):
                     metrics |= update(buffer.sample())
                 collector.update_policy_weights_(weights)
                 run.log.write("online", step, metrics)
