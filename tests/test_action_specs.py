@@ -22,6 +22,11 @@ def test_discrete_actions(make, spec):
             make(3, given)
 
 
+def test_bounds_of_another_float_type_become_the_networks():
+    loss = make_spar_loss(3, Bounded(-1, 1, (2,), dtype=torch.float64), hidden=[4])
+    assert loss.actor(observation=torch.zeros(1, 3)).dtype == torch.float32
+
+
 @pytest.mark.parametrize("make", [make_anchor, make_spar_loss])
 def test_actions_without_bounds(make):
     with pytest.raises(InputError, match=r"Unbounded: .*Bounded with the least and the largest action"):

@@ -15,7 +15,17 @@ from torchrl.data import Bounded
 from torchrl.modules import ValueOperator
 from torchrl.objectives import HardUpdate, SoftUpdate, ValueEstimators
 
-from torchrl_spar import InputError, ResidualHead, ResidualVAE, SPARActor, SPARLoss, make_spar_loss
+from torchrl_spar import (
+    InputError,
+    ResidualHead,
+    ResidualVAE,
+    SPARActor,
+    SPARLoss,
+    SPARUpdate,
+    fit_residual,
+    load_offline_dataset,
+    make_spar_loss,
+)
 
 HEADS = ("residual", "latent")
 TERMS = ("fit_loss", "value_loss", "qvalue_loss", "residual_loss")
@@ -377,6 +387,43 @@ def test_copies_compute_the_same(make_loss, head):
             p.data.zero_()
     torch.manual_seed(0)
     torch.testing.assert_close(loss(batch.copy()), expected)
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("joint_fit", [False, True])
+def test_a_copy_trains_as_the_original_does(make_loss, head, joint_fit):
+    loss = make_loss(head=head, joint_fit=joint_fit)
+    copy = deepcopy(loss)
+    start = loss.state_dict()["residual_vae_params.decoder.module.mlp.0.weight"].clone()
+    for one in (loss, copy):
+        torch.manual_seed(0)
+        fit_residual(one, load_offline_dataset(make_batch(32), batch_size=8), steps=3)
+        update = SPARUpdate(one)
+        for _ in range(4):
+            update(make_batch(12))
+    assert all(torch.equal(copy.state_dict()[key], value) for key, value in loss.state_dict().items())
+    assert not torch.equal(start, copy.state_dict()["residual_vae_params.decoder.module.mlp.0.weight"])
+    assert len(list(copy.parameters())) == len(list(loss.parameters()))
+    observation = torch.randn(7, OBSERVATION)
+    torch.testing.assert_close(copy.actor(observation=observation), loss.actor(observation=observation))
+
+
+@pytest.mark.parametrize("name", ["lsi_coeff", "trust_coeff"])
+def test_a_term_that_was_left_out_is_not_brought_back(make_loss, name):
+    state = make_loss().state_dict()
+    with pytest.raises(InputError, match=f"{name}: positive in the state dict"):
+        make_loss(**{name: 0.0}).load_state_dict(state)
+    make_loss().load_state_dict(make_loss(**{name: 0.0}).state_dict())
+
+
+def test_coefficients_live_where_the_networks_do():
+    class Unmoved(SPARLoss):
+        def to(self, *args, **kwargs):
+            return self
+
+    anchor = TensorDictModule(nn.Linear(3, 2, device="meta"), ["observation"], ["action"])
+    loss = make_spar_loss(3, Bounded(-1, 1, (2,)), anchor=anchor, device="meta", loss_class=Unmoved)
+    assert {buffer.device.type for buffer in (loss.reward_scale, loss.lsi_coeff, loss.trust_coeff)} == {"meta"}
 
 
 @pytest.mark.parametrize("head", HEADS)

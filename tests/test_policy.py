@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import pickle
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ACTION, OBSERVATION
@@ -34,6 +36,23 @@ def test_bounds_survive(make_loss, tmp_path):
     save_policy(loss, tmp_path / "policy.pt")
     policy, _ = load_policy(tmp_path / "policy.pt")
     assert policy.low.tolist() == [-1, -2] and policy.high.tolist() == [3, 4]
+
+
+def test_saving_and_loading_draw_nothing_and_keep_the_type(make_loss, tmp_path):
+    loss = make_loss().double()
+    state = torch.random.get_rng_state()
+    save_policy(loss, tmp_path / "policy.pt")
+    policy, _ = load_policy(tmp_path / "policy.pt")
+    assert torch.equal(torch.random.get_rng_state(), state)
+    observation = torch.randn(7, OBSERVATION, dtype=torch.float64)
+    assert torch.equal(policy(observation=observation), loss.actor(observation=observation))
+
+
+@pytest.mark.parametrize("fact", [np.float64(3.0), Path("x"), {"inner": {1, Path("x")}}, print])
+def test_facts_that_could_not_be_read_again_are_refused(make_loss, tmp_path, fact):
+    with pytest.raises(InputError, match=f"score=.*{type(fact).__name__}"):
+        save_policy(make_loss(), tmp_path / "policy.pt", score=fact)
+    assert not os.listdir(tmp_path)
 
 
 class Hostile:

@@ -10,13 +10,14 @@ from conftest import ACTION, OBSERVATION, make_batch, total
 from tensordict import TensorDict
 from tensordict.nn import NormalParamExtractor, TensorDictModule
 from torch import nn
-from torchrl.data import Bounded
+from torchrl.data import Bounded, LazyTensorStorage, TensorDictReplayBuffer
 from torchrl.modules import MLP, ProbabilisticActor, TanhNormal, ValueOperator
-from torchrl.objectives import IQLLoss, SoftUpdate
+from torchrl.objectives import IQLLoss, SoftUpdate, ValueEstimators
 
 from torchrl_spar import (
     BatchSampler,
     InputError,
+    SPARLoss,
     SPARUpdate,
     StackedSPARLoss,
     fit_anchor,
@@ -201,6 +202,93 @@ def test_critics_start_from_the_returns(fitted):
             assert torch.equal(tensor, others[key]), key
 
 
+def test_the_start_of_the_critics_leaves_the_deployed_policy_alone(make_loss):
+    loss = make_loss()  # its moving average lags behind its head
+    observation = torch.randn(7, OBSERVATION)
+    before = loss.actor(observation=observation)
+    fit_value(loss, load_offline_dataset(make_batch(32), batch_size=8), steps=2)
+    assert torch.equal(loss.actor(observation=observation), before)
+    assert not torch.equal(loss.actor_network(observation=observation), before)
+
+
+def test_returns_follow_renamed_ends(make_loss):
+    rows = make_batch(32)
+    renamed, other = rows.clone(), {"terminated": "over", "done": "ended"}
+    for old, new in other.items():
+        # Left behind under the usual names: flags that say something else.
+        renamed["next"].set(new, renamed["next", old].clone()).set(old, ~renamed["next", old])
+    losses = [make_loss(), make_loss()]
+    losses[1].set_keys(**other)
+    for loss, data in zip(losses, (rows, renamed)):
+        torch.manual_seed(0)
+        buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(32), batch_size=8)
+        buffer.extend(data)
+        fit_value(loss, buffer, steps=3)
+    torch.testing.assert_close(losses[1].state_dict(), losses[0].state_dict())
+
+
+def test_undiscounted_returns_go_on_with_the_mean():
+    cut = torch.tensor([[False], [True]])
+    rows = TensorDict({"next": {"reward": torch.ones(2, 1), "done": cut, "terminated": ~cut & cut}}, [2])
+    assert returns_to_go(rows, 1.0).flatten().tolist() == [3.5, 2.5]
+
+
+def test_fits_take_a_loss_without_reduction(make_loss):
+    states = []
+    for reduction in ("mean", "none"):
+        torch.manual_seed(0)
+        loss, data = make_loss(reduction=reduction), load_offline_dataset(make_batch(32), batch_size=8)
+        states.append(fit_value(fit_residual(loss, data, steps=3), data, steps=3).state_dict())
+    torch.testing.assert_close(*states)
+
+
+def test_buffers_without_a_batch_size_are_refused(make_loss):
+    data = TensorDictReplayBuffer(storage=LazyTensorStorage(32))
+    data.extend(make_batch(32))
+    for use in (
+        lambda: fit_value(make_loss(), data, steps=1),
+        lambda: BatchSampler(make_loss(), data, length=1, seed=0),
+    ):
+        with pytest.raises(InputError, match="no batch_size"):
+            use()
+
+
+class CountingCritic(nn.Module):
+    """With a buffer of whole numbers, as BatchNorm has."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(OBSERVATION + ACTION, 1)
+        self.register_buffer("place", torch.arange(2))
+
+    def forward(self, observation, action):
+        return self.linear(torch.cat((observation, action), -1))
+
+
+def test_buffers_of_whole_numbers_are_no_parameters(make_loss):
+    like = make_loss(joint_fit=False)
+    parts = [like.actor_network, ValueOperator(CountingCritic(), in_keys=["observation", "action"])]
+    update = SPARUpdate(SPARLoss(*parts, like.value_network, like.residual_vae, joint_fit=False))
+    for _ in range(100):
+        metrics = update(make_batch(4))
+    assert metrics["loss_qvalue"].isfinite()
+
+
+def test_a_loaded_update_keeps_its_own_rates(make_loss):
+    updates = [SPARUpdate(make_loss(), qvalue_lr=lr, actor_lr=lr) for lr in (1e-3, 1e-5)]
+    for _ in range(2):
+        updates[0](make_batch(8))
+    state = updates[0].state_dict()
+    for name in ("critic_optimizer", "actor_optimizer"):
+        state[name]["param_groups"][0]["capturable"] = True  # as of a run that was captured
+    updates[1].load_state_dict(state)
+    for optimizer in (updates[1].critic_optimizer, updates[1].actor_optimizer):
+        group = optimizer.param_groups[0]
+        assert (group["lr"], group["capturable"]) == (1e-5, False)
+        assert all(int(moments["step"]) >= 1 for moments in optimizer.state.values())
+    updates[1](make_batch(8))
+
+
 def test_head_is_updated_every_policy_interval_steps():
     loss = make_spar_loss(OBSERVATION, Bounded(-1, 1, (ACTION,)), hidden=[8], joint_fit=False)
     update = SPARUpdate(loss, policy_interval=3)
@@ -292,6 +380,15 @@ def test_stacks_are_of_one_kind():
         StackedSPARLoss([make_spar_loss(2, spec, hidden=[4], kappa=kappa) for kappa in (0.0, 1.0)])
     with pytest.raises(InputError, match="joint_fit=True with head='latent'"):
         StackedSPARLoss([make_spar_loss(2, spec, hidden=[4], head="latent")])
+    losses = [make_spar_loss(2, spec, hidden=[4]) for _ in range(2)]
+    StackedSPARLoss(losses)
+    losses[1].set_keys(reward="other")
+    with pytest.raises(InputError, match="differ in their options"):
+        StackedSPARLoss(losses)
+    losses[1].set_keys(reward="reward")
+    losses[1].make_value_estimator(ValueEstimators.TD1)
+    with pytest.raises(InputError, match="differ in their options"):
+        StackedSPARLoss(losses)
 
 
 def test_blocks_depend_on_their_seed_alone(fitted):

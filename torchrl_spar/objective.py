@@ -85,9 +85,9 @@ class SPARLoss(LossModule):
             candidates, such as ``torch.bfloat16``; by default the parameters' own type. Weights and
             gradients are not touched.
         temperature: tau of the candidates' weights; small is greedy (ours: 0.3).
-        lsi_coeff: weight of self-imitation; 0 leaves it out (the ablation). Can be scheduled.
-        trust_coeff: lambda, the weight of the advantage-weighted fit to the data's own
-            residuals; 0 leaves it out. Can be scheduled (ours: 1).
+        lsi_coeff: weight of self-imitation, a buffer that can be scheduled (ours: 1). 0 leaves the term out for good
+            (the ablation): a schedule starts above it.
+        trust_coeff: lambda, the weight of the advantage-weighted fit to the data's own residuals; likewise (ours: 1).
         latent_reg: head B only, weight of the pull of the latent to its prior (ours: 0).
         reduction: ``"mean"``, ``"sum"`` or ``"none"`` (the batch's shape).
         use_prioritized_weights: see TorchRL's losses.
@@ -269,9 +269,11 @@ class SPARLoss(LossModule):
         self.temperature = temperature
         self.latent_reg = latent_reg
         self.has_lsi, self.has_trust = lsi_coeff > 0, trust_coeff > 0
-        self.register_coeff_buffer("reward_scale", float(reward_scale))
-        self.register_coeff_buffer("lsi_coeff", float(lsi_coeff))
-        self.register_coeff_buffer("trust_coeff", float(trust_coeff))
+        device = self._default_device
+        self.register_coeff_buffer("reward_scale", float(reward_scale), device=device)
+        self.register_coeff_buffer("lsi_coeff", float(lsi_coeff), device=device)
+        self.register_coeff_buffer("trust_coeff", float(trust_coeff), device=device)
+        self.register_load_state_dict_post_hook(_check_terms)
         self.reduction = reduction
         self.use_prioritized_weights = use_prioritized_weights
         self.out_keys = self._list_out_keys()
@@ -700,10 +702,19 @@ class SPARLoss(LossModule):
                     module.reset_parameters_recursive()
         self.sync_targets()
 
-    def sync_targets(self) -> None:
-        """Copies every network with a target into its target."""
-        for name in ("actor_network", "qvalue_network"):
+    def sync_targets(self, *names: str) -> None:
+        """Copies networks into their targets: ``"actor_network"`` and ``"qvalue_network"``, by default both."""
+        for name in names or ("actor_network", "qvalue_network"):
             self.target_params(name).data.copy_(self._modules[f"{name}_params"].data)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SPARLoss:
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        new.__setstate__(deepcopy(self.__dict__, memo))
+        if self.actor_network.is_latent:
+            # tensordict copies each set of parameters by itself, but head B's decoder is the VAE's.
+            new.actor_network_params.set("decoder", new.residual_vae_params.get("decoder").copy())
+        return new
 
     def _state_keys(self, *modules: TensorDictModuleBase) -> list[NestedKey]:
         """What modules read of the state: their in_keys less what this loss writes itself."""
@@ -783,6 +794,12 @@ class SPARLoss(LossModule):
         use, key = self.use_prioritized_weights in (True, "auto"), self.tensor_keys.priority_weight
         weights = tensordict.get(key, None) if use else None
         return self._reduce_loss(loss, tensordict=tensordict, weights=weights)
+
+
+def _check_terms(loss: SPARLoss, _: Any) -> None:
+    for term, name in ((loss.has_lsi, "lsi_coeff"), (loss.has_trust, "trust_coeff")):
+        if not term and getattr(loss, name) > 0:
+            raise InputError(f"{name}: positive in the state dict, but this loss was built with {name}=0")
 
 
 def _check_options(*checks: tuple[bool, str, Any, str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 from pathlib import Path
@@ -30,8 +31,8 @@ def save_policy(loss: SPARLoss, path: str | os.PathLike[str], **facts: Any) -> N
         **facts: plain values kept beside the weights, e.g. ``env="Hopper-v5"``.
 
     Raises:
-        InputError: if the loss has networks of your own (save its ``state_dict`` instead), or the file
-            cannot be written.
+        InputError: if the loss has networks of your own (save its ``state_dict`` instead), a fact is no plain
+            value, or the file cannot be written.
 
     Source: ours.
 
@@ -60,6 +61,12 @@ def save_policy(loss: SPARLoss, path: str | os.PathLike[str], **facts: Any) -> N
             "save_policy knows the default networks of make_spar_loss only; "
             f"save loss.actor.state_dict() for your own ({first_line(err)})"
         ) from None
+    for name, value in facts.items():
+        if not _is_plain(value):
+            raise InputError(
+                f"{name}={value!r}: of type {type(value).__name__}; facts must be numbers, strings, None, or lists "
+                "and dictionaries of them"
+            )
     path = Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
@@ -114,7 +121,19 @@ def load_policy(
 def _rebuild(content: dict[str, Any]) -> SPARActor:
     architecture = dict(content["architecture"])
     low, high = (torch.tensor(architecture.pop(name)) for name in ("low", "high"))
-    loss = make_spar_loss(action_spec=Bounded(low, high, low.shape, dtype=low.dtype), **architecture)
-    policy = loss.actor
+    with torch.random.fork_rng(devices=[]):  # the weights that are drawn here are not used
+        loss = make_spar_loss(action_spec=Bounded(low, high, low.shape, dtype=low.dtype), **architecture)
+    policy = loss.actor.to(content["state_dict"]["residual_scale"].dtype)
     policy.load_state_dict(content["state_dict"])
     return policy
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether it can be read again without executing code."""
+    file = io.BytesIO()
+    try:
+        torch.save(value, file)
+        torch.load(io.BytesIO(file.getvalue()), weights_only=True)
+    except (pickle.PickleError, TypeError, AttributeError):
+        return False
+    return True

@@ -279,7 +279,11 @@ def action_bounds(action_spec: TensorSpec, action_key: NestedKey = "action") -> 
         raise InputError(f"action_spec must be a torchrl.data.Bounded of shape [action_dim], got {action_spec}")
     # Batched environments repeat the bounds along leading dimensions.
     lead = (0,) * (action_spec.ndim - 1)
-    low, high = action_spec.space.low[lead].clone(), action_spec.space.high[lead].clone()
+    # The networks' type, which Gymnasium's float64 spaces do not have.
+    low, high = (
+        bound[lead].to(torch.get_default_dtype(), copy=True)
+        for bound in (action_spec.space.low, action_spec.space.high)
+    )
     if not (torch.isfinite(low).all() and torch.isfinite(high).all() and (low < high).all()):
         raise InputError(f"action_spec needs finite bounds with low < high, got low={low}, high={high}")
     return low, high

@@ -61,6 +61,13 @@ def with_anchor_actions(loss: SPARLoss, replay_buffer: ReplayBuffer) -> TensorDi
     return TensorDictReplayBuffer(storage=storage, writer=ImmutableDatasetWriter(), batch_size=replay_buffer.batch_size)
 
 
+def batch_size_of(replay_buffer: ReplayBuffer) -> int:
+    """Rows in a batch, which TorchRL's buffers may leave open."""
+    if replay_buffer.batch_size is None:
+        raise InputError("the replay buffer has no batch_size: build it with batch_size=...")
+    return replay_buffer.batch_size
+
+
 def _check_anchor(anchor: TensorDictModuleBase, state: TensorDictBase, action_key: NestedKey) -> None:
     if missing := [key for key in anchor.in_keys if key not in state.keys(True)]:
         raise InputError(
@@ -91,6 +98,9 @@ class BatchSampler(Iterator[TensorDictBase]):
     Returns:
         On ``next(sampler)``, a block ``[length, B]`` on the data's device.
 
+    Raises:
+        InputError: for a buffer without ``batch_size``.
+
     Source: ours.
 
     Examples:
@@ -112,7 +122,7 @@ class BatchSampler(Iterator[TensorDictBase]):
         if keys.anchor_action not in replay_buffer[:1].keys(True):
             replay_buffer = with_anchor_actions(loss, replay_buffer)
         self.rows = replay_buffer[:].exclude("episode", "return_to_go")
-        self.shape = (length, replay_buffer.batch_size)
+        self.shape = (length, batch_size_of(replay_buffer))
         self.generator = torch.Generator(self.rows[keys.action].device).manual_seed(seed)
         self.noise = loss.noise_shapes(self.rows[:1])
 

@@ -99,4 +99,5 @@ class StackedSPARLoss:
 
 
 def _options(loss: SPARLoss) -> dict[str, object]:
-    return {name: value for name, value in vars(loss).items() if isinstance(value, (int, float, str, torch.dtype))}
+    plain = {name: value for name, value in vars(loss).items() if isinstance(value, (int, float, str, torch.dtype))}
+    return {**plain, "keys": loss.tensor_keys, "value_type": loss.value_type}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import chain
 from typing import Any
 
@@ -22,7 +22,7 @@ from torchrl_spar.errors import InputError
 from torchrl_spar.health import CHECK_INTERVAL, check_finite
 from torchrl_spar.objective import SPARLoss
 from torchrl_spar.progress import Progress
-from torchrl_spar.sampling import with_anchor_actions
+from torchrl_spar.sampling import batch_size_of, with_anchor_actions
 from torchrl_spar.seeds import StackedSPARLoss
 
 Report = Callable[[int, dict[str, Tensor]], None]
@@ -160,14 +160,15 @@ def fit_value(
             are.
         steps: gradient steps.
         lr: initial learning rate of Adam, falling to zero along a cosine.
-        report: called as ``report(step, metrics)`` after every step.
+        report: called as ``report(step, metrics)`` after every step of the critics.
         progress: where to go on, see :class:`~torchrl_spar.Progress`.
 
     Returns:
         The same loss.
 
     Raises:
-        InputError: if ``progress`` was loaded from a fit of another number of steps, or for rows of several steps
+        InputError: if ``progress`` was loaded from a fit of another number of steps, for a buffer without
+            ``batch_size``, or for rows of several steps
             (``"steps_to_next_obs"``) without ``"return_to_go"``.
         NonFiniteError: within 100 steps of a loss or parameter that is NaN or infinite.
 
@@ -193,20 +194,24 @@ def fit_value(
                 "the data's rewards are sums of several steps ('steps_to_next_obs'): give the returns of the single "
                 "steps (returns_to_go) as 'return_to_go'"
             )
-        returns = returns_to_go(data, float(loss.value_estimator.gamma), reward_key=loss.tensor_keys.reward)
+        keys = {f"{name}_key": getattr(loss.tensor_keys, name) for name in ("reward", "done", "terminated")}
+        returns = returns_to_go(data, float(loss.value_estimator.gamma), **keys)
     loss.reward_scale.copy_(1 / _return_spread(returns))
     # Not strict: the anchor is not asked here.
     rows = data.select(*loss.in_keys, strict=False).exclude("next").set("return", returns * loss.reward_scale)
 
+    shape = (batch_size_of(replay_buffer),)
+
     def sample() -> TensorDictBase:
-        return rows[torch.randint(len(rows), (replay_buffer.batch_size,), device=returns.device)]
+        return rows[torch.randint(len(rows), shape, device=returns.device)]
 
     def regression(batch: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
         return loss.qvalue_regression(batch, batch["return"].squeeze(-1))
 
     progress = progress or Progress()
     params = loss.qvalue_network_params
-    _fit("loss_qvalue", regression, params, sample, steps, lr, progress, report, finish=loss.sync_targets)
+    finish = partial(loss.sync_targets, "qvalue_network")
+    _fit("loss_qvalue", regression, params, sample, steps, lr, progress, report, finish=finish)
     if loss.value_mix > 0:
         _fit("loss_value", loss.value_loss, loss.value_network_params, sample, steps, lr, progress)
     return loss
@@ -219,7 +224,14 @@ def _return_spread(returns: Tensor) -> Tensor:
     return torch.where(spread > 1e-6 * size, spread, size).clamp_min(1e-6)
 
 
-def returns_to_go(data: TensorDictBase, gamma: float, *, reward_key: NestedKey = "reward") -> Tensor:
+def returns_to_go(
+    data: TensorDictBase,
+    gamma: float,
+    *,
+    reward_key: NestedKey = "reward",
+    done_key: NestedKey = "done",
+    terminated_key: NestedKey = "terminated",
+) -> Tensor:
     """Discounted return from each row to the end of its episode, ``[N, 1]``.
 
     An episode that was cut off rather than terminated goes on with the mean return-to-go of the
@@ -229,7 +241,7 @@ def returns_to_go(data: TensorDictBase, gamma: float, *, reward_key: NestedKey =
     Args:
         data: ``[N]`` rows in TED form, episodes in order.
         gamma: discount.
-        reward_key: the reward's key under ``"next"``.
+        reward_key, done_key, terminated_key: keys under ``"next"``.
 
     Returns:
         Returns in the rewards' units.
@@ -245,15 +257,15 @@ def returns_to_go(data: TensorDictBase, gamma: float, *, reward_key: NestedKey =
         tensor([[1.5000],
                 [1.0000]])
     """
-    reward, terminated = data["next", reward_key], data["next", "terminated"]
-    end = episode_ends(data)
+    reward, terminated = data["next"][reward_key], data["next"][terminated_key]
+    end = episode_ends(data, done_key=done_key)
     cut = end & ~terminated
     returns = reward2go(reward, end, gamma)
     if not cut.any():
         return returns
     left = reward2go(torch.ones_like(reward), end, 1.0)
     before_cut = reward2go(cut.to(reward), end, 1.0) > 0
-    settled = before_cut & (left > 3 / (1 - gamma))
+    settled = before_cut & (left > (3 / (1 - gamma) if gamma < 1 else math.inf))
     beyond = returns[settled].mean() if settled.any() else returns.mean()
     return reward2go(reward + gamma * beyond * cut, end, gamma)
 
@@ -296,7 +308,7 @@ def measure_residual_scale(loss: SPARLoss, replay_buffer: ReplayBuffer) -> Tenso
     return mean_square.sqrt().to(floor).maximum(floor)
 
 
-def episode_ends(data: TensorDictBase) -> Tensor:
+def episode_ends(data: TensorDictBase, *, done_key: NestedKey = "done") -> Tensor:
     """Whether a row is the last of its episode, ``[N, 1]``, for TED rows ``[N]`` in order.
 
     Source: ours.
@@ -308,7 +320,7 @@ def episode_ends(data: TensorDictBase) -> Tensor:
         >>> episode_ends(TensorDict({"next": {"done": done}, "episode": torch.tensor([0, 1, 2])}, [3])).flatten()
         tensor([True, True, True])
     """
-    end = data["next", "done"].clone()
+    end = data["next"][done_key].clone()
     if "episode" in data.keys():
         end[:-1] |= (data["episode"][1:] != data["episode"][:-1]).view(-1, 1)
     end[-1] = True
@@ -455,9 +467,16 @@ class SPARUpdate:
         return {"steps": self.steps, **{name: getattr(self, name).state_dict() for name in _OPTIMIZERS}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes a :meth:`state_dict`; with the loss's and the sampler's the updates go on with the same bits."""
+        """Takes a :meth:`state_dict`; with the loss's and the sampler's the updates go on with the same bits.
+
+        The learning rates are this update's own, and so is ``cudagraph``.
+        """
         for name in _OPTIMIZERS:
-            getattr(self, name).load_state_dict(state[name])
+            optimizer = getattr(self, name)
+            own = [{key: group[key] for key in ("lr", "capturable")} for group in optimizer.param_groups]
+            optimizer.load_state_dict(state[name])
+            for group, options in zip(optimizer.param_groups, own):
+                group.update(options)
         self.steps = self._checked = state["steps"]
         self._sequence.cache_clear()  # a captured graph reads the old state
 
@@ -475,7 +494,8 @@ def _keep_scratch_memory() -> None:
 
 
 def _leaves(params: TensorDictBase) -> list[Tensor]:
-    return list(params.values(True, True))
+    """The parameters, without buffers such as a BatchNorm's count."""
+    return [leaf for leaf in params.values(True, True) if leaf.requires_grad]
 
 
 def _trained_with_targets(loss: SPARLoss | StackedSPARLoss) -> tuple[list[Tensor], list[Tensor]]:
@@ -503,6 +523,7 @@ def _fit(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for step in range(progress.begin(name, steps, optimizer, schedule) + 1, steps + 1):
         value, metadata = term(sample())
+        value = value.mean()  # reduction="none" gives one a row
         _descend(value, optimizer)
         schedule.step()
         if finish is not None and step == steps:
