@@ -15,7 +15,7 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from stopping import Stopped, stop
 
 if "MUJOCO_GL" in os.environ:
@@ -42,6 +42,7 @@ def run_recipe(main: Callable[[DictConfig], None], config_name: str) -> None:
         try:
             for name in OmegaConf.missing_keys(cfg):
                 raise InputError(f"{name}: must be given, as {name}=...")
+            check_seeds(cfg)
             main(cfg)
         except InputError as err:
             if HydraConfig.get().mode == RunMode.MULTIRUN:
@@ -65,6 +66,20 @@ def run_recipe(main: Callable[[DictConfig], None], config_name: str) -> None:
     except Stopped as err:  # between runs, or where there is nothing to go on with
         print(err, file=sys.stderr)
         sys.exit(128 + err.signum)
+
+
+def check_seeds(cfg: DictConfig) -> None:
+    """Refuses what is no seed, before anything is trained with it."""
+    if not _is_seed(seed := cfg.get("seed", 0)):
+        raise InputError(f"seed={seed}: must be a whole number from 0 on")
+    if (seeds := cfg.get("seeds")) is None:
+        return
+    if not isinstance(seeds, ListConfig) or not seeds or not all(map(_is_seed, seeds)) or len({*seeds}) < len(seeds):
+        raise InputError(f"seeds={seeds}: must be a list of different whole numbers from 0 on, such as [0,1,2]")
+
+
+def _is_seed(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def best_device(name: str | None) -> torch.device:

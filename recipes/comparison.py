@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass
-from statistics import mean, pstdev
+from statistics import mean, stdev
 from typing import Any
 
 import numpy as np
@@ -66,25 +66,29 @@ class Comparison:
         runs: results, in any order.
 
     Raises:
-        InputError: if a run is there twice, or runs of one data set differ in their number of updates.
+        InputError: if a run is there twice, or runs of one data set differ in their updates or evaluations.
     """
 
     def __init__(self, runs: list[Run]) -> None:
         self.runs: dict[tuple[str, str], dict[int, Run]] = defaultdict(dict)
-        updates: dict[str, int] = {}
+        protocols: dict[str, dict[str, Any]] = {}
         for run in runs:
             method, dataset, seed = method_of(run), run["dataset"], run["seed"]
             if seed in self.runs[method, dataset]:
                 raise InputError(f"{method} on {dataset} with seed {seed} is there twice; remove one of them")
-            if updates.setdefault(dataset, run["updates"]) != run["updates"]:
+            curve = [row["step"] for row in run["curve"]]
+            protocol = {"updates": run["updates"], "episodes": run["episodes"], "evaluations at": curve}
+            first = protocols.setdefault(dataset, protocol)
+            if different := [name for name in protocol if protocol[name] != first[name]]:
+                name = different[0]
                 raise InputError(
-                    f"{dataset}: runs of {updates[dataset]} and of {run['updates']} updates are not comparable; "
+                    f"{dataset}: runs of {name} {first[name]} and {protocol[name]} are not comparable; "
                     "put them into directories of their own"
                 )
             self.runs[method, dataset][seed] = run
         found = {method for method, _ in self.runs}
         self.methods = [name for name in NAMES if name in found] + sorted(found - NAMES.keys())
-        self.datasets = sorted(updates)
+        self.datasets = sorted(protocols)
 
     def seeds(self, method: str) -> list[int]:
         """The seeds that a method has on every data set."""
@@ -198,7 +202,9 @@ def _estimate(scores: dict[str, Any], statistic: Any) -> dict[str, Interval]:
 
 
 def _spread(scores: list[float]) -> str:
-    return f"{mean(scores):.1f} +- {pstdev(scores):.1f} ({len(scores)})" if scores else "-"
+    if len(scores) < 2:
+        return f"{scores[0]:.1f} (1)" if scores else "-"
+    return f"{mean(scores):.1f} +- {stdev(scores):.1f} ({len(scores)})"
 
 
 def _row(*cells: str) -> str:

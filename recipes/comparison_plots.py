@@ -89,7 +89,7 @@ def _curves(comparison: Comparison) -> plt.Figure:
     for axes, dataset in zip(panels.flat, comparison.datasets):
         for name, (steps, scores) in comparison.curves(dataset).items():
             color, dashes = STYLES.get(name, UNKNOWN)
-            center, spread = scores.mean(0), scores.std(0)
+            center, spread = scores.mean(0), scores.std(0, ddof=min(1, len(scores) - 1))
             (handles[label(name)],) = axes.plot(steps, center, dashes, color=color)
             if has_band(name, len(comparison.methods)):
                 axes.fill_between(steps, center - spread, center + spread, color=color, alpha=0.15, linewidth=0)

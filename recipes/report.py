@@ -11,7 +11,7 @@ import json
 import sys
 from collections import Counter, defaultdict
 from pathlib import Path
-from statistics import mean, pstdev
+from statistics import mean, stdev
 from typing import Any
 
 from run_output import data_score, write_text
@@ -45,14 +45,14 @@ def read_runs(folder: Path) -> list[Run]:
 
 
 def table(runs: list[Run]) -> str:
-    """Normalised scores of SPAR; of several seeds mean and standard deviation, each seed's score in brackets."""
+    """Normalised scores of SPAR; of several seeds mean and sample standard deviation, each seed's score in brackets."""
 
     def cell(results: list[Run], name: str) -> str:
         scores = [result[name]["normalized"] for result in results]
         if len(scores) == 1:
             return f"{scores[0]:.1f}"
         each = " / ".join(f"{score:.1f}" for score in scores)
-        return f"{mean(scores):.1f} +- {pstdev(scores):.1f} ({each})"
+        return f"{mean(scores):.1f} +- {stdev(scores):.1f} ({each})"
 
     by_dataset = defaultdict(list)
     for run in runs:
@@ -76,7 +76,7 @@ def compare(runs: list[Run], folder: Path) -> str:
     episodes = "/".join(sorted({str(run["episodes"]) for run in runs}))
     report = "\n\n".join(
         [
-            f"Normalised scores (D4RL's formula) of the last checkpoint, {episodes} episodes: mean +- standard\n"
+            f"Normalised scores (D4RL's formula) of the last checkpoint, {episodes} episodes: mean +- sample standard\n"
             "deviation over seeds (number of seeds). IQM: interquartile mean over all runs, with 95 % stratified\n"
             f"bootstrap intervals ({REPETITIONS} repetitions, rliable). Bands (with many methods only SPAR's): one\n"
             "standard deviation of the learning curves, the 95 % interval of the performance profiles.",

@@ -26,7 +26,7 @@ from stopping import stop
 from sweep import started
 from tqdm import tqdm
 
-from torchrl_spar import BatchSampler, InputError, StackedSPARLoss
+from torchrl_spar import BatchSampler, StackedSPARLoss
 from torchrl_spar.evaluator import end_with_parent, without_ctrl_c
 
 
@@ -35,8 +35,6 @@ def main(cfg: DictConfig) -> None:
         train(cfg, [cfg.seed], [Path(cfg.out)])
         return
     seeds = list(cfg.seeds)
-    if len(set(seeds)) != len(seeds) or not seeds:
-        raise InputError(f"seeds={seeds}: give at least one seed, and each once")
     outs = [Path(cfg.out) / f"seed_{seed}" for seed in seeds]
     if best_device(cfg.device).type == "cuda":
         train(cfg, seeds, outs)  # as one stack: a single small run leaves a GPU idle

@@ -76,7 +76,8 @@ def test_an_infinite_parameter_that_no_loss_sees_stops_them_too(make_loss):
 
     def spoil(step, batch):
         if step == 50:
-            next(iter(loss.actor_network_params.get("head").values(True, True))).data.view(-1)[0] = INF
+            head = loss.actor_network_params.get("head").values(True, True)
+            next(leaf for leaf in head if leaf.requires_grad).data.view(-1)[0] = INF
 
     with pytest.raises(NonFiniteError, match=r"^step 100: NaN or infinity in a parameter of loss_residual"):
         train(update, 300, spoil)

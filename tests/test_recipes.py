@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,11 +16,13 @@ import pytest
 import torch
 from conftest import SHARED
 
-from torchrl_spar import evaluate, load_policy
+from torchrl_spar import InputError, evaluate, load_policy
 
 pytest.importorskip("hydra")
 import gymnasium
 import h5py
+from common import check_seeds
+from omegaconf import OmegaConf
 from PIL import Image
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
@@ -363,9 +366,25 @@ def test_seeds_at_once_are_the_single_runs(finished, tmp_path, stacked):
 
 
 def test_wrong_seeds_end_in_one_line(tmp_path):
-    assert_one_line(run("spar_d4rl", *TINY, "seeds=[1,1]", "out=x", cwd=tmp_path), "seeds=")
-    assert_one_line(run("spar_d4rl", *TINY, "eval.interval=0", "out=x", cwd=tmp_path), "eval.interval=0")
+    assert_one_line(run("spar_d4rl", *TINY, "seeds=3", "out=x", cwd=tmp_path), "seeds=3")
+    final = "eval.final_episodes=0"
+    assert_one_line(run("spar_d4rl", *TINY, final, "out=x", cwd=tmp_path), final)
     assert_one_line(run("spar_d4rl", *TINY, "spar.loss.candidate_dtype=half2", "out=x", cwd=tmp_path), "half2")
+
+
+@pytest.mark.parametrize("options", [
+    {"seed": -1}, {"seed": 1.5}, {"seed": "a"}, {"seed": True}, {"seeds": []}, {"seeds": [1, 1]}, {"seeds": "abc"},
+    {"seeds": 0}, {"seeds": [0, -2]}, {"seeds": [[1]]},
+])  # fmt: skip
+def test_what_is_no_seed_is_named(options):
+    ((name, value),) = options.items()
+    with pytest.raises(InputError, match=re.escape(f"{name}={value}: must be a")):
+        check_seeds(OmegaConf.create(options))
+
+
+def test_seeds_pass():
+    for options in ({}, {"seed": 0}, {"seed": 3, "seeds": None}, {"seeds": [0, 7]}):
+        check_seeds(OmegaConf.create(options))
 
 
 def report(folder, cwd):
@@ -378,7 +397,7 @@ def test_report_gives_mean_and_spread_over_seeds(tmp_path):
         row = {"normalized": score}
         facts = {"dataset": "toy", "env": "Hopper-v5", "seed": seed, "data": row, "anchor": row, "spar": row}
         (tmp_path / f"{seed}.json").write_text(json.dumps(facts))
-    spread = "20.0 +- 10.0 (10.0 / 30.0)"
+    spread = "20.0 +- 14.1 (10.0 / 30.0)"
     assert report(tmp_path, tmp_path).stdout.splitlines()[-1] == f"| toy | 0, 1 | 20.0 | {spread} | {spread} |"
     (tmp_path / "claim.json").write_text(json.dumps({"claim": "drift", "findings": []}))
     assert report(tmp_path, tmp_path).stdout.splitlines()[-1].startswith("| toy | 0, 1 |")

@@ -409,7 +409,7 @@ def test_report_of_several_methods_by_hand(tmp_path, capsys):
     assert capsys.readouterr().out == found
     assert "| method | a | b | IQM | P(SPAR (head A) is better) |" in found
     assert "| the data | 5.0 | 5.0 |  |  |" in found
-    assert "| SPAR's anchor | 22.0 +- 12.0 (2) | 70.0 +- 20.0 (2) |  |  |" in found
+    assert "| SPAR's anchor | 22.0 +- 17.0 (2) | 70.0 +- 28.3 (2) |  |  |" in found
     # IQM: the middle two of 10 30 50 90 and of 20 20 40 60. On a one run of two is better, on b three pairs of four.
     statistics = comparison.Comparison(report.read_runs(tmp_path))
     means, improvement = statistics.interquartile_means(), statistics.improvements()["iql"]
@@ -417,9 +417,9 @@ def test_report_of_several_methods_by_hand(tmp_path, capsys):
     assert improvement.point == pytest.approx((0.5 + 0.75) / 2)
     # The extremes of resampling each data set's two seeds.
     assert (means["spar"].low, means["spar"].high) == (30.0, 60.0)
-    assert f"| SPAR (head A) | 20.0 +- 10.0 (2) | 70.0 +- 20.0 (2) | {means['spar']} | - |" in found
+    assert f"| SPAR (head A) | 20.0 +- 14.1 (2) | 70.0 +- 28.3 (2) | {means['spar']} | - |" in found
     assert (
-        f"| IQL | 20.0 +- 0.0 (2) | 50.0 +- 10.0 (2) | {means['iql']} | {statistics.improvements()['iql']} |" in found
+        f"| IQL | 20.0 +- 0.0 (2) | 50.0 +- 14.1 (2) | {means['iql']} | {statistics.improvements()['iql']} |" in found
     )
     assert "SPAR ends more than 3 points below its anchor in 1 of 4 runs: a, seed 1 (34.0 to 30.0)." in found
     shares, _ = statistics.profiles(np.array([0.0, 45.0, 100.0]))
@@ -437,7 +437,7 @@ def test_report_says_what_its_statistics_leave_out(tmp_path):
     assert found.left_out() == ["a (seed 1): IQL"] and "a (seed 1): IQL" in found.markdown()
     assert found.scores()["iql"].tolist() == [[20.0, 40.0]]
     # On a one run of two is better, on b both; one seed has no spread to resample.
-    assert "| 40.0 +- 0.0 (1) | 30.00 (one seed) | 0.75 (one seed) |" in found.markdown()
+    assert "| 40.0 (1) | 30.00 (one seed) | 0.75 (one seed) |" in found.markdown()
 
 
 def test_report_refuses_what_is_not_comparable(tmp_path):
@@ -447,3 +447,7 @@ def test_report_refuses_what_is_not_comparable(tmp_path):
         comparison.Comparison([*runs, runs[0]])
     with pytest.raises(InputError, match="updates"):
         comparison.Comparison([*runs, {**runs[0], "seed": 7, "updates": 11}])
+    with pytest.raises(InputError, match="runs of episodes 2 and 3 are not comparable"):
+        comparison.Comparison([*runs, {**runs[0], "seed": 7, "episodes": 3}])
+    with pytest.raises(InputError, match="runs of evaluations at"):
+        comparison.Comparison([*runs, {**runs[0], "seed": 7, "curve": runs[0]["curve"][:-1]}])

@@ -241,7 +241,9 @@ def returns_to_go(
     Args:
         data: ``[N]`` rows in TED form, episodes in order.
         gamma: discount.
-        reward_key, done_key, terminated_key: keys under ``"next"``.
+        reward_key: the reward's key under ``"next"``.
+        done_key: likewise.
+        terminated_key: likewise.
 
     Returns:
         Returns in the rewards' units.
