@@ -71,15 +71,14 @@ def test_one_infinite_reward_stops_the_updates_within_a_hundred(make_loss, stack
 
 
 def test_an_infinite_parameter_that_no_loss_sees_stops_them_too(make_loss):
-    loss = make_loss(hidden=[8], joint_fit=False)
-    update = SPARUpdate(loss, policy_interval=1000)  # the head's loss is not asked
+    loss = make_loss(hidden=[8])
+    update = SPARUpdate(loss, policy_interval=1000)  # the fit, which alone reads the encoder, is not asked
 
     def spoil(step, batch):
         if step == 50:
-            head = loss.actor_network_params.get("head").values(True, True)
-            next(leaf for leaf in head if leaf.requires_grad).data.view(-1)[0] = INF
+            next(loss.residual_vae_params.parameters()).data.view(-1)[0] = INF
 
-    with pytest.raises(NonFiniteError, match=r"^step 100: NaN or infinity in a parameter of loss_residual"):
+    with pytest.raises(NonFiniteError, match=r"^step 100: NaN or infinity in a parameter of loss_fit"):
         train(update, 300, spoil)
 
 
