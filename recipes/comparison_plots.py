@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Iterable
 from pathlib import Path
 
 import matplotlib
@@ -19,7 +21,8 @@ STYLES = {
     "iql": (GREEN, "-"), "cql": (PURPLE, "-"), "rebrac": (VERMILION, "-"), "rebrac_lcb": (VERMILION, "--"),
     "spar_iql": (BLUE, ":"), "spar": (BLUE, "-"), "spar_latent": (BLUE, "--"),
 }  # fmt: skip
-UNKNOWN = ("#000000", "-.")
+# Of other methods, such as ablations: all colours, then again with the next dashes.
+OTHER_COLORS, OTHER_DASHES = (ORANGE, GREEN, PURPLE, VERMILION, GREY, "#000000"), ("-", "--", ":", "-.")
 # Bands of more methods hide each other: then only the reference has one.
 MOST_BANDS = 5
 
@@ -41,6 +44,13 @@ def plot_all(comparison: Comparison, folder: Path) -> list[str]:
     return list(figures)
 
 
+def styles(methods: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """Colour and dashes of each method."""
+    others = [method for method in methods if method not in STYLES]
+    looks = [(color, dashes) for dashes in OTHER_DASHES for color in OTHER_COLORS]
+    return STYLES | dict(zip(others, itertools.cycle(looks)))
+
+
 def has_band(method: str, methods: int) -> bool:
     return methods <= MOST_BANDS or method == REFERENCE
 
@@ -48,9 +58,9 @@ def has_band(method: str, methods: int) -> bool:
 def _intervals(intervals: dict[str, Interval], title: str, middle: float | None = None) -> plt.Figure:
     """One line a method, its point and its 95 % interval."""
     figure, axes = plt.subplots(figsize=(7.0, 1.0 + 0.36 * len(intervals)), layout="constrained")
-    names = list(intervals)[::-1]
+    names, style = list(intervals)[::-1], styles(intervals)
     for height, name in enumerate(names):
-        interval, color = intervals[name], STYLES.get(name, UNKNOWN)[0]
+        interval, color = intervals[name], style[name][0]
         axes.hlines(height, interval.low, interval.high, color=color, linewidth=7, alpha=0.35)
         axes.plot(interval.point, height, "o", color=color, markersize=7)
     axes.set_yticks(range(len(names)), [label(name) for name in names])
@@ -66,8 +76,9 @@ def _intervals(intervals: dict[str, Interval], title: str, middle: float | None 
 def _profiles(comparison: Comparison, thresholds: np.ndarray) -> plt.Figure:
     figure, axes = plt.subplots(figsize=(8.4, 4.2), layout="constrained")
     shares, intervals = comparison.profiles(thresholds)
+    style = styles(comparison.methods)
     for name, share in shares.items():
-        color, dashes = STYLES.get(name, UNKNOWN)
+        color, dashes = style[name]
         axes.plot(thresholds, share, dashes, color=color, label=label(name), drawstyle="steps-post")
         if has_band(name, len(shares)):
             low, high = intervals[name]
@@ -85,10 +96,10 @@ def _curves(comparison: Comparison) -> plt.Figure:
     rows = -(-len(comparison.datasets) // columns)
     size = (2.4 + 4.6 * columns, 3.6 * rows)
     figure, panels = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
-    handles = {}
+    handles, style = {}, styles(comparison.methods)
     for axes, dataset in zip(panels.flat, comparison.datasets):
         for name, (steps, scores) in comparison.curves(dataset).items():
-            color, dashes = STYLES.get(name, UNKNOWN)
+            color, dashes = style[name]
             center, spread = scores.mean(0), scores.std(0, ddof=min(1, len(scores) - 1))
             (handles[label(name)],) = axes.plot(steps, center, dashes, color=color)
             if has_band(name, len(comparison.methods)):
