@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import time
@@ -18,6 +19,8 @@ from tensordict.nn import TensorDictModuleBase
 from torchrl_spar import BackgroundEvaluator, evaluate, make_env
 
 RECORDED = "torchrl_spar_benchmark/Recorded-v0"
+# Ten episodes of 1,000 steps, what the main job evaluates once its policy does not fall.
+STEPS_BESIDE = 10_000
 
 
 def measure_evaluation(
@@ -35,7 +38,7 @@ def measure_evaluation(
         policy: what is evaluated.
         update: one update of the learner, e.g. ``lambda: spar_update(buffer.sample())``.
         env_id: the environment.
-        episodes: of one evaluation, side by side.
+        episodes: of one evaluation, side by side, where the learner does nothing.
         rounds: how many.
         seconds: length of each window of the learner.
 
@@ -43,8 +46,9 @@ def measure_evaluation(
         ``steps_per_second`` (policy, reset and construction included),
         ``bare_gymnasium`` (bare Gymnasium on the same environments, seeds and actions, one
         episode after the other) and their ``ratio``; ``updates_per_second`` of the learner ``alone``,
-        beside an ``evaluation`` that never stops and beside a process of ``bare`` Gymnasium steps,
-        with the ``loss`` (a fraction) each of the two costs; the ``cores`` this process may use.
+        beside evaluations of about ``steps_beside`` steps without a pause (``evaluation``) and beside a process
+        of ``bare`` Gymnasium steps, with the ``loss`` (a fraction) each of the two costs; the ``cores`` this
+        process may use.
         The cores must be at least two for the loss to mean anything; what bare steps cost too is
         the machine's (hyperthreads, caches, frequency), not the evaluator's.
     """
@@ -59,7 +63,8 @@ def measure_evaluation(
         "steps_per_second": steps / evaluation,
         "bare_gymnasium": steps / bare,
         "ratio": median(bare / evaluation for evaluation, bare in timings),
-        **_learner(policy, update, env_id, episodes, rounds, seconds),
+        "steps_beside": STEPS_BESIDE,
+        **_learner(policy, update, env_id, math.ceil(episodes * STEPS_BESIDE / steps), rounds, seconds),
     }  # fmt: skip
 
 
