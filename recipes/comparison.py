@@ -16,8 +16,8 @@ from torchrl_spar import InputError
 Run = dict[str, Any]
 # The order of the report; methods without a name here come after, under their own.
 NAMES = {
-    "bc": "BC", "bc10": "10%BC", "td3_bc": "TD3+BC", "td3_bc_lcb": "TD3+BC, LCB of 4 critics", "iql": "IQL",
-    "cql": "CQL", "rebrac": "ReBRAC", "rebrac_lcb": "ReBRAC, LCB of 4 critics",
+    "bc": "BC", "bc10": "10%BC", "td3_bc": "TD3+BC", "td3_bc_critics": "TD3+BC, SPAR's critics", "iql": "IQL",
+    "cql": "CQL", "rebrac": "ReBRAC", "rebrac_critics": "ReBRAC, SPAR's critics",
     "spar_iql": "SPAR's critic, IQL's policy", "spar": "SPAR (head A)", "spar_latent": "SPAR (head B)",
     # recipes/config/method/ablation
     "no_lsi": "no LSI: the trust term alone", "no_trust": "no trust term: LSI alone",

@@ -17,8 +17,8 @@ from plots import BLUE, GREEN, GREY, ORANGE, PURPLE, VERMILION
 
 # One of Okabe and Ito's colours a family, dashes for its variants: also told apart by colour-blind readers.
 STYLES = {
-    "bc": (GREY, "-"), "bc10": (GREY, "--"), "td3_bc": (ORANGE, "-"), "td3_bc_lcb": (ORANGE, "--"),
-    "iql": (GREEN, "-"), "cql": (PURPLE, "-"), "rebrac": (VERMILION, "-"), "rebrac_lcb": (VERMILION, "--"),
+    "bc": (GREY, "-"), "bc10": (GREY, "--"), "td3_bc": (ORANGE, "-"), "td3_bc_critics": (ORANGE, "--"),
+    "iql": (GREEN, "-"), "cql": (PURPLE, "-"), "rebrac": (VERMILION, "-"), "rebrac_critics": (VERMILION, "--"),
     "spar_iql": (BLUE, ":"), "spar": (BLUE, "-"), "spar_latent": (BLUE, "--"),
 }  # fmt: skip
 # Of other methods, such as ablations: all colours, then again with the next dashes.

@@ -70,6 +70,7 @@ def start_until_it_ends(*args):
         ("stack", []),
         ("bc", []),
         ("td3_bc", []),
+        ("td3_bc_critics", []),
         ("cql", []),
         ("spar_iql", []),
         ("ablation/no_anchor", []),
@@ -78,7 +79,8 @@ def start_until_it_ends(*args):
 def test_a_run_that_goes_on_is_the_undisturbed_one(method, options, tmp_path, monkeypatch):
     start_run(method, tmp_path / "undisturbed", *options)
     # The steps of all phases, the last and the first of each included in one run or the other.
-    count_steps(monkeypatch, save_and_die_every({"bc": 3, "td3_bc": 3, "cql": 3, "stack": 23}.get(method, 11)))
+    steps = {"bc": 3, "td3_bc": 3, "td3_bc_critics": 5, "cql": 3, "stack": 23}.get(method, 11)
+    count_steps(monkeypatch, save_and_die_every(steps))
     assert start_until_it_ends(method, tmp_path / "stopped", *options) > 2
     assert outcome(tmp_path / "stopped") == outcome(tmp_path / "undisturbed")
 

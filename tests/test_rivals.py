@@ -61,17 +61,22 @@ def bandit():
     )
 
 
-def train(data, updates, *overrides):
-    """A rival trained on the data: what it logged, and the distance of its actions to the best one."""
+def build_rival(data, updates, *overrides):
+    """A rival before its first update."""
     torch.manual_seed(0)
     cfg = configure(f"spar.updates={updates}", "anchor.steps=30", "fit.steps=30", "value.steps=60", *overrides)
     rival = BUILDERS[cfg.method.algorithm](
         Problem(data, cfg, torch.device("cpu")), **compare.method_options(cfg.method, "toy")
     )
-    rows = []
     unlogged = SimpleNamespace(add_result=lambda *result: None)
     whole = dict(keep=lambda name, part: part, progress=None)  # not to be gone on with
     rival.pretrain(SimpleNamespace(cfg=cfg, data=data, seed=0, phase=lambda name: None, scores=unlogged, **whole))
+    return rival
+
+
+def train(data, updates, *overrides):
+    """A rival trained on the data: what it logged, and the distance of its actions to the best one."""
+    rival, rows = build_rival(data, updates, *overrides), []
     for _ in range(updates):
         rows.append({name: float(value) for name, value in rival(rival.data.sample()).items()})
     assert set().union(*rows) <= set(rival.columns)
@@ -84,11 +89,11 @@ FAST = ["method.actor_lr=3e-3", "method.qvalue_lr=3e-3"]
 LEARNERS = {
     "bc10": ["method.lr=3e-3"],
     "td3_bc": FAST,
-    "td3_bc_lcb": FAST,
+    "td3_bc_critics": FAST,
     "iql": ["method.lr=3e-3", "method.temperature=5", "method.reward.by_return_range=false"],
     "cql": [*FAST, "method.min_q_weight=0.1", "method.num_random=2"],
     "rebrac": [*FAST, "method.actor_penalty=0.1"],
-    "rebrac_lcb": [*FAST, "method.actor_penalty=0.1"],
+    "rebrac_critics": [*FAST, "method.actor_penalty=0.1"],
     "spar_iql": ["method.lr=3e-3", "method.temperature=5", "method.by_return_range=false"],
 }
 
@@ -108,7 +113,8 @@ def test_cloning_answers_with_the_mean_action(bandit, cloned):
 def test_every_rival_learns_and_ends_nearer_to_the_best_action_than_cloning(method, bandit, cloned):
     rows, distance = train(bandit, 300, f"method={method}", *LEARNERS[method])
     assert all(np.isfinite(value) for row in rows for value in row.values())
-    if "loss_qvalue" in rows[0] and method != "spar_iql":  # whose critics are there before the first update
+    # The others' critics are there before the first update.
+    if "loss_qvalue" in rows[0] and method not in ("spar_iql", "td3_bc_critics", "rebrac_critics"):
         assert np.mean([row["loss_qvalue"] for row in rows[-20:]]) < np.mean([row["loss_qvalue"] for row in rows[:20]])
     assert distance < 0.8 * cloned[1]
 
@@ -199,10 +205,12 @@ def test_without_penalty_rebrac_is_torchrls_td3_bc():
     torch.testing.assert_close(grads[0], grads[1])
 
 
+@pytest.mark.parametrize("reward_scale", [1.0, 0.2])
 @pytest.mark.parametrize("bound", ["min", "lcb"])
-def test_rebracs_penalties_by_hand(bound):
+def test_rebracs_penalties_by_hand(bound, reward_scale):
     options = dict(actor_penalty=0.3, critic_penalty=0.7, bound=bound, kappa=1.5)
     _, loss = make_pair(3, policy_noise=0.0, **options)
+    loss.reward_scale.fill_(reward_scale)
     batch = make_batch(32)
     batch["next", "action"] = make_batch(32, seed=1)["action"]
     networks = Networks(Sizes(), [16], torch.device("cpu"))
@@ -223,12 +231,34 @@ def test_rebracs_penalties_by_hand(bound):
         # The targets still equal the networks.
         next_action = actor(observation=following["observation"])
         _, next_value = bounded(following["observation"], next_action)
-        next_value = next_value - 0.7 * (next_action - following["action"]).pow(2).sum(-1)
+        # In units of the reward before the scale, as the value is after it.
+        next_value = next_value - reward_scale * 0.7 * (next_action - following["action"]).pow(2).sum(-1)
         alive = 1 - following["terminated"].squeeze(-1).float()
-        target = following["reward"].squeeze(-1) + 0.9 * alive * next_value
+        target = reward_scale * following["reward"].squeeze(-1) + 0.9 * alive * next_value
         values, _ = bounded(batch["observation"], batch["action"])
         expected = (values - target).pow(2).mean(1).sum()
         torch.testing.assert_close(loss.qvalue_loss(batch)[0], expected)
+
+
+@pytest.mark.parametrize("method", ["td3_bc_critics", "rebrac_critics"])
+def test_spars_critics_start_at_the_returns_and_their_rates_fall_to_zero(method, bandit):
+    rival = build_rival(bandit, 20, f"method={method}", "value.steps=600", "value.lr=3e-3")
+    loss, rows = rival.loss, bandit[:]
+    returns = rows["next", "reward"].squeeze(-1)  # each episode is one step
+    with torch.no_grad():
+        for params in (loss.qvalue_network_params, loss.target_qvalue_network_params):
+            values = loss._values(rows, rows["action"], params) / loss.reward_scale
+            residual = (values - returns).pow(2).mean(-1)
+            assert (residual < 0.2 * returns.var()).all() and len(values) == 4
+    assert loss.reward_scale.item() == pytest.approx(1 / returns.std().item(), rel=1e-5)
+    for _ in range(20):
+        rival(rival.data.sample())
+    assert [step.optimizer.param_groups[0]["lr"] for step in rival.steps] == pytest.approx([0, 0], abs=1e-9)
+
+
+def test_torchrls_own_td3_bc_is_not_started(bandit):
+    with pytest.raises(InputError, match=r"method\.critics\.bound=lcb"):
+        build_rival(bandit, 1, "method=td3_bc", "method.start=true")
 
 
 def test_a_task_has_its_published_values():

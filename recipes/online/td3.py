@@ -33,7 +33,7 @@ def warm_start(
         problem: what it was given.
         critics, policy_noise, noise_clip: TD3+BC's own.
         alpha: TD3+BC's own; without a cloning error it has no use here.
-        **options: learning rates, intervals and rates, see `alternate`.
+        **options: learning rates, intervals, rates and start, see `alternate`.
     """
     if critics["bound"] != "min":
         raise InputError(f"method.critics.bound={critics['bound']}: TorchRL's TD3Loss has the minimum alone")
@@ -48,7 +48,7 @@ def warm_start(
         loss_function="l2",
         deactivate_vmap=True,
     )
-    rival = alternate(loss, actor, problem.data, actor_metrics=(), **options)
+    rival = alternate(loss, actor, problem, actor_metrics=(), **options)
     assert pretrained.targets is not None
     # Last, for TorchRL's updater of targets begins with copies of the networks.
     loss.load_state_dict(pretrained.targets.loss_module.state_dict())

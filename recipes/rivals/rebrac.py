@@ -29,7 +29,7 @@ def build(
         policy_noise: standard deviation of the noise on the bootstrapped action.
         noise_clip: bound of that noise.
         reward: see `transform_rewards`.
-        **options: learning rates, intervals and rates, see `alternate`.
+        **options: learning rates, intervals, rates and start, see `alternate`.
     """
     actor = problem.networks.actor()
     loss = BehaviorRegularizedLoss(
@@ -43,4 +43,5 @@ def build(
         noise_clip=noise_clip,
         action_spec=problem.data.action_spec,
     )
-    return alternate(loss, actor, add_next_actions(transform_rewards(problem.data, **reward)), **options)
+    data = add_next_actions(transform_rewards(problem.data, **reward))
+    return alternate(loss, actor, problem, data=data, **options)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from run import Run
 from tensordict import TensorDictBase
 from torch import Tensor
+from torch.optim.lr_scheduler import CosineAnnealingLR
 from torchrl.objectives import SoftUpdate, TD3BCLoss
 
-from rivals.base import Rival, Step, adam
-from torchrl_spar import OfflineReplayBuffer
+from rivals.base import Problem, Rival, Step, adam
+from torchrl_spar import InputError, OfflineReplayBuffer, fit_value
 from torchrl_spar.functional import call, call_ensemble
 from torchrl_spar.value import Bound, lower_bound
 
@@ -20,6 +23,7 @@ class BehaviorRegularizedLoss(TD3BCLoss):
 
     Networks, targets, noise, bounds and value estimator are TorchRL's TD3BCLoss; both penalties are squared
     distances, summed over the action's dimensions. The lower bound of the critics is SPAR's, its ``"min"`` the paper's.
+    SPAR's ``fit_value`` can start the critics; it scales rewards, and the penalties keep their size beside them.
 
     Args:
         actor_network: deterministic, observation -> action.
@@ -46,6 +50,9 @@ class BehaviorRegularizedLoss(TD3BCLoss):
         self.actor_penalty, self.critic_penalty = actor_penalty, critic_penalty
         self.bound: Bound = bound
         self.kappa = kappa
+        # Read and set by fit_value.
+        self.value_mix = 0.0
+        self.register_buffer("reward_scale", torch.ones((), device=self._default_device))
 
     def actor_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
         """``beta_1 |pi(s) - a|^2 - Q(s, pi(s)) / mean |Q|``; reaches the actor alone."""
@@ -65,14 +72,25 @@ class BehaviorRegularizedLoss(TD3BCLoss):
             action = (action + noise.clamp(-self.noise_clip, self.noise_clip)).clamp(self.min_action, self.max_action)
             next_value = self._value(following, action, self.target_qvalue_network_params)
             if self.critic_penalty:
-                next_value -= self.critic_penalty * (action - following[keys.action]).pow(2).sum(-1)
+                penalty = (action - following[keys.action]).pow(2).sum(-1)
+                next_value -= self.reward_scale * self.critic_penalty * penalty
             outcome = tensordict.select(*(("next", key) for key in (keys.reward, keys.done, keys.terminated)))
+            outcome.set(("next", keys.reward), self.reward_scale * following[keys.reward])
             outcome.set(("next", keys.state_action_value), next_value.unsqueeze(-1))
             target = self.value_estimator.value_estimate(outcome).squeeze(-1)
-        value = self._values(tensordict, tensordict[keys.action], self.qvalue_network_params)
+        return self.qvalue_regression(tensordict, target)
+
+    def qvalue_regression(self, tensordict: TensorDictBase, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """All critics at the data's actions against ``target [B]``; summed."""
+        value = self._values(tensordict, tensordict[self.tensor_keys.action], self.qvalue_network_params)
         error = (value - target).pow(2)
-        metadata = {"td_error": error.detach(), "pred_value": value.detach(), "target_value": target}
+        metadata = {"td_error": error.detach(), "pred_value": value.detach().mean(), "target_value": target.mean()}
         return error.mean(1).sum(0), metadata
+
+    def sync_targets(self, name: str) -> None:
+        """Copies a network into its target."""
+        targets, params = (getattr(self, f"{prefix}{name}_params").data for prefix in ("target_", ""))
+        targets.copy_(params)
 
     def _values(self, state: TensorDictBase, action: Tensor, params: TensorDictBase) -> Tensor:
         keys = self.tensor_keys
@@ -83,26 +101,58 @@ class BehaviorRegularizedLoss(TD3BCLoss):
         return lower_bound(self._values(state, action, params), bound=self.bound, kappa=self.kappa)
 
 
+@dataclass
+class ActorCritic(Rival):
+    """Critics and an actor; `starts` says whether the critics begin with the data's returns, as SPAR's do."""
+
+    loss: Any = field(kw_only=True)
+    starts: bool = field(kw_only=True)
+
+    def pretrain(self, run: Run) -> None:
+        if self.starts:
+            run.keep("critics", self.loss)
+            fit_value(self.loss, self.data, **run.cfg.value, report=run.phase("value"), progress=run.progress)
+
+
 def alternate(
     loss: Any,
     policy: Any,
-    data: OfflineReplayBuffer,
+    problem: Problem,
     *,
+    data: OfflineReplayBuffer | None = None,
     actor_lr: float,
     qvalue_lr: float,
     policy_interval: int,
     target_rate: float,
     gamma: float,
+    start: bool,
+    decay: bool,
     actor_metrics: tuple[str, ...] = ("bc_loss",),
 ) -> Rival:
-    """The critics every time, the actor and all targets every `policy_interval` times."""
+    """The critics every time, the actor and all targets every `policy_interval` times.
+
+    Args:
+        data: what is learnt from; by default the problem's own.
+        start: whether the critics start from the data's returns, with the main job's `value` options.
+        decay: whether both learning rates fall to zero along a cosine.
+    """
+    if start and not isinstance(loss, BehaviorRegularizedLoss):
+        raise InputError(
+            "method.start=true: TorchRL's loss is not started from the returns; give method.critics.bound=lcb"
+        )
     loss.make_value_estimator(gamma=gamma)
+    data = problem.data if data is None else data
     # TorchRL's loss would bootstrap from the current observation, silently, were the next one missing.
     data[:1].select(*loss.in_keys)
-    qvalue = adam(loss.qvalue_network_params.parameters(), qvalue_lr)
-    actor = adam(loss.actor_network_params.parameters(), actor_lr)
+
+    def step(name: str, params: Any, lr: float, interval: int, metrics: tuple[str, ...]) -> Step:
+        optimizer = adam(params.parameters(), lr)
+        schedule = CosineAnnealingLR(optimizer, max(1, problem.updates // interval)) if decay else None
+        return Step(f"loss_{name}", getattr(loss, f"{name}_loss"), optimizer, interval, schedule, metrics)
+
     steps = [
-        Step("loss_qvalue", loss.qvalue_loss, qvalue, metrics=("pred_value", "target_value")),
-        Step("loss_actor", loss.actor_loss, actor, interval=policy_interval, metrics=actor_metrics),
+        step("qvalue", loss.qvalue_network_params, qvalue_lr, 1, ("pred_value", "target_value")),
+        step("actor", loss.actor_network_params, actor_lr, policy_interval, actor_metrics),
     ]
-    return Rival(data, policy, steps, SoftUpdate(loss, tau=target_rate), policy_interval)
+    targets = SoftUpdate(loss, tau=target_rate)
+    return ActorCritic(data, policy, steps, targets, policy_interval, loss=loss, starts=start)

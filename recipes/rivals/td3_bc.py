@@ -20,7 +20,7 @@ def build(
         alpha: weight of the normalised value beside the cloning error.
         policy_noise: standard deviation of the noise on the bootstrapped action.
         noise_clip: bound of that noise.
-        **options: learning rates, intervals and rates, see `alternate`.
+        **options: learning rates, intervals, rates and start, see `alternate`.
     """
     actor = problem.networks.actor()
     qvalue = problem.networks.critics(critics["num"], layer_norm=critics["layer_norm"])
@@ -35,4 +35,4 @@ def build(
         penalty = 1 / (alpha * problem.networks.action_dim)
         bound = {name: critics[name] for name in ("bound", "kappa")}
         loss = BehaviorRegularizedLoss(actor, qvalue, actor_penalty=penalty, critic_penalty=0.0, **bound, **common)
-    return alternate(loss, actor, problem.data, **options)
+    return alternate(loss, actor, problem, **options)
