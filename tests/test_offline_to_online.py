@@ -251,7 +251,6 @@ def test_td3_starts_from_what_td3_bc_trained():
     options = dict(
         critics={"num": 2, "layer_norm": False, "bound": "min", "kappa": 1.0}, alpha=2.5, policy_noise=0.2,
         noise_clip=0.5, actor_lr=1e-2, qvalue_lr=1e-2, policy_interval=2, target_rate=0.005, gamma=0.9,
-        start=False, decay=False,
     )  # fmt: skip
     pretrained = td3_bc.build(problem, **options)
     for _ in range(4):

@@ -258,7 +258,7 @@ def test_spars_critics_start_at_the_returns_and_their_rates_fall_to_zero(method,
 
 def test_torchrls_own_td3_bc_is_not_started(bandit):
     with pytest.raises(InputError, match=r"method\.critics\.bound=lcb"):
-        build_rival(bandit, 1, "method=td3_bc", "method.start=true")
+        build_rival(bandit, 1, "method=td3_bc", "+method.start=true")
 
 
 def test_a_task_has_its_published_values():

@@ -125,8 +125,8 @@ def alternate(
     policy_interval: int,
     target_rate: float,
     gamma: float,
-    start: bool,
-    decay: bool,
+    start: bool = False,
+    decay: bool = False,
     actor_metrics: tuple[str, ...] = ("bc_loss",),
 ) -> Rival:
     """The critics every time, the actor and all targets every `policy_interval` times.
