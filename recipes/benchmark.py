@@ -51,6 +51,8 @@ def main(cfg: DictConfig) -> None:
     out = Path(cfg.out)
     if out.exists():
         raise InputError(f"out={out}: exists; give another file or remove it")
+    if 0 in (cfg.seeds or ()):
+        raise InputError(f"seeds={cfg.seeds}: numbers of runs trained at once, such as [2] or [8,32]")
     if device.type != "cuda":
         print("No CUDA device: the CPU is measured, the figures for CUDA graphs and many seeds on a GPU are left out.")
     results = {
@@ -96,7 +98,7 @@ def measure_updates(cfg: DictConfig, device: torch.device) -> dict[str, Any]:
     }
     if cfg.compile:
         contenders["spar_compiled"] = (spar(losses(1), data, compile=True, cudagraph=on_gpu), BLOCK)
-    for count in cfg.seeds:
+    for count in cfg.seeds or ():
         contenders[f"spar_{count}_seeds"] = (spar(losses(count), data, cudagraph=on_gpu), BLOCK * count)
     clock = time.perf_counter if on_gpu else time.process_time
     rates = measure_rates(contenders, rounds=cfg.rounds, window=cfg.window, device=device, clock=clock)

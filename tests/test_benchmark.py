@@ -58,6 +58,8 @@ def test_benchmark_writes_its_keys(tmp_path):
     assert results["checkpoint"]["bytes"] > 0 and 0 < results["checkpoint"]["share_of_run"] < 1
     again = subprocess.run(command, capture_output=True, text=True)
     assert again.returncode == 2 and "exists; give another file" in again.stderr
+    wrong = subprocess.run([*command, "seeds=[0,1]", f"out={tmp_path / 'other.json'}"], capture_output=True, text=True)
+    assert wrong.returncode == 2 and "seeds=[0, 1]: numbers of runs" in wrong.stderr
 
 
 def test_readme_shows_the_committed_benchmark():
