@@ -122,7 +122,7 @@ class Rival:
         return {step.name: step.params for step in self.steps}
 
     def pretrain(self, run: Run) -> None:
-        """What comes before the updates; nothing, but for SPAR's critic."""
+        """What comes before the updates; nothing, but for SPAR's critics."""
 
     def __call__(self, batch: TensorDictBase) -> dict[str, Tensor]:
         self.updates += 1
