@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from rivals.base import Problem, Rival
@@ -44,4 +45,4 @@ def build(
         action_spec=problem.data.action_spec,
     )
     data = add_next_actions(transform_rewards(problem.data, **reward))
-    return alternate(loss, actor, problem, data=data, **options)
+    return alternate(loss, actor, replace(problem, data=data), **options)

@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from torchrl.objectives import SoftUpdate, TD3BCLoss
 
 from rivals.base import Problem, Rival, Step, adam
-from torchrl_spar import InputError, OfflineReplayBuffer, fit_value
+from torchrl_spar import InputError, fit_value
 from torchrl_spar.functional import call, call_ensemble
 from torchrl_spar.value import Bound, lower_bound
 
@@ -119,7 +119,6 @@ def alternate(
     policy: Any,
     problem: Problem,
     *,
-    data: OfflineReplayBuffer | None = None,
     actor_lr: float,
     qvalue_lr: float,
     policy_interval: int,
@@ -132,7 +131,6 @@ def alternate(
     """The critics every time, the actor and all targets every `policy_interval` times.
 
     Args:
-        data: what is learnt from; by default the problem's own.
         start: whether the critics start from the data's returns, with the main job's `value` options.
         decay: whether both learning rates fall to zero along a cosine.
     """
@@ -141,9 +139,8 @@ def alternate(
             "method.start=true: TorchRL's loss is not started from the returns; give method.critics.bound=lcb"
         )
     loss.make_value_estimator(gamma=gamma)
-    data = problem.data if data is None else data
     # TorchRL's loss would bootstrap from the current observation, silently, were the next one missing.
-    data[:1].select(*loss.in_keys)
+    problem.data[:1].select(*loss.in_keys)
 
     def step(name: str, params: Any, lr: float, interval: int, metrics: tuple[str, ...]) -> Step:
         optimizer = adam(params.parameters(), lr)
@@ -155,4 +152,4 @@ def alternate(
         step("actor", loss.actor_network_params, actor_lr, policy_interval, actor_metrics),
     ]
     targets = SoftUpdate(loss, tau=target_rate)
-    return ActorCritic(data, policy, steps, targets, policy_interval, loss=loss, starts=start)
+    return ActorCritic(problem.data, policy, steps, targets, policy_interval, loss=loss, starts=start)
