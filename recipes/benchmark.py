@@ -118,7 +118,7 @@ def measure_updates(cfg: DictConfig, device: torch.device) -> dict[str, Any]:
                 unit: median(values), "lowest": min(values), "highest": max(values),
                 "relative_to_spar": median_ratio(rates, name, "spar"),
             }  # fmt: skip
-    for name in ("spar", "spar_bf16_candidates"):
+    for name in ("spar", "spar_bf16_candidates", *(["spar_compiled"] if cfg.compile else [])):
         share = median_ratio(rates, name, "matmul_fp32") * mflop / done
         results[name] |= {"mflop_per_update": mflop, "share_of_matmul": share}
     results["spar"]["mflop_done"] = done

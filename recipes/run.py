@@ -98,12 +98,6 @@ class Run:
     policy_name = "policy"
 
     def __init__(self, cfg: DictConfig, checkpoints: Checkpoints, line: int = 0) -> None:
-        for option in (
-            "spar.updates", "spar.policy_interval", "eval.interval", "eval.episodes", "eval.final_episodes",
-            "logger.interval",
-        ):  # fmt: skip
-            if (value := OmegaConf.select(cfg, option)) < 1:
-                raise InputError(f"{option}={value}: at least 1")
         self.cfg, self.seed, self.out = cfg, cfg.seed, Path(cfg.out)
         self.checkpoints, self.line = checkpoints, line
         self.device = best_device(cfg.device)

@@ -76,7 +76,9 @@ class SPARRun(Run):
 
 def log_columns(cfg: DictConfig, data: OfflineReplayBuffer, loss_class: type[SPARLoss] = SPARLoss) -> list[str]:
     """What SPAR's phases log; a wrong option ends here."""
-    return ["loss_bc", "loss_fit", "reconstruction_error", "kl", *loss_maker(cfg, data, loss_class)().out_keys]
+    loss = loss_maker(cfg, data, loss_class)()
+    make_update(cfg, loss)
+    return ["loss_bc", "loss_fit", "reconstruction_error", "kl", *loss.out_keys]
 
 
 def loss_maker(cfg: DictConfig, data: OfflineReplayBuffer, loss_class: type[SPARLoss] = SPARLoss) -> partial[SPARLoss]:

@@ -27,6 +27,7 @@ from online.curves import describe, start_of
 from online.phase import check, count_updates, go_online
 from online.replay import anneal, make_replay_buffer
 from online.td3 import warm_start
+from ranges import check_ranges
 from rivals import td3_bc
 from rivals.base import Problem
 
@@ -284,7 +285,7 @@ def test_the_start_is_judged_against_two_standard_errors():
     "override, message",
     [
         ("collector.backend=slurm", "direct, process, ray"),
-        ("collector.workers=0", "at least 1"),
+        ("collector.workers=0", "collector.workers=0: must be a whole number from 1 on"),
         ("online.steps=150", "multiple of collector.frames_per_batch=100"),
         ("online.eval_interval=150", "multiple of collector.frames_per_batch=100"),
         ("online.offline_share.start=1.0", "0 < start < 1"),
@@ -294,8 +295,10 @@ def test_the_start_is_judged_against_two_standard_errors():
     ],
 )
 def test_wrong_options_are_named(override, message):
+    cfg = compose_recipe("spar_offline_to_online", override)
     with pytest.raises(InputError, match=message):
-        check(compose_recipe("spar_offline_to_online", override))
+        check_ranges(cfg)
+        check(cfg)
 
 
 def test_workers_must_share_the_frames():

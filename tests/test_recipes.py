@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 import re
 import shutil
@@ -14,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SHARED
+from conftest import SHARED, compose_recipe
 
 from torchrl_spar import InputError, evaluate, load_policy
 
@@ -24,6 +25,7 @@ import h5py
 from common import check_seeds
 from omegaconf import OmegaConf
 from PIL import Image
+from ranges import RANGES, check_ranges
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 EMBEDDED = RECIPES / "data" / "torchrl-spar" / "hopper" / "medium-v0"
@@ -34,9 +36,9 @@ SMALL += ["spar.loss.hidden=[8]", "logger.interval=2", "cache=null"]
 TINY = [*SMALL, "eval.background=false"]
 
 
-def run(script, *overrides, cwd):
+def run(script, *overrides, cwd, **variables):
     command = [sys.executable, str(RECIPES / f"{script}.py"), *map(str, overrides)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MINARI_DATASETS_PATH": str(cwd / "minari")}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MINARI_DATASETS_PATH": str(cwd / "minari"), **variables}
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, env=environment)
 
 
@@ -252,12 +254,52 @@ def test_bad_data_ends_in_one_line_and_writes_nothing(case, tmp_path):
         (["device=tpu9"], ["tpu9"]),
         (["spar.loss.kappa=-1"], ["kappa"]),
         (["logger.backend=paper"], ["logger.backend"]),
+        (["anchor.lr=-1"], ["anchor.lr=-1: must be a number from 0 on"]),
     ],
 )
 def test_wrong_options_end_in_one_line_and_write_nothing(overrides, words, tmp_path):
     done = run("spar_d4rl", *TINY, "out=result", *overrides, cwd=tmp_path)
     assert_one_line(done, *words)
     assert not (tmp_path / "result").exists()
+
+
+def test_compile_without_a_compiler_ends_in_one_line(tmp_path):
+    options = ["device=cpu", "spar.compile=true", "out=result"]
+    # An empty cache, for code that was compiled before needs no compiler.
+    done = run(
+        "spar_d4rl", *TINY, *options, cwd=tmp_path, CXX="absent", TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache")
+    )
+    assert_one_line(done, "compile=True", "C++ compiler")
+    assert not (tmp_path / "result").exists()
+
+
+def test_every_committed_number_is_in_its_range():
+    # The other recipes' are checked where they run.
+    recipes = ["benchmark", "drop_in_trainer", "mix_objectives", "spar_d4rl", "spar_offline_to_online"]
+    presets = [path.stem for path in RECIPES.glob("config/preset/*.yaml")]
+    methods = RECIPES.glob("config/method/**/*.yaml")
+    methods = [path.relative_to(RECIPES / "config" / "method").with_suffix("") for path in methods]
+    assert len(presets) > 5 and len(methods) > 20
+    for name, *overrides in (
+        *([recipe] for recipe in recipes),
+        *(["spar_d4rl", f"preset={preset}"] for preset in presets),
+        *(["compare", f"method={method}"] for method in methods),
+    ):
+        check_ranges(compose_recipe(name, *overrides))
+
+
+@pytest.mark.parametrize("name", sorted(RANGES))
+def test_numbers_out_of_range_are_named(name):
+    whole, least, most = RANGES[name]
+    wrong = [least - 1, most + 1, math.nan, math.inf, "abc", True, None, *([1.5] if whole else [])]
+    right = [least, 1, *([] if whole else [0.5])]
+    for value in wrong:
+        with pytest.raises(InputError, match=rf"^part\.{name}={value}: must be a"):
+            check_ranges(OmegaConf.create({"part": {name: value}}))
+    for value in right:
+        check_ranges(OmegaConf.create({"part": {name: value, "other": -1}}))
+    with pytest.raises(InputError, match=rf"^{name}=-1: must be a"):
+        check_ranges(OmegaConf.create({name: [1, -1]}))
 
 
 @pytest.mark.parametrize("script", ["spar_d4rl", "evaluate", "make_dataset"])

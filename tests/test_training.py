@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from functools import partial
 
 import pytest
@@ -30,6 +31,7 @@ from torchrl_spar import (
     returns_to_go,
     with_anchor_actions,
 )  # fmt: skip
+from torchrl_spar.compiling import check_compiler
 
 
 def bandit(rows=4000):
@@ -331,19 +333,51 @@ def test_the_update_is_the_plain_loop(options, joint_fit):
 
 
 def test_the_compiled_update_is_the_eager_one(monkeypatch):
-    # The tracing is what can go wrong; generating code as well would take a minute.
+    # The tracing of both programs; the code made of one is tested below.
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    compiled_and_eager_agree(policy_interval=2)
+
+
+def test_the_generated_code_is_the_eager_update():
+    try:
+        check_compiler(torch.device("cpu"))
+    except InputError as err:
+        pytest.skip(str(err))
+    compiled_and_eager_agree(policy_interval=1, num_candidates=2)
+
+
+def compiled_and_eager_agree(policy_interval, **options):
     torch.manual_seed(0)
-    losses = [make_spar_loss(OBSERVATION, Bounded(-1, 1, (ACTION,)), hidden=[8], joint_fit=False) for _ in range(2)]
+    options = {"hidden": [8], "joint_fit": False, "num_candidates": 8, **options}
+    losses = [make_spar_loss(OBSERVATION, Bounded(-1, 1, (ACTION,)), **options) for _ in range(2)]
     losses[1].load_state_dict(losses[0].state_dict())
     for loss, compile in zip(losses, (False, True)):
-        update = SPARUpdate(loss, compile=compile)
+        update = SPARUpdate(loss, compile=compile, policy_interval=policy_interval)
         torch.manual_seed(1)
         for step in range(4):
             batch = make_batch(12, seed=step)
-            batch["action_noise"], batch["candidate_noise"] = torch.randn(12, ACTION), torch.randn(12, 8, 2 * ACTION)
+            batch["action_noise"] = torch.randn(12, ACTION)
+            batch["candidate_noise"] = torch.randn(12, options["num_candidates"], 2 * ACTION)
             update(batch)
     torch.testing.assert_close(losses[1].state_dict(), losses[0].state_dict(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [{"qvalue_lr": -1.0}, {"actor_lr": -1.0}, {"target_rate": 2.0}, {"policy_interval": 0}, {"decay_steps": 0}],
+)
+def test_wrong_options_are_named(make_loss, option):
+    ((name, value),) = option.items()
+    with pytest.raises(InputError, match=f"{name}={value}: must be"):
+        SPARUpdate(make_loss(), **option)
+
+
+@pytest.mark.parametrize(("option", "value"), [("steps", -1), ("lr", -1.0)])
+def test_a_fit_names_its_wrong_option(fitted, option, value):
+    loss, data = fitted
+    for fit in (fit_residual, fit_value):
+        with pytest.raises(InputError, match=f"{option}={value}: must be at least 0"):
+            fit(deepcopy(loss), data, **{option: value})
 
 
 @pytest.mark.parametrize("options", [{}, {"head": "latent"}, {"joint_fit": True, "value_mix": 0.5}])
@@ -424,7 +458,7 @@ def test_only_noise_that_a_term_reads_is_drawn(fitted):
 
 
 def test_cuda_graphs_need_a_cuda_device():
-    with pytest.raises(InputError, match="cudagraph=True: the loss is on cpu"):
+    with pytest.raises(InputError, match="cudagraph=True: must be False for a loss on cpu"):
         SPARUpdate(make_spar_loss(OBSERVATION, Bounded(-1, 1, (ACTION,)), hidden=[8]), cudagraph=True)
 
 

@@ -10,7 +10,7 @@ from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequ
 from torchrl.data import TensorSpec
 from torchrl.modules import TanhModule, ValueOperator
 
-from torchrl_spar.errors import InputError
+from torchrl_spar.errors import InputError, check_options
 from torchrl_spar.networks import ObservationNorm, StateMLP
 from torchrl_spar.objective import SPARLoss
 from torchrl_spar.residual import GaussianEncoder, ResidualHead, ResidualVAE, SPARActor, action_bounds
@@ -107,8 +107,10 @@ def make_spar_loss(
         >>> loss.actor(observation=torch.zeros(5, 3)).shape, loss.anchor(observation=torch.zeros(5, 3)).shape
         (torch.Size([5, 2]), torch.Size([5, 2]))
     """
-    if head not in ("residual", "latent"):
-        raise InputError(f"head={head!r}: must be 'residual' (head A) or 'latent' (head B)")
+    check_options(
+        (head in ("residual", "latent"), "head", head, "'residual' (head A) or 'latent' (head B)"),
+        (0 <= gamma <= 1, "gamma", gamma, "between 0 and 1"),
+    )
     low, high = action_bounds(action_spec)
     action_dim = low.numel()
     latent_dim = latent_dim or 2 * action_dim

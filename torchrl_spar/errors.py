@@ -1,5 +1,9 @@
 """The error a user's own mistake ends in, and that of a training that has failed."""
 
+from __future__ import annotations
+
+from typing import Any
+
 
 class InputError(ValueError):
     """Bad input: data, option, file or key. The message names the culprit and what to do.
@@ -40,3 +44,17 @@ def first_line(err: BaseException) -> str:
         ("'a'", 'EOFError')
     """
     return next(iter(str(err).splitlines()), type(err).__name__)
+
+
+def check_options(*checks: tuple[bool, str, Any, str]) -> None:
+    """Raises an :class:`InputError` for the first of (whether it is valid, name, value, what it must be) that is not.
+
+    Examples:
+        >>> check_options((False, "kappa", -1, "at least 0"))
+        Traceback (most recent call last):
+            ...
+        torchrl_spar.errors.InputError: kappa=-1: must be at least 0
+    """
+    for valid, name, value, expected in checks:
+        if not valid:
+            raise InputError(f"{name}={value!r}: must be {expected}")

@@ -28,7 +28,7 @@ from torchrl.objectives.common import LossModule
 from torchrl.objectives.utils import ValueEstimators, dispatch_value_estimator, distance_loss
 from torchrl.objectives.value import ValueEstimatorBase
 
-from torchrl_spar.errors import InputError
+from torchrl_spar.errors import InputError, check_options
 from torchrl_spar.functional import call, call_ensemble
 from torchrl_spar.residual import ResidualVAE, SPARActor
 from torchrl_spar.value import Bound, lower_bound, spread
@@ -222,7 +222,7 @@ class SPARLoss(LossModule):
             raise InputError(f"actor_network must be a SPARActor, not {type(actor_network).__name__}")
         if actor_network.is_latent and actor_network.decoder is not residual_vae.decoder:
             raise InputError("actor_network: the decoder of a latent head (head B) must be residual_vae.decoder itself")
-        _check_options(
+        check_options(
             (num_qvalue_nets >= 1, "num_qvalue_nets", num_qvalue_nets, "at least 1"),
             (bound in ("lcb", "min"), "bound", bound, "'lcb' or 'min'"),
             (kappa >= 0, "kappa", kappa, "at least 0"),
@@ -800,12 +800,6 @@ def _check_terms(loss: SPARLoss, _: Any) -> None:
     for term, name in ((loss.has_lsi, "lsi_coeff"), (loss.has_trust, "trust_coeff")):
         if not term and getattr(loss, name) > 0:
             raise InputError(f"{name}: positive in the state dict, but this loss was built with {name}=0")
-
-
-def _check_options(*checks: tuple[bool, str, Any, str]) -> None:
-    for valid, name, value, expected in checks:
-        if not valid:
-            raise InputError(f"{name}={value!r}: must be {expected}")
 
 
 def _masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:

@@ -18,7 +18,8 @@ from torchrl.data import ReplayBuffer
 from torchrl.objectives import BCLoss
 from torchrl.objectives.value.functional import reward2go
 
-from torchrl_spar.errors import InputError
+from torchrl_spar.compiling import check_compiler
+from torchrl_spar.errors import InputError, check_options
 from torchrl_spar.health import CHECK_INTERVAL, check_finite
 from torchrl_spar.objective import SPARLoss
 from torchrl_spar.progress import Progress
@@ -58,7 +59,7 @@ def fit_anchor(
         The same actor, to be given to :func:`~torchrl_spar.make_spar_loss` as the anchor.
 
     Raises:
-        InputError: if ``progress`` was loaded from a fit of another number of steps.
+        InputError: for ``steps`` or ``lr`` below 0, or a ``progress`` from a fit of another number of steps.
         NonFiniteError: within 100 steps of a loss or parameter that is NaN or infinite.
 
     Source: pure behaviour cloning is the paper's; optimiser and schedule are ours.
@@ -112,7 +113,7 @@ def fit_residual(
         The same loss.
 
     Raises:
-        InputError: if ``progress`` was loaded from a fit of another number of steps.
+        InputError: for ``steps`` or ``lr`` below 0, or a ``progress`` from a fit of another number of steps.
         NonFiniteError: within 100 steps of a loss or parameter that is NaN or infinite.
 
     Source: fitting the residual manifold first is ours (the paper's part (i)).
@@ -167,9 +168,9 @@ def fit_value(
         The same loss.
 
     Raises:
-        InputError: if ``progress`` was loaded from a fit of another number of steps, for a buffer without
-            ``batch_size``, or for rows of several steps
-            (``"steps_to_next_obs"``) without ``"return_to_go"``.
+        InputError: for ``steps`` or ``lr`` below 0, a ``progress`` from a fit of another number of steps,
+            a buffer without ``batch_size``, or rows of several steps (``"steps_to_next_obs"``) without
+            ``"return_to_go"``.
         NonFiniteError: within 100 steps of a loss or parameter that is NaN or infinite.
 
     Source: ours.
@@ -344,12 +345,13 @@ class SPARUpdate:
         target_rate: Polyak rate of all targets, the deployed head included (ours: 0.005).
         policy_interval: updates of the critics for one of the head (ours: 2, after TD3).
         decay_steps: updates over which both learning rates fall to zero along a cosine; never by default.
-        compile: whether the update goes through ``torch.compile``.
+        compile: whether losses and gradients go through ``torch.compile``: a minute to start, then faster.
         cudagraph: whether updates are captured as a CUDA graph and replayed; batches must keep their
             shape, and the next call overwrites the metrics.
 
     Raises:
-        InputError: for ``cudagraph`` with a loss that is not on a CUDA device.
+        InputError: for an option out of range, ``cudagraph`` with a loss that is not on a CUDA device, or ``compile``
+            where ``torch.compile`` does not work.
 
     Source: ours.
 
@@ -381,8 +383,16 @@ class SPARUpdate:
     ) -> None:
         trained = {"loss_qvalue": _leaves(loss.network_params("qvalue_network"))}
         device = trained["loss_qvalue"][0].device
-        if cudagraph and device.type != "cuda":
-            raise InputError(f"cudagraph=True: the loss is on {device}, not on a CUDA device")
+        check_options(
+            (qvalue_lr >= 0, "qvalue_lr", qvalue_lr, "at least 0"),
+            (actor_lr >= 0, "actor_lr", actor_lr, "at least 0"),
+            (0 <= target_rate <= 1, "target_rate", target_rate, "between 0 and 1"),
+            (policy_interval >= 1, "policy_interval", policy_interval, "at least 1"),
+            (decay_steps is None or decay_steps >= 1, "decay_steps", decay_steps, "at least 1, or None"),
+            (not cudagraph or device.type == "cuda", "cudagraph", cudagraph, f"False for a loss on {device}"),
+        )
+        if compile:
+            check_compiler(device)
         _keep_scratch_memory()
         self.loss = loss
         self.policy_interval = policy_interval
@@ -408,19 +418,26 @@ class SPARUpdate:
         follow = get_ema_multi_avg_fn(1 - target_rate)
 
         def program(terms: Mapping[str, Term], *optimizers: torch.optim.Optimizer) -> Program:
-            def update(batch: TensorDictBase) -> dict[str, Tensor]:
+            def losses(batch: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
                 values: list[Tensor] = []
                 metrics: dict[str, Tensor] = {}
                 for name, term in terms.items():
                     value, metadata = term(batch)
                     values.append(value)
                     metrics |= {name: value.detach(), **metadata}
-                _descend(torch.stack(values).sum(), *optimizers)
-                follow(targets, sources, 0)
                 metrics.pop("td_error", None)
+                return torch.stack(values).sum(), metrics
+
+            # Not the optimisers: they are one fused call each, and what Dynamo adds to that is slower.
+            total = torch.compile(losses) if compile else losses
+
+            def update(batch: TensorDictBase) -> dict[str, Tensor]:
+                value, metrics = total(batch)
+                _descend(value, *optimizers)
+                follow(targets, sources, 0)
                 return metrics
 
-            return torch.compile(update) if compile else update
+            return update
 
         critics = program(critic_terms, self.critic_optimizer)
         everything = program(critic_terms | actor_terms, self.critic_optimizer, self.actor_optimizer)
@@ -521,6 +538,7 @@ def _fit(
     finish: Callable[[], None] | None = None,
 ) -> None:
     """Minimises one term with Adam, the learning rate falling to zero along a cosine; `finish` comes last."""
+    check_options((steps >= 0, "steps", steps, "at least 0"), (lr >= 0, "lr", lr, "at least 0"))
     optimizer = _adam(params.parameters(), lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for step in range(progress.begin(name, steps, optimizer, schedule) + 1, steps + 1):

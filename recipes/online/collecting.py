@@ -57,8 +57,6 @@ def check_collector(cfg: DictConfig) -> None:
         raise InputError(f"collector.backend={backend}: must be one of {', '.join(BACKENDS)}")
     if backend == "ray" and find_spec("ray") is None:
         raise InputError("collector.backend=ray: Ray is not installed; pip install 'torchrl-spar[ray]'")
-    if workers < 1 or frames < 1:
-        raise InputError(f"collector.workers={workers}, collector.frames_per_batch={frames}: at least 1 each")
     if backend != "direct" and frames % workers:
         raise InputError(
             f"collector.frames_per_batch={frames}: must be a multiple of collector.workers={workers}, which share it"

@@ -30,11 +30,8 @@ def check(cfg: DictConfig) -> None:
     check_collector(cfg.collector)
     check_share(online.offline_share)
     for name in ("steps", "eval_interval"):
-        if online[name] < 1 or online[name] % frames:
+        if not online[name] or online[name] % frames:
             raise InputError(f"online.{name}={online[name]}: must be a multiple of collector.frames_per_batch={frames}")
-    for name in ("first_update", "updates_per_step", "exploration_noise"):
-        if online[name] < 0:
-            raise InputError(f"online.{name}={online[name]}: at least 0")
     if cfg.end_at_success:
         raise InputError("end_at_success=true: the environment does not relabel its rewards and ends; offline only")
 
