@@ -16,7 +16,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf
-from ranges import check_ranges
+from option_checks import check_options
 from stopping import Stopped, stop
 
 if "MUJOCO_GL" in os.environ:
@@ -44,7 +44,7 @@ def run_recipe(main: Callable[[DictConfig], None], config_name: str) -> None:
             for name in OmegaConf.missing_keys(cfg):
                 raise InputError(f"{name}: must be given, as {name}=...")
             check_seeds(cfg)
-            check_ranges(cfg)
+            check_options(cfg, hydra.compose(config_name))
             main(cfg)
         except InputError as err:
             if HydraConfig.get().mode == RunMode.MULTIRUN:

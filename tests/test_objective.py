@@ -675,7 +675,8 @@ def test_schedulable_coefficients(make_loss):
         ("loss_function", "huber"), ("reward_scale", 0),
         ("kl_coeff", -1), ("num_candidates", 1), ("candidates", "data"), ("latent_std", 0), ("latent_bound", 0),
         ("temperature", 0), ("lsi_coeff", -1), ("trust_coeff", -1), ("latent_reg", 1), ("reduction", "avg"),
-        ("num_qvalue_nets", 0), ("head", "C"), ("gamma", 1.1), ("temprature", 1),
+        ("num_qvalue_nets", 0), ("head", "C"), ("gamma", 1.1), ("latent_dim", 0),
+        ("temprature", 1),
     ],
 )  # fmt: skip
 def test_wrong_options_are_named(option, value):

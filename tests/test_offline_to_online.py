@@ -27,7 +27,7 @@ from online.curves import describe, start_of
 from online.phase import check, count_updates, go_online
 from online.replay import anneal, make_replay_buffer
 from online.td3 import warm_start
-from ranges import check_ranges
+from option_checks import check_options
 from rivals import td3_bc
 from rivals.base import Problem
 
@@ -285,7 +285,7 @@ def test_the_start_is_judged_against_two_standard_errors():
     "override, message",
     [
         ("collector.backend=slurm", "direct, process, ray"),
-        ("collector.workers=0", "collector.workers=0: must be a whole number from 1 on"),
+        ("collector.workers=0", "collector.workers=0: must be a number from 1 on"),
         ("online.steps=150", "multiple of collector.frames_per_batch=100"),
         ("online.eval_interval=150", "multiple of collector.frames_per_batch=100"),
         ("online.offline_share.start=1.0", "0 < start < 1"),
@@ -297,7 +297,7 @@ def test_the_start_is_judged_against_two_standard_errors():
 def test_wrong_options_are_named(override, message):
     cfg = compose_recipe("spar_offline_to_online", override)
     with pytest.raises(InputError, match=message):
-        check_ranges(cfg)
+        check_options(cfg, compose_recipe("spar_offline_to_online"))
         check(cfg)
 
 

@@ -24,8 +24,8 @@ import gymnasium
 import h5py
 from common import check_seeds
 from omegaconf import OmegaConf
+from option_checks import RANGES, check_options
 from PIL import Image
-from ranges import RANGES, check_ranges
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 EMBEDDED = RECIPES / "data" / "torchrl-spar" / "hopper" / "medium-v0"
@@ -255,6 +255,8 @@ def test_bad_data_ends_in_one_line_and_writes_nothing(case, tmp_path):
         (["spar.loss.kappa=-1"], ["kappa"]),
         (["logger.backend=paper"], ["logger.backend"]),
         (["anchor.lr=-1"], ["anchor.lr=-1: must be a number from 0 on"]),
+        (["spar.loss.temperature=warm"], ["spar.loss.temperature=warm: must be a number"]),
+        (["anchor=null"], ["anchor=None: must be names and values"]),
     ],
 )
 def test_wrong_options_end_in_one_line_and_write_nothing(overrides, words, tmp_path):
@@ -273,33 +275,47 @@ def test_compile_without_a_compiler_ends_in_one_line(tmp_path):
     assert not (tmp_path / "result").exists()
 
 
-def test_every_committed_number_is_in_its_range():
-    # The other recipes' are checked where they run.
-    recipes = ["benchmark", "drop_in_trainer", "mix_objectives", "spar_d4rl", "spar_offline_to_online"]
-    presets = [path.stem for path in RECIPES.glob("config/preset/*.yaml")]
+def test_every_preset_and_method_passes_the_checks():
+    presets = [f"preset={path.stem}" for path in RECIPES.glob("config/preset/*.yaml")]
     methods = RECIPES.glob("config/method/**/*.yaml")
-    methods = [path.relative_to(RECIPES / "config" / "method").with_suffix("") for path in methods]
+    methods = [f"method={path.relative_to(RECIPES / 'config' / 'method').with_suffix('')}" for path in methods]
     assert len(presets) > 5 and len(methods) > 20
-    for name, *overrides in (
-        *([recipe] for recipe in recipes),
-        *(["spar_d4rl", f"preset={preset}"] for preset in presets),
-        *(["compare", f"method={method}"] for method in methods),
-    ):
-        check_ranges(compose_recipe(name, *overrides))
+    for recipe, choices in {"spar_d4rl": presets, "compare": methods}.items():
+        for choice in choices:
+            check_options(compose_recipe(recipe, choice), compose_recipe(recipe))
 
 
 @pytest.mark.parametrize("name", sorted(RANGES))
 def test_numbers_out_of_range_are_named(name):
-    whole, least, most = RANGES[name]
-    wrong = [least - 1, most + 1, math.nan, math.inf, "abc", True, None, *([1.5] if whole else [])]
-    right = [least, 1, *([] if whole else [0.5])]
-    for value in wrong:
-        with pytest.raises(InputError, match=rf"^part\.{name}={value}: must be a"):
-            check_ranges(OmegaConf.create({"part": {name: value}}))
+    least, most = RANGES[name]
+    defaults = OmegaConf.create({"part": {"other": 1}})  # the option is not among them, so its kind is not known
+    for value in (least - 1, most + 1, math.nan, math.inf, "abc", True, None, [least, -1]):
+        with pytest.raises(InputError, match=rf"^part\.{name}={re.escape(str(value))}: must be a number from {least} "):
+            check_options(OmegaConf.create({"part": {name: value}}), defaults)
+    for value in (least, 1, [1, 1]):
+        check_options(OmegaConf.create({"part": {name: value, "other": -1}}), defaults)
+    check_options(OmegaConf.create({"part": {"_target_": "a.Class", name: None}}), defaults)
+
+
+@pytest.mark.parametrize(
+    ("default", "right", "wrong", "kind"),
+    [
+        (True, [False, None], ["maybe", 1], "true or false"),
+        (3, [5, -1, None], [1.5, "a", False, [1]], "a whole number"),
+        (0.5, [5, -1.5, None], ["a", True, math.inf], "a number"),
+        ("a", ["b", "", None], [1, True, ["a"], {"a": 1}], "text"),
+        ([1, 2], [[], [3], None], [1, ["a"], "a", [1.5]], r"a list such as \[1, 2\]"),
+        ({"a": 1}, [{}, {"a": 2}], [1, None, "a"], "names and values"),
+        (None, [1, "a", True, [1], {"a": 1}], [], ""),
+    ],
+)
+def test_options_of_another_kind_than_the_default_are_named(default, right, wrong, kind):
+    defaults = OmegaConf.create({"part": {"option": default}})
     for value in right:
-        check_ranges(OmegaConf.create({"part": {name: value, "other": -1}}))
-    with pytest.raises(InputError, match=rf"^{name}=-1: must be a"):
-        check_ranges(OmegaConf.create({name: [1, -1]}))
+        check_options(OmegaConf.create({"part": {"option": value}}), defaults)
+    for value in wrong:
+        with pytest.raises(InputError, match=rf"^part\.option=.*: must be {kind}$"):
+            check_options(OmegaConf.create({"part": {"option": value}}), defaults)
 
 
 @pytest.mark.parametrize("script", ["spar_d4rl", "evaluate", "make_dataset"])

@@ -109,11 +109,12 @@ def make_spar_loss(
     """
     check_options(
         (head in ("residual", "latent"), "head", head, "'residual' (head A) or 'latent' (head B)"),
+        (latent_dim is None or latent_dim >= 1, "latent_dim", latent_dim, "at least 1"),
         (0 <= gamma <= 1, "gamma", gamma, "between 0 and 1"),
     )
     low, high = action_bounds(action_spec)
     action_dim = low.numel()
-    latent_dim = latent_dim or 2 * action_dim
+    latent_dim = 2 * action_dim if latent_dim is None else latent_dim
     state_dim = observation_dim + action_dim
 
     def network(in_features: int, out_features: int, layer_norm: bool = False) -> StateMLP:
