@@ -29,6 +29,7 @@ NAMES = {
     "mean_of_critics": "mean of the critics", "min_of_critics": "minimum of the critics", "two_critics": "two critics",
     "in_sample_value": "in-sample expectile value", "no_value_start": "no start from the returns",
     "no_anchor": "no anchor", "bf16_candidates": "candidates scored in bfloat16",
+    "compiled": "compiled: the same to rounding",
 }  # fmt: skip
 REFERENCE = "spar"
 # Points below its anchor that count as a loss: evaluations of one policy differ by about as much.
