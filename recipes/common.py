@@ -16,7 +16,6 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf
-from option_checks import check_options
 from stopping import Stopped, stop
 
 if "MUJOCO_GL" in os.environ:
@@ -24,6 +23,8 @@ if "MUJOCO_GL" in os.environ:
         import mujoco  # noqa: F401  # as TorchRL does, which fails where the OpenGL that is asked for is missing
     except Exception as err:
         sys.exit(f"error: MUJOCO_GL={os.environ['MUJOCO_GL']}: MuJoCo cannot be loaded with it ({err}); unset it")
+
+from option_checks import check_options
 
 from torchrl_spar import InputError, evaluate, normalized_score
 from torchrl_spar.errors import first_line

@@ -11,11 +11,12 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 
 import pytest
-from kill_test import fork, start_run
+from kill_test import start_run
 
 PROC = Path("/proc")
 
@@ -48,22 +49,21 @@ def last_update(metrics: Path) -> int:
 
 def soak(updates: int, scratch: Path, *, background: bool) -> Iterator[Sample]:
     """Samples of a run while it goes on; with `background` its evaluations are made by a second process."""
-    out, log = scratch / "run", scratch / "log"
+    out = scratch / "run"
     options = (f"spar.updates={updates}", f"eval.interval={updates // 50}", "eval.episodes=1", "checkpoint.seconds=1")
     options += (f"eval.background={str(background).lower()}", f"logger.interval={updates // 200}")
-    pid = fork(lambda: start_run("spar", out, *options), log)
-    while True:
-        ended, status = os.waitpid(pid, os.WNOHANG)
-        if ended:
-            assert status == 0, log.read_text()[-5000:]
-            return
+    # A fresh process: a fork would begin with the memory of whatever ran here before.
+    run = get_context("spawn").Process(target=start_run, args=("spar", out, *options))
+    run.start()
+    while run.is_alive():
         try:
-            found = holdings(pid)
-        except FileNotFoundError:  # a child has just ended
+            found = holdings(run.pid)
+        except FileNotFoundError:  # it, or a child, has just ended
             continue
         if update := last_update(out / "metrics.csv"):
             yield Sample(update, *found)
         time.sleep(0.02)
+    assert run.exitcode == 0
 
 
 def growth(samples: list[Sample], updates: int) -> tuple[float, float, float]:
