@@ -24,7 +24,7 @@ if "MUJOCO_GL" in os.environ:
     except Exception as err:
         sys.exit(f"error: MUJOCO_GL={os.environ['MUJOCO_GL']}: MuJoCo cannot be loaded with it ({err}); unset it")
 
-from option_checks import check_options
+from option_checks import check_config
 
 from torchrl_spar import InputError, evaluate, normalized_score
 from torchrl_spar.errors import first_line
@@ -45,7 +45,7 @@ def run_recipe(main: Callable[[DictConfig], None], config_name: str) -> None:
             for name in OmegaConf.missing_keys(cfg):
                 raise InputError(f"{name}: must be given, as {name}=...")
             check_seeds(cfg)
-            check_options(cfg, hydra.compose(config_name))
+            check_config(cfg, hydra.compose(config_name))
             main(cfg)
         except InputError as err:
             if HydraConfig.get().mode == RunMode.MULTIRUN:

@@ -24,7 +24,7 @@ RANGES: dict[str, tuple[float, float]] = {
 }
 
 
-def check_options(cfg: DictConfig, defaults: Mapping[Any, Any], path: str = "") -> None:
+def check_config(cfg: DictConfig, defaults: Mapping[Any, Any], path: str = "") -> None:
     """Raises an `InputError` that names the option; null is let pass where there is no range."""
     for name, value in cfg.items():
         default, option = defaults.get(name), f"{path}{name!s}"
@@ -32,7 +32,7 @@ def check_options(cfg: DictConfig, defaults: Mapping[Any, Any], path: str = "") 
             _check_kind(option, value, default)
             _check_range(option, str(name), value)
         elif "_target_" not in value:  # what an object is made of, with defaults of its own, is its class's to check
-            check_options(value, default or {}, f"{option}.")
+            check_config(value, default or {}, f"{option}.")
 
 
 def _check_kind(option: str, value: Any, default: Any) -> None:

@@ -27,7 +27,7 @@ from online.curves import describe, start_of
 from online.phase import check, count_updates, go_online
 from online.replay import anneal, make_replay_buffer
 from online.td3 import warm_start
-from option_checks import check_options
+from option_checks import check_config
 from rivals import td3_bc
 from rivals.base import Problem
 
@@ -297,7 +297,7 @@ def test_the_start_is_judged_against_two_standard_errors():
 def test_wrong_options_are_named(override, message):
     cfg = compose_recipe("spar_offline_to_online", override)
     with pytest.raises(InputError, match=message):
-        check_options(cfg, compose_recipe("spar_offline_to_online"))
+        check_config(cfg, compose_recipe("spar_offline_to_online"))
         check(cfg)
 
 

@@ -24,7 +24,7 @@ import gymnasium
 import h5py
 from common import check_seeds
 from omegaconf import OmegaConf
-from option_checks import RANGES, check_options
+from option_checks import RANGES, check_config
 from PIL import Image
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
@@ -282,7 +282,7 @@ def test_every_preset_and_method_passes_the_checks():
     assert len(presets) > 5 and len(methods) > 20
     for recipe, choices in {"spar_d4rl": presets, "compare": methods}.items():
         for choice in choices:
-            check_options(compose_recipe(recipe, choice), compose_recipe(recipe))
+            check_config(compose_recipe(recipe, choice), compose_recipe(recipe))
 
 
 @pytest.mark.parametrize("name", sorted(RANGES))
@@ -291,10 +291,10 @@ def test_numbers_out_of_range_are_named(name):
     defaults = OmegaConf.create({"part": {"other": 1}})  # the option is not among them, so its kind is not known
     for value in (least - 1, most + 1, math.nan, math.inf, "abc", True, None, [least, -1]):
         with pytest.raises(InputError, match=rf"^part\.{name}={re.escape(str(value))}: must be a number from {least} "):
-            check_options(OmegaConf.create({"part": {name: value}}), defaults)
+            check_config(OmegaConf.create({"part": {name: value}}), defaults)
     for value in (least, 1, [1, 1]):
-        check_options(OmegaConf.create({"part": {name: value, "other": -1}}), defaults)
-    check_options(OmegaConf.create({"part": {"_target_": "a.Class", name: None}}), defaults)
+        check_config(OmegaConf.create({"part": {name: value, "other": -1}}), defaults)
+    check_config(OmegaConf.create({"part": {"_target_": "a.Class", name: None}}), defaults)
 
 
 @pytest.mark.parametrize(
@@ -312,10 +312,10 @@ def test_numbers_out_of_range_are_named(name):
 def test_options_of_another_kind_than_the_default_are_named(default, right, wrong, kind):
     defaults = OmegaConf.create({"part": {"option": default}})
     for value in right:
-        check_options(OmegaConf.create({"part": {"option": value}}), defaults)
+        check_config(OmegaConf.create({"part": {"option": value}}), defaults)
     for value in wrong:
         with pytest.raises(InputError, match=rf"^part\.option=.*: must be {kind}$"):
-            check_options(OmegaConf.create({"part": {"option": value}}), defaults)
+            check_config(OmegaConf.create({"part": {"option": value}}), defaults)
 
 
 @pytest.mark.parametrize("script", ["spar_d4rl", "evaluate", "make_dataset"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from copy import deepcopy
 from functools import partial
 
@@ -31,7 +33,6 @@ from torchrl_spar import (
     returns_to_go,
     with_anchor_actions,
 )  # fmt: skip
-from torchrl_spar.compiling import check_compiler
 
 
 def bandit(rows=4000):
@@ -338,11 +339,8 @@ def test_the_compiled_update_is_the_eager_one(monkeypatch):
     compiled_and_eager_agree(policy_interval=2)
 
 
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="no C++ compiler, which Inductor needs")
 def test_the_generated_code_is_the_eager_update():
-    try:
-        check_compiler(torch.device("cpu"))
-    except InputError as err:
-        pytest.skip(str(err))
     compiled_and_eager_agree(policy_interval=1, num_candidates=2)
 
 
