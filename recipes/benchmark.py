@@ -19,7 +19,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from benchmarks import evaluation
+from benchmarks import rollout_speed
 from benchmarks.flops import update_flops
 from benchmarks.loading import measure_loading
 from benchmarks.matmul import MatmulTrace
@@ -36,11 +36,11 @@ from benchmarks.updates import (
     torchrl_td3bc,
 )
 from benchmarks.windows import measure_rates, median_ratio
-from common import best_device, run_recipe
+from harness.output import write_json
+from harness.recipe import best_device, run_recipe
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
-from run_output import write_json
 
 from torchrl_spar import InputError, SPARLoss, environment_sizes, make_spar_loss
 
@@ -130,7 +130,7 @@ def measure_evaluation(cfg: DictConfig, device: torch.device) -> dict[str, Any]:
     observation_dim, action_spec = environment_sizes(cfg.env)
     policy = make_spar_loss(observation_dim, action_spec, hidden=list(cfg.hidden), device=device).actor
     learner = spar(make_losses([0], cfg.hidden, device), make_data(cfg.batch_size, device), block=1)
-    return evaluation.measure_evaluation(policy, learner, cfg.env, rounds=cfg.rounds, seconds=cfg.window)
+    return rollout_speed.measure_evaluation(policy, learner, cfg.env, rounds=cfg.rounds, seconds=cfg.window)
 
 
 @torch.no_grad()

@@ -23,16 +23,16 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 import ablations
 import spar_d4rl
 import torch
-from checkpoints import Checkpoints
-from common import RECIPES, run_recipe
+from harness.checkpoints import Checkpoints
+from harness.recipe import RECIPES, run_recipe
+from harness.run import Run, block_length, dataset_name, improve, of_one_run
+from harness.run_directory import run_directory, started
+from harness.spar_run import SPARRun
+from harness.stopping import stop, stop_with_parent
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from rivals import BUILDERS
 from rivals.base import Problem, Rival
-from run import Run, block_length, dataset_name, improve, of_one_run
-from spar_run import SPARRun
-from stopping import stop, stop_with_parent
-from sweep import run_directory, started
 
 from torchrl_spar import InputError, check_finite
 

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import best_device, describe, run_recipe, summarize
+from harness.evaluations import RESULT_SEED
+from harness.output import check_unused, save_config
+from harness.recipe import best_device, describe, run_recipe, summarize
+from harness.run import Phase, dataset_name, load
+from harness.run_directory import check_options
+from harness.spar_run import sizes_of
 from omegaconf import DictConfig
-from run import Phase, dataset_name, load
-from run_output import check_unused, save_config
-from scores import RESULT_SEED
-from spar_run import sizes_of
-from sweep import check_options
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch.optim.lr_scheduler import CosineAnnealingLR
@@ -43,8 +43,8 @@ from torchrl_spar import (
     SPARLoss,
     evaluate,
     fit_anchor,
-    fit_residual,
-    fit_value,
+    fit_critics,
+    fit_vae,
     make_anchor,
     make_spar_loss,
     save_policy,
@@ -136,8 +136,8 @@ def pretrain(cfg: DictConfig, data: OfflineReplayBuffer) -> SPARLoss:
     anchor = make_anchor(**sizes_of(data), hidden=list(cfg.loss.hidden))
     loss = make_loss(cfg, data, fit_anchor(anchor, data, **phase("anchor")))
     rows = with_anchor_actions(loss, data)
-    fit_residual(loss, rows, **phase("fit"))
-    return fit_value(loss, rows, **phase("value"))
+    fit_vae(loss, rows, **phase("vae"))
+    return fit_critics(loss, rows, **phase("critics"))
 
 
 def main(cfg: DictConfig) -> None:

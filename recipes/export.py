@@ -22,12 +22,12 @@ from statistics import median
 from typing import Any
 
 import torch
-from checkpoints import named_error
-from common import run_recipe
+from harness.checkpoints import named_error
+from harness.output import check_unused
+from harness.recipe import run_recipe
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
-from run_output import check_unused
 from torch import Tensor, nn
 
 from torchrl_spar import InputError, SPARActor, load_policy

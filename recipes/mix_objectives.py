@@ -18,15 +18,15 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import mixes
 import torch
-from common import RECIPES, run_recipe
+from harness.output import check_unused, write_json
+from harness.recipe import RECIPES, run_recipe
+from harness.run import EMBEDDED
+from mixing import losses as mixes
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
-from rivals.networks import Networks
-from run import EMBEDDED
-from run_output import check_unused, write_json
+from rivals.models import Networks
 from tensordict.nn import TensorDictModuleBase
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from torchrl.data import ReplayBuffer, TensorDictReplayBuffer, TensorStorage
@@ -39,8 +39,8 @@ from torchrl_spar import (
     SPARLoss,
     evaluate,
     fit_anchor,
-    fit_residual,
-    fit_value,
+    fit_critics,
+    fit_vae,
     load_offline_dataset,
     make_spar_loss,
     normalized_score,
@@ -94,7 +94,7 @@ def prepare(cfg: DictConfig, data: OfflineReplayBuffer, networks: Networks) -> t
         networks.observation_dim, data.action_spec, anchor=anchor, observation_stats=networks.stats, **cfg.spar.loss
     )
     rows = with_anchor_actions(loss, data)
-    return fit_residual(loss, rows, **cfg.fit), rows
+    return fit_vae(loss, rows, **cfg.vae), rows
 
 
 def train(cfg: DictConfig, name: str, start: SPARLoss, networks: Networks, rows: ReplayBuffer) -> dict[str, Any]:
@@ -135,7 +135,9 @@ def start_critics(cfg: DictConfig, mix: mixes.Mix, rows: ReplayBuffer) -> None:
     if mix.encoder is not None:
         with torch.no_grad():
             data = mix.encoder(data.clone(False))
-    fit_value(mix.spar, TensorDictReplayBuffer(storage=TensorStorage(data), batch_size=rows.batch_size), **cfg.value)
+    fit_critics(
+        mix.spar, TensorDictReplayBuffer(storage=TensorStorage(data), batch_size=rows.batch_size), **cfg.critics
+    )
 
 
 def score(policy: TensorDictModuleBase, episodes: int) -> float:

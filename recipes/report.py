@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from run_output import data_score, write_text
+from harness.output import data_score, write_text
 
 from torchrl_spar import InputError
 
@@ -69,8 +69,8 @@ def table(runs: list[Run]) -> str:
 def compare(runs: list[Run], folder: Path) -> str:
     """The report of several methods; written into the folder with its figures."""
     # Only here: the table above needs neither rliable nor matplotlib.
-    from comparison import REPETITIONS, Comparison
-    from comparison_plots import plot_all
+    from harness.comparison_figures import plot_all
+    from harness.statistics import REPETITIONS, Comparison
 
     comparison = Comparison(runs)
     episodes = "/".join(sorted({str(run["episodes"]) for run in runs}))

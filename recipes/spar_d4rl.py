@@ -18,16 +18,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import best_device, run_recipe
+from harness.recipe import best_device, run_recipe
+from harness.run import block_length, improve, of_one_run
+from harness.run_directory import started
+from harness.spar_run import SPARRun, make_update
+from harness.stopping import stop
 from omegaconf import DictConfig
-from run import block_length, improve, of_one_run
-from spar_run import SPARRun, make_update
-from stopping import stop
-from sweep import started
 from tqdm import tqdm
 
 from torchrl_spar import BatchSampler, StackedSPARLoss
-from torchrl_spar.evaluator import end_with_parent, without_ctrl_c
+from torchrl_spar.evaluation.background import end_with_parent, without_ctrl_c
 
 
 def main(cfg: DictConfig) -> None:

@@ -15,14 +15,14 @@ from typing import Any
 
 import compare
 import spar_d4rl
-from common import run_recipe
+from harness.recipe import run_recipe
+from harness.run import dataset_name
+from harness.run_directory import run_directory
+from harness.spar_run import SPARRun
 from omegaconf import DictConfig
 from online.curves import report
 from online.phase import check, count_updates, go_online
 from online.td3 import warm_start
-from run import dataset_name
-from spar_run import SPARRun
-from sweep import run_directory
 
 from torchrl_spar import InputError, SPARUpdate
 

@@ -15,9 +15,9 @@ from torchrl_spar import make_spar_loss
 pytest.importorskip("hydra")
 import ablations
 import compare
-import comparison
+from harness import statistics as comparison
+from harness.run_directory import flatten
 from omegaconf import OmegaConf
-from sweep import flatten
 from test_recipes import SMALL, run
 
 CONFIG = Path(__file__).resolve().parents[1] / "recipes" / "config"
@@ -100,7 +100,7 @@ def test_an_ablation_changes_spars_own_options(name):
 def test_the_ablations_with_code_run(tmp_path):
     methods = ["ablation/value_gradient", "ablation/action_space", "ablation/no_anchor"]
     # action_space has nothing to fit.
-    options = [option for option in SMALL if option != "fit.steps=5"]
+    options = [option for option in SMALL if option != "vae.steps=5"]
     done = run("compare", *options, f"method={','.join(methods)}", "seed=0", "runs=runs", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     found = {path.parent.parent.name for path in (tmp_path / "runs").rglob("results.json")}

@@ -30,8 +30,8 @@ from torchrl_spar import (
     InputError,
     SPARUpdate,
     evaluate,
-    fit_residual,
-    fit_value,
+    fit_critics,
+    fit_vae,
     make_anchor,
     make_spar_loss,
     with_anchor_actions,
@@ -90,7 +90,7 @@ def check(actor, mode, batch, spec=SPEC) -> None:
     loss.reset_parameters_recursive()
     loss.train()
     head = loss.actor_network_params.get("head")
-    loss.residual_loss(batch)[0].backward()
+    loss.actor_loss(batch)[0].backward()
     assert all(tensor.grad.abs().sum() > 0 for tensor in head.values(True, True) if tensor.requires_grad)
     for key, value in loss.anchor.state_dict().items():
         assert torch.equal(value, before[key]), key
@@ -358,15 +358,15 @@ def buffer(batch):
 def test_lstm_anchor_through_all_phases():
     actor = recurrent(default_recurrent_mode=True)
     batch, observation = sequences()
-    loss = make_spar_loss(OBSERVATION, Bounded(-9, 9, (ACTION,)), anchor=actor, hidden=[8], joint_fit=False)
+    loss = make_spar_loss(OBSERVATION, Bounded(-9, 9, (ACTION,)), anchor=actor, hidden=[8], joint_vae=False)
     with pytest.raises(
         InputError, match=r"lacks \['recurrent_state_h', 'recurrent_state_c', 'is_init'\].*anchor_action"
     ):
-        fit_residual(loss, buffer(batch), steps=1)
+        fit_vae(loss, buffer(batch), steps=1)
     actions = along(actor, observation)[0]
     batch["anchor_action"], batch["next", "anchor_action"] = actions[:, :-1], actions[:, 1:]
     data = buffer(batch)
-    fit_value(fit_residual(loss, data, steps=1), data, steps=1)
+    fit_critics(fit_vae(loss, data, steps=1), data, steps=1)
     expected = (batch["action"] - actions[:, :-1]).pow(2).mean((0, 1)).sqrt()
     torch.testing.assert_close(loss.residual_scale, expected)
     metrics = SPARUpdate(loss, policy_interval=1)(next(BatchSampler(loss, data, length=1, seed=0))[0])
@@ -384,7 +384,7 @@ def test_random_anchors_are_refused():
     actor = TensorDictModule(Noisy(OBSERVATION, ACTION), ["observation"], ["action"])
     loss = make_spar_loss(OBSERVATION, SPEC, anchor=actor, hidden=[8])
     with pytest.raises(InputError, match="random"):
-        fit_residual(loss, buffer(train_batch()), steps=1)
+        fit_vae(loss, buffer(train_batch()), steps=1)
 
 
 def test_cloned_by_torchrls_loss():

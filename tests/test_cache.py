@@ -20,7 +20,7 @@ from test_data import ARRAYS, EPISODES, LEAVES, episode, ted, without, write, wr
 from torchrl.data import Bounded
 
 from torchrl_spar import cache, data
-from torchrl_spar.data import load_offline_dataset
+from torchrl_spar.data.buffer import load_offline_dataset
 
 EMBEDDED = Path(__file__).resolve().parents[1] / "recipes" / "data" / "torchrl-spar" / "hopper" / "medium-v0"
 SETS = [EMBEDDED, *sorted(SHARED.glob("minari/spar/*/*-v0"))]

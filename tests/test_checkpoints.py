@@ -13,14 +13,14 @@ import warnings
 import zipfile
 from pathlib import Path
 
-import checkpoints
 import numpy as np
 import pytest
 import torch
-from checkpoints import Checkpoints
+from harness import checkpoints
+from harness.checkpoints import Checkpoints
+from harness.verified_state import CHECKSUMS, sha256
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from verified_state import CHECKSUMS, sha256
 
 from torchrl_spar import InputError, load_offline_dataset, load_policy
 
@@ -234,7 +234,7 @@ def test_hostile_policies_and_data_execute_nothing(tmp_path):
     (tmp_path / "policy.pt").write_bytes(pickle.dumps(Bomb(boom)))
     with pytest.raises(InputError, match=r"policy\.pt"):
         load_policy(tmp_path / "policy.pt")
-    torch.save({"format": "torchrl_spar.policy.1", "state_dict": Bomb(boom)}, tmp_path / "policy.pt")
+    torch.save({"format": "torchrl_spar.evaluation.policy_file.1", "state_dict": Bomb(boom)}, tmp_path / "policy.pt")
     with pytest.raises(InputError, match=r"policy\.pt"):
         load_policy(tmp_path / "policy.pt")
     names = ("observations", "actions", "rewards", "terminals")

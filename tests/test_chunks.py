@@ -16,8 +16,8 @@ from torchrl_spar import (
     InputError,
     SPARUpdate,
     chunk_actions,
-    fit_residual,
-    fit_value,
+    fit_critics,
+    fit_vae,
     load_offline_dataset,
     make_spar_loss,
     with_anchor_actions,
@@ -109,10 +109,10 @@ def test_critics_bootstrap_over_all_steps():
 def test_critics_start_from_returns_of_single_steps():
     loss = make_spar_loss(OBSERVATION, Bounded(-1, 1, (2 * ACTION,)), hidden=[8])
     rows = with_anchor_actions(loss, chunk_actions(episodes(), 2))
-    fit_value(loss, rows, steps=1)
+    fit_critics(loss, rows, steps=1)
     torch.testing.assert_close(loss.reward_scale, 1 / rows[:]["return_to_go"].std())
     with pytest.raises(InputError, match="return_to_go"):
-        fit_value(loss, buffer(rows[:].exclude("return_to_go")), steps=1)
+        fit_critics(loss, buffer(rows[:].exclude("return_to_go")), steps=1)
 
 
 def test_from_lerobot_data_to_a_better_chunk():
@@ -147,9 +147,9 @@ def test_from_lerobot_data_to_a_better_chunk():
     with torch.no_grad():
         model.action_head.weight.zero_()  # the mean of the data, what cloning would end at
         model.action_head.bias.zero_()
-    loss = make_spar_loss(3, Bounded(-1, 1, (2,)), anchor=anchor, hidden=[32], joint_fit=False, gamma=0.9)
+    loss = make_spar_loss(3, Bounded(-1, 1, (2,)), anchor=anchor, hidden=[32], joint_vae=False, gamma=0.9)
     rows = with_anchor_actions(loss, memory)
-    fit_value(fit_residual(loss, rows, steps=100), rows, steps=100)
+    fit_critics(fit_vae(loss, rows, steps=100), rows, steps=100)
     update = SPARUpdate(loss, target_rate=0.02, actor_lr=3e-3, policy_interval=1)
     for _ in range(200):
         update(rows.sample())

@@ -15,23 +15,24 @@ from tensordict import TensorDict
 from torch import nn
 
 pytest.importorskip("hydra")
-import drift
-import drift_methods
-import gradient_conflict
 import hydra
-import manifolds
-import search_space
-import small_spar
-import suboptimal_anchors
-import support
+from claims import (
+    drift,
+    drift_methods,
+    gradient_conflict,
+    manifolds,
+    search_space,
+    small_spar,
+    suboptimal_anchors,
+    support,
+)
 from omegaconf import OmegaConf
 
 from torchrl_spar.networks import ObservationNorm
 
 ROOT = Path(__file__).resolve().parents[1]
-CLAIMS = ROOT / "recipes" / "claims"
 NAMES = ("drift", "gradient_conflict", "search_space", "suboptimal_anchors", "support")
-SHORT = ["anchor.steps=20", "fit.steps=5", "value.steps=5", "spar.updates=4", "spar.loss.hidden=[8]", "batch_size=32"]
+SHORT = ["anchor.steps=20", "vae.steps=5", "critics.steps=5", "spar.updates=4", "spar.loss.hidden=[8]", "batch_size=32"]
 SMALL = {
     "drift": [
         "closed_form.states=512", "closed_form.candidates=[8, 256]", "closed_form.temperatures=[0.3, 1.0]",
@@ -240,7 +241,8 @@ def test_density_is_one_over_the_action_space():
 
 
 def test_script_leaves_one_json_and_one_figure(tmp_path):
-    command = [sys.executable, str(CLAIMS / "gradient_conflict.py"), *SMALL["gradient_conflict"], "out=result"]
+    script = str(ROOT / "recipes" / "claim.py")
+    command = [sys.executable, script, "gradient_conflict", *SMALL["gradient_conflict"], "out=result"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr

@@ -21,7 +21,7 @@ from tensordict import TensorDict
 from torchrl.data import Bounded, SliceSampler, Unbounded
 
 from torchrl_spar import readers
-from torchrl_spar.data import load_offline_dataset
+from torchrl_spar.data.buffer import load_offline_dataset
 from torchrl_spar.errors import InputError
 
 DATASETS = Path(__file__).resolve().parents[2] / "shared" / "datasets"

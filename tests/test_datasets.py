@@ -10,7 +10,7 @@ import torch
 from torchrl.data import SliceSampler
 from torchrl.data.datasets import load_dataset
 
-import torchrl_spar.datasets  # noqa: F401 - registers
+import torchrl_spar.data.registry  # noqa: F401 - registers
 from torchrl_spar import InputError, OfflineReplayBuffer
 
 pytest.importorskip("minari")

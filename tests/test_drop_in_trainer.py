@@ -24,7 +24,7 @@ import drop_in_trainer
 from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
 
 SCRIPT = Path(drop_in_trainer.__file__)
-SMALL = ["anchor.steps=5", "fit.steps=5", "value.steps=5", "loss.hidden=[8]", "cache=null"]
+SMALL = ["anchor.steps=5", "vae.steps=5", "critics.steps=5", "loss.hidden=[8]", "cache=null"]
 SMALL += ["trainer.updates=12", "trainer.round=3", "trainer.log_interval=2", "trainer.save_interval=2", "episodes=2"]
 
 
@@ -89,7 +89,7 @@ def test_script_leaves_logs_checkpoints_and_a_policy(finished):
     assert sorted(os.listdir(out)) == ["checkpoints", "config.yaml", "log", "policy.pt"]
     assert sorted(os.listdir(out / "checkpoints")) == [f"checkpoint-{step:012d}" for step in (9, 12)]
     logged = {path.stem: list(csv.reader(path.open())) for path in (out / "log" / "scalars").iterdir()}
-    for name in ("loss_qvalue", "loss_residual", "loss_value", "residual_ratio", "grad_norm"):
+    for name in ("loss_qvalue", "loss_actor", "loss_value", "residual_ratio", "grad_norm"):
         assert [int(step) for step, _ in logged[name]] == [3, 6, 9, 12], name
         assert all(math.isfinite(float(value)) for _, value in logged[name])
 

@@ -67,7 +67,7 @@ def test_one_encoder_before_everything():
     with torch.no_grad():
         encoded["next"] = encoder(encoded["next"])
     losses = loss(encoded)
-    for name in ("loss_qvalue", "loss_value", "loss_residual", "loss_fit"):
+    for name in ("loss_qvalue", "loss_value", "loss_actor", "loss_vae"):
         assert all(gradients(losses[name], list(encoder.parameters()))), name
     total(losses).backward()
     optimizer.step()
@@ -78,7 +78,7 @@ def test_one_encoder_before_everything():
     assert policy(batch.clone())["action"].shape == (6, ACTION)
 
     # A term that is given detached features leaves the encoder alone.
-    detached = loss.residual_loss(encoder(batch.clone()).detach())[0]
+    detached = loss.actor_loss(encoder(batch.clone()).detach())[0]
     assert not any(gradients(detached, list(encoder.parameters())))
 
 
@@ -113,7 +113,7 @@ def test_an_encoder_in_each_network():
     losses = loss(batch)
     own = {
         "loss_qvalue": "qvalue_network_params", "loss_value": "value_network_params",
-        "loss_residual": "actor_network_params", "loss_fit": "residual_vae_params",
+        "loss_actor": "actor_network_params", "loss_vae": "residual_vae_params",
     }  # fmt: skip
     names, params = zip(*loss.named_parameters())
     for term, owner in own.items():

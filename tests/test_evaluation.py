@@ -26,7 +26,7 @@ from torchrl_spar import (
     make_env,
     make_spar_loss,
 )
-from torchrl_spar.inference import action_function
+from torchrl_spar.evaluation.fast_policy import action_function
 
 gymnasium = pytest.importorskip("gymnasium")
 

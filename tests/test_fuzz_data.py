@@ -30,8 +30,8 @@ from torchrl_spar import (
     OfflineReplayBuffer,
     SPARUpdate,
     fit_anchor,
-    fit_residual,
-    fit_value,
+    fit_critics,
+    fit_vae,
     load_offline_dataset,
     make_anchor,
     make_spar_loss,
@@ -66,13 +66,13 @@ def assert_trains(buffer: OfflineReplayBuffer) -> None:
     options = {"observation_stats": (buffer.observation_loc, buffer.observation_scale), "hidden": [4]}
     anchor = fit_anchor(make_anchor(width, buffer.action_spec, **options), buffer, steps=2)
     loss = make_spar_loss(width, buffer.action_spec, anchor=anchor, num_qvalue_nets=2, value_mix=0.5, **options)
-    fit_residual(loss, buffer, steps=2)
-    fit_value(loss, buffer, steps=2)
+    fit_vae(loss, buffer, steps=2)
+    fit_critics(loss, buffer, steps=2)
     metrics = SPARUpdate(loss).run(next(BatchSampler(loss, buffer, length=2, seed=0)))
     for name, value in [*metrics.items(), *loss.state_dict().items(), *anchor.state_dict().items()]:
         if isinstance(value, torch.Tensor):
             assert value.isfinite().all(), name
-    assert metrics["loss_residual"] < 1e6  # nor is it far from the order of one
+    assert metrics["loss_actor"] < 1e6  # nor is it far from the order of one
 
 
 def assert_rows(buffer: OfflineReplayBuffer, rows: dict[str, np.ndarray]) -> None:
@@ -314,7 +314,7 @@ def rows_of(n: int, reward: float, terminated: bool) -> TensorDict:
 @pytest.mark.parametrize("reward", [0.0, 3.0, -9e14])
 def test_the_critics_scale_is_that_of_the_returns_where_they_do_not_vary(n, reward):
     buffer = load_offline_dataset(rows_of(n, reward, terminated=True), batch_size=4)
-    loss = fit_value(make_spar_loss(5, buffer.action_spec, hidden=[4]), buffer, steps=1)
+    loss = fit_critics(make_spar_loss(5, buffer.action_spec, hidden=[4]), buffer, steps=1)
     target = abs(reward) * loss.reward_scale
     torch.testing.assert_close(target, torch.tensor(1.0 if reward else 0.0))
     assert_trains(buffer)

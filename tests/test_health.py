@@ -6,8 +6,8 @@ import warnings
 
 import pytest
 import torch
-from checkpoints import Checkpoints
 from conftest import ACTION, OBSERVATION, make_batch
+from harness.checkpoints import Checkpoints
 from kill_test import start_run
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchrl.data import Bounded, LazyTensorStorage, TensorDictReplayBuffer
@@ -19,8 +19,8 @@ from torchrl_spar import (
     StackedSPARLoss,
     check_finite,
     fit_anchor,
-    fit_residual,
-    fit_value,
+    fit_critics,
+    fit_vae,
     health,
     load_offline_dataset,
     make_anchor,
@@ -63,9 +63,9 @@ def spoil_reward(step, batch):
 
 @pytest.mark.parametrize("stack", [False, True])
 def test_one_infinite_reward_stops_the_updates_within_a_hundred(make_loss, stack):
-    losses = [make_loss(seed, hidden=[8], joint_fit=False) for seed in range(2)]
+    losses = [make_loss(seed, hidden=[8], joint_vae=False) for seed in range(2)]
     update = SPARUpdate(StackedSPARLoss(losses) if stack else losses[0])
-    with pytest.raises(NonFiniteError, match=r"^step 200: NaN or infinity in loss_qvalue, loss_residual;"):
+    with pytest.raises(NonFiniteError, match=r"^step 200: NaN or infinity in loss_qvalue, loss_actor;"):
         train(update, 300, spoil_reward, stack)
     assert update.steps == 200
 
@@ -78,7 +78,7 @@ def test_an_infinite_parameter_that_no_loss_sees_stops_them_too(make_loss):
         if step == 50:
             next(loss.residual_vae_params.parameters()).data.view(-1)[0] = INF
 
-    with pytest.raises(NonFiniteError, match=r"^step 100: NaN or infinity in a parameter of loss_fit"):
+    with pytest.raises(NonFiniteError, match=r"^step 100: NaN or infinity in a parameter of loss_vae"):
         train(update, 300, spoil)
 
 
@@ -105,7 +105,7 @@ def test_fits_stop_within_a_hundred_steps(fit):
     rows[key][5] = NAN
     buffer.extend(rows)
     spec = Bounded(-1, 1, (ACTION,))
-    steps, name = {"anchor": (250, "loss_bc"), "residual": (130, "loss_fit"), "value": (250, "loss_qvalue")}[fit]
+    steps, name = {"anchor": (250, "loss_bc"), "residual": (130, "loss_vae"), "value": (250, "loss_qvalue")}[fit]
     seen = []
 
     def report(step, metrics):
@@ -118,7 +118,7 @@ def test_fits_stop_within_a_hundred_steps(fit):
             )
         else:
             loss = make_spar_loss(OBSERVATION, spec, hidden=[8])
-            {"residual": fit_residual, "value": fit_value}[fit](
+            {"residual": fit_vae, "value": fit_critics}[fit](
                 loss, buffer, steps=steps, report=lambda n, _: seen.append(n)
             )
     assert seen[-1] == 99
@@ -169,7 +169,7 @@ def test_a_run_warns_by_its_logged_rows(tmp_path, monkeypatch):
 
 
 def test_real_divergence_is_found(make_loss):
-    loss = make_loss(hidden=[8], bound="lcb", kappa=0.0, reward_scale=1.0, gamma=0.9, joint_fit=False)
+    loss = make_loss(hidden=[8], bound="lcb", kappa=0.0, reward_scale=1.0, gamma=0.9, joint_vae=False)
     loss.make_value_estimator(gamma=1.2)  # a target that grows without bound
     rows = make_batch(64)
     rows["next", "reward"] = torch.ones(64, 1)

@@ -9,7 +9,7 @@ import pytest
 from torchrl_spar import InputError
 
 pytest.importorskip("hydra")
-import loggers
+from harness import loggers
 from test_recipes import TINY, run
 
 
@@ -32,12 +32,12 @@ def test_tensorboard_holds_every_number(tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    done = run("spar_d4rl", *TINY, "value.steps=4", "out=result", "logger.backend=tensorboard", cwd=tmp_path)
+    done = run("spar_d4rl", *TINY, "critics.steps=4", "out=result", "logger.backend=tensorboard", cwd=tmp_path)
     assert done.returncode == 0 and "Warning" not in done.stderr, done.stderr
     events = EventAccumulator(str(tmp_path / "result" / "log")).Reload()
     found = {(tag, event.step): event.value for tag in events.Tags()["scalars"] for event in events.Scalars(tag)}
     expected = numbers(tmp_path / "result")
-    assert {name.split("/")[0] for name, _ in expected} == {"anchor", "fit", "value", "spar", "eval"}
+    assert {name.split("/")[0] for name, _ in expected} == {"anchor", "vae", "critics", "spar", "eval"}
     assert found == pytest.approx(expected, rel=1e-5)  # the tables have six digits
 
 

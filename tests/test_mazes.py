@@ -11,7 +11,7 @@ import torch
 from conftest import compose_recipe
 from gymnasium.spaces import Box, Dict
 from minari.data_collector import EpisodeBuffer
-from rivals.data import add_next_actions, keep_best_episodes, transform_rewards
+from rivals.batches import add_next_actions, keep_best_episodes, transform_rewards
 from test_data import ARRAYS, write
 
 from torchrl_spar import InputError, load_offline_dataset, readers, returns_to_go
@@ -234,7 +234,7 @@ def test_a_run_its_policy_and_the_evaluate_recipe_use_the_arguments(tmp_path, mo
 
     monkeypatch.setitem(gymnasium.registry, "Corridor-v1", gymnasium.spec("Corridor-v0"))
     path = make_set(tmp_path, env=gymnasium.make("Corridor-v0", pay=3.0))
-    tiny = ["preset=smoke", "anchor.steps=2", "fit.steps=2", "value.steps=2", "spar.updates=2", "eval.interval=2"]
+    tiny = ["preset=smoke", "anchor.steps=2", "vae.steps=2", "critics.steps=2", "spar.updates=2", "eval.interval=2"]
     tiny += ["spar.loss.hidden=[8]", "logger.interval=2", "cache=null", "eval.background=false", "batch_size=4"]
     cfg = compose_recipe("spar_d4rl", f"dataset={path}", f"out={tmp_path / 'out'}", *tiny, *options)
     spar_d4rl.main(cfg)
@@ -251,7 +251,7 @@ def test_a_run_its_policy_and_the_evaluate_recipe_use_the_arguments(tmp_path, mo
 
 
 def test_wrong_arguments_are_named(tmp_path):
-    from run import load
+    from harness.run import load
 
     path = make_set(tmp_path, env=gymnasium.make("Corridor-v0"))
     dense = f"dataset={write(tmp_path / 'dense.npz', ARRAYS)}"
@@ -268,7 +268,7 @@ def test_wrong_arguments_are_named(tmp_path):
 def test_the_kitchens_tasks_are_the_data_sets(tmp_path):
     """Its observation has two entries a task, so that the wrong tasks do not fit; a preset adds how tasks count."""
     pytest.importorskip("gymnasium_robotics")
-    from run import load
+    from harness.run import load
 
     from torchrl_spar import make_env
 

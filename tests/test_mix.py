@@ -15,13 +15,13 @@ from torchrl_spar import InputError, load_offline_dataset, make_spar_loss
 
 pytest.importorskip("hydra")
 import mix_objectives
-import mixes
-from rivals.networks import Networks
+from mixing import losses as mixes
+from rivals.models import Networks
 
 HEAD, CRITICS, VALUE = "actor_network_params", "qvalue_network_params", "value_network_params"
 # Whose parameters each term must reach, and no others. SPAR's own are by network, those beside it by loss.
-OWN = {"spar.loss_residual": {HEAD}, "spar.loss_qvalue": {CRITICS}, "spar.loss_value": {VALUE}}
-SHARED = {"spar.loss_residual": {HEAD}, "spar.loss_qvalue": {CRITICS, "encoder"}}
+OWN = {"spar.loss_actor": {HEAD}, "spar.loss_qvalue": {CRITICS}, "spar.loss_value": {VALUE}}
+SHARED = {"spar.loss_actor": {HEAD}, "spar.loss_qvalue": {CRITICS, "encoder"}}
 REACHED = {
     "none": OWN,
     "iql": {**OWN, "iql.loss_qvalue": {CRITICS}, "iql.loss_value": {VALUE}, "iql.loss_actor": {"iql"}},
@@ -39,7 +39,7 @@ def mix(request):
     torch.manual_seed(0)
     data = load_offline_dataset(make_batch(12), action_spec=Bounded(-1, 1, (ACTION,)))
     networks = Networks(data, [8], torch.device("cpu"))
-    options = {"hidden": [8], "num_qvalue_nets": 2, "joint_fit": False, "reward_scale": 0.5}
+    options = {"hidden": [8], "num_qvalue_nets": 2, "joint_vae": False, "reward_scale": 0.5}
     made = mixes.Mix(make_spar_loss(OBSERVATION, data.action_spec, **options))
     add = mix_objectives.adders(compose_recipe("mix_objectives"))[request.param]
     if add is not None:
@@ -122,7 +122,14 @@ def test_losses_beside_see_spars_scaled_rewards(mix):
     torch.testing.assert_close(mix(batch)["iql.loss_qvalue"].detach(), expected)
 
 
-SMALL = ["anchor.steps=3", "fit.steps=3", "value.steps=3", "spar.updates=4", "spar.loss.hidden=[8]", "eval.interval=2"]
+SMALL = [
+    "anchor.steps=3",
+    "vae.steps=3",
+    "critics.steps=3",
+    "spar.updates=4",
+    "spar.loss.hidden=[8]",
+    "eval.interval=2",
+]
 SMALL += ["eval.episodes=1", "eval.final_episodes=1", "cql.num_random=1"]
 
 

@@ -22,18 +22,18 @@ from torchrl_spar import (
     SPARActor,
     SPARLoss,
     SPARUpdate,
-    fit_residual,
+    fit_vae,
     load_offline_dataset,
     make_spar_loss,
 )
 
 HEADS = ("residual", "latent")
-TERMS = ("fit_loss", "value_loss", "qvalue_loss", "residual_loss")
+TERMS = ("vae_loss", "value_loss", "qvalue_loss", "actor_loss")
 OWN = {
-    "fit_loss": "residual_vae_params",
+    "vae_loss": "residual_vae_params",
     "value_loss": "value_network_params",
     "qvalue_loss": "qvalue_network_params",
-    "residual_loss": "actor_network_params",
+    "actor_loss": "actor_network_params",
 }
 
 
@@ -107,7 +107,7 @@ def case(request, make_loss):
 def test_fit_loss_matches_reference(case):
     loss, ref, batch = case
     torch.manual_seed(1)
-    value, metadata = loss.fit_loss(batch)
+    value, metadata = loss.vae_loss(batch)
     torch.manual_seed(1)
     s, a_b = batch["observation"], ref.anchor(batch["observation"])
     r = (batch["action"] - a_b) / ref.rho
@@ -165,7 +165,7 @@ def test_residual_loss_matches_reference(case, bound, candidates):
     loss.bound, loss.candidates, loss.latent_std = bound, candidates, 0.5
     bound_of = ref.lcb if bound == "lcb" else (lambda q: torch.stack(list(q)).min(0).values)
     torch.manual_seed(3)
-    value, metadata = loss.residual_loss(batch)
+    value, metadata = loss.actor_loss(batch)
     torch.manual_seed(3)
     s, a = batch["observation"], batch["action"]
     a_b = ref.anchor(s)
@@ -224,7 +224,7 @@ def test_given_noise_replaces_the_drawn(make_loss, head):
     expected = loss(batch)
     found = loss(noisy)
     torch.testing.assert_close(found, expected)
-    for key, term in zip(keys, ("loss_qvalue", "loss_residual", "loss_fit")):
+    for key, term in zip(keys, ("loss_qvalue", "loss_actor", "loss_vae")):
         assert loss(noisy.clone().set(key, noisy[key] + 1))[term] != found[term]
 
 
@@ -235,7 +235,7 @@ def test_candidates_in_bfloat16_are_close_and_leave_weights_and_gradients_in_flo
     values = []
     for loss in (plain, rounded):
         torch.manual_seed(0)
-        value, metadata = loss.residual_loss(batch)
+        value, metadata = loss.actor_loss(batch)
         value.backward()
         values.append((value, metadata))
     (value, metadata), (near, near_metadata) = values
@@ -258,7 +258,7 @@ def test_each_term_reaches_its_own_parameters_alone(make_loss, head, term):
     own = set(map(id, loss._modules[OWN[term]].parameters()))
     params = dict(loss.named_parameters())
     assert all(id(params[name]) in own for name in reached)
-    if term == "residual_loss":
+    if term == "actor_loss":
         decoder = set(map(id, loss.residual_vae_params["decoder"].values(True, True)))
         assert not any(id(params[name]) in decoder for name in reached)
 
@@ -289,9 +289,9 @@ def test_no_action_gradient_of_the_critic_is_used(make_loss):
         reference.get_stateful_net("residual_vae"), num_qvalue_nets=1, trust_coeff=0.0,
     )  # fmt: skip
     batch = make_batch(64)
-    _minimize(loss.fit_loss, loss.residual_vae_params, batch, 300)
+    _minimize(loss.vae_loss, loss.residual_vae_params, batch, 300)
     before = loss.actor_network(batch.copy())["action"].mean()
-    _minimize(loss.residual_loss, loss.actor_network_params, batch, 150)
+    _minimize(loss.actor_loss, loss.actor_network_params, batch, 150)
     after = loss.actor_network(batch.copy())["action"].mean()
     assert after > before + 0.1
 
@@ -390,14 +390,14 @@ def test_copies_compute_the_same(make_loss, head):
 
 
 @pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize("joint_fit", [False, True])
-def test_a_copy_trains_as_the_original_does(make_loss, head, joint_fit):
-    loss = make_loss(head=head, joint_fit=joint_fit)
+@pytest.mark.parametrize("joint_vae", [False, True])
+def test_a_copy_trains_as_the_original_does(make_loss, head, joint_vae):
+    loss = make_loss(head=head, joint_vae=joint_vae)
     copy = deepcopy(loss)
     start = loss.state_dict()["residual_vae_params.decoder.module.mlp.0.weight"].clone()
     for one in (loss, copy):
         torch.manual_seed(0)
-        fit_residual(one, load_offline_dataset(make_batch(32), batch_size=8), steps=3)
+        fit_vae(one, load_offline_dataset(make_batch(32), batch_size=8), steps=3)
         update = SPARUpdate(one)
         for _ in range(4):
             update(make_batch(12))
@@ -558,7 +558,7 @@ def test_done_does_not_mask_the_bootstrap(make_loss):
 
 
 def test_out_keys(make_loss):
-    for options in ({}, {"joint_fit": False}, {"lsi_coeff": 0.0}, {"trust_coeff": 0.0}):
+    for options in ({}, {"joint_vae": False}, {"lsi_coeff": 0.0}, {"trust_coeff": 0.0}):
         loss = make_loss(**options)
         out = loss(make_batch(12))
         assert set(out.keys()) == set(loss.out_keys)
@@ -567,13 +567,13 @@ def test_out_keys(make_loss):
 
 def test_dispatch(make_loss):
     loss, batch = make_loss(), make_batch(12)
-    loss.select_out_keys("loss_qvalue", "loss_residual")
+    loss.select_out_keys("loss_qvalue", "loss_actor")
     torch.manual_seed(0)
     out = loss(**{"_".join(k) if isinstance(k, tuple) else k: batch[k] for k in loss.in_keys})
     loss.reset_out_keys()
     torch.manual_seed(0)
     expected = loss(batch)
-    torch.testing.assert_close(out, (expected["loss_qvalue"], expected["loss_residual"]))
+    torch.testing.assert_close(out, (expected["loss_qvalue"], expected["loss_actor"]))
 
 
 def test_given_anchor_actions_replace_the_call(make_loss):
@@ -658,13 +658,13 @@ def test_nested_keys_reach_every_network():
 def test_schedulable_coefficients(make_loss):
     loss, batch = make_loss(), make_batch(12)
     torch.manual_seed(0)
-    both = loss.residual_loss(batch)[0]
+    both = loss.actor_loss(batch)[0]
     loss.lsi_coeff = 0.0
     torch.manual_seed(0)
-    trust = loss.residual_loss(batch)[0]
+    trust = loss.actor_loss(batch)[0]
     loss.lsi_coeff, loss.trust_coeff = 1.0, 0.0
     torch.manual_seed(0)
-    torch.testing.assert_close(loss.residual_loss(batch)[0] + trust, both)
+    torch.testing.assert_close(loss.actor_loss(batch)[0] + trust, both)
 
 
 @pytest.mark.parametrize(

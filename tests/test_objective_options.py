@@ -14,7 +14,7 @@ from torchrl.objectives import HardUpdate, SoftUpdate
 
 OPTIONS = {
     "head": ["residual", "latent"], "bound": ["lcb", "min"], "candidates": ["prior", "policy"],
-    "value_mix": [0.0, 0.5, 1.0], "joint_fit": [True, False], "lsi_coeff": [1.0, 0.0], "trust_coeff": [1.0, 0.0],
+    "value_mix": [0.0, 0.5, 1.0], "joint_vae": [True, False], "lsi_coeff": [1.0, 0.0], "trust_coeff": [1.0, 0.0],
     "latent_reg": [0.0, 0.3], "reduction": ["mean", "sum", "none"], "candidate_dtype": [None, torch.bfloat16],
     # of the batch and the call
     "shape": [(12,), (4, 3)], "mask": [False, True], "weights": [False, True],
@@ -22,10 +22,10 @@ OPTIONS = {
 }  # fmt: skip
 OF_THE_BATCH = ("shape", "mask", "weights", "dtype")
 OWN = {
-    "loss_fit": ("residual_vae", ()),
+    "loss_vae": ("residual_vae", ()),
     "loss_value": ("value_network", ()),
     "loss_qvalue": ("qvalue_network", ()),
-    "loss_residual": ("actor_network", ("head",)),
+    "loss_actor": ("actor_network", ("head",)),
 }
 MASK, WEIGHT = ("collector", "mask"), "priority_weight"
 
@@ -102,7 +102,7 @@ def assert_same(left, right):
 def test_every_term_reaches_exactly_its_own_parameters(build, row):
     loss, batch = build()
     out = sums(run(loss, batch))
-    assert out.keys() == {name for name in OWN if name != "loss_fit" or row["joint_fit"]}
+    assert out.keys() == {name for name in OWN if name != "loss_vae" or row["joint_vae"]}
     for term, value in out.items():
         network, part = OWN[term]
         params = loss.network_params(network)

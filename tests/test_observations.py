@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
+from torchrl_spar.data.observations import flatten_observation
 from torchrl_spar.errors import InputError
-from torchrl_spar.observations import flatten_observation
 
 
 def test_order_is_observation_first_then_alphabetical():

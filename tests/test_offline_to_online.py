@@ -21,13 +21,13 @@ from torchrl_spar import InputError, load_offline_dataset, make_env
 
 pytest.importorskip("hydra")
 import gymnasium
+from harness.option_checks import check_config
 from omegaconf import OmegaConf
 from online.collecting import make_collector, make_torchrl_env, with_noise
 from online.curves import describe, start_of
 from online.phase import check, count_updates, go_online
 from online.replay import anneal, make_replay_buffer
 from online.td3 import warm_start
-from option_checks import check_config
 from rivals import td3_bc
 from rivals.base import Problem
 
@@ -317,8 +317,9 @@ def test_dictionaries_come_in_the_datas_order():
 
 
 TINY = [
-    "preset=smoke", "anchor.steps=2", "fit.steps=2", "value.steps=2", "spar.updates=2", "eval.interval=2", "cache=null",
-    "logger.interval=2", "eval.final_episodes=1", "spar.loss.hidden=[8]", "online.steps=40", "online.first_update=0",
+    "preset=smoke", "anchor.steps=2", "vae.steps=2", "critics.steps=2", "spar.updates=2", "eval.interval=2",
+    "cache=null", "logger.interval=2", "eval.final_episodes=1", "spar.loss.hidden=[8]", "online.steps=40",
+    "online.first_update=0",
     "online.updates_per_step=0.1", "collector.frames_per_batch=20", "online.eval_interval=20", "online.eval_episodes=1",
     "runs=runs", "seed=0",
 ]  # fmt: skip

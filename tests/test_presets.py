@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 from conftest import compose_recipe
+from harness.spar_run import loss_maker
 from omegaconf import OmegaConf
-from spar_run import loss_maker
 
 from torchrl_spar import load_offline_dataset
 

@@ -16,15 +16,15 @@ from torchrl_spar import (
     SPARUpdate,
     StackedSPARLoss,
     fit_anchor,
-    fit_residual,
-    fit_value,
+    fit_critics,
+    fit_vae,
     load_offline_dataset,
     make_anchor,
     make_spar_loss,
 )  # fmt: skip
 
 SPEC = Bounded(-1, 1, (ACTION,))
-NAMES = ("loss_bc", "loss_fit", "loss_qvalue", "loss_value")
+NAMES = ("loss_bc", "loss_vae", "loss_qvalue", "loss_value")
 
 
 @pytest.fixture(scope="module")
@@ -57,10 +57,10 @@ def pretrain(data, saved=None, stop_at=None):
         progress = restored("progress", Progress(on_step))
         anchor = restored("anchor", make_anchor(OBSERVATION, SPEC, hidden=[8]))
         fit_anchor(anchor, data, steps=4, progress=progress)
-        options = dict(anchor=anchor, hidden=[8], value_mix=0.5, joint_fit=False)
+        options = dict(anchor=anchor, hidden=[8], value_mix=0.5, joint_vae=False)
         loss = restored("loss", make_spar_loss(OBSERVATION, SPEC, **options))
-        fit_residual(loss, data, steps=4, progress=progress)
-        fit_value(loss, data, steps=4, progress=progress)
+        fit_vae(loss, data, steps=4, progress=progress)
+        fit_critics(loss, data, steps=4, progress=progress)
     except Stop:
         parts = {name: deepcopy(part.state_dict()) for name, part in counted["parts"].items()}
         return {"parts": parts, "rng": torch.get_rng_state()}
@@ -94,7 +94,7 @@ def test_progress_of_another_length_is_refused(data):
 @pytest.mark.parametrize("seeds", [1, 2])
 def test_updates_go_on_where_they_were_stopped(data, seeds):
     def build(states=()):
-        losses = [make_spar_loss(OBSERVATION, SPEC, hidden=[8], joint_fit=True) for _ in range(seeds)]
+        losses = [make_spar_loss(OBSERVATION, SPEC, hidden=[8], joint_vae=True) for _ in range(seeds)]
         for loss, state in zip(losses, states):
             loss.load_state_dict(state)
         return losses, [BatchSampler(loss, data, length=3, seed=seed) for seed, loss in enumerate(losses)]

@@ -22,15 +22,15 @@ from torchrl_spar import InputError, evaluate, load_policy
 pytest.importorskip("hydra")
 import gymnasium
 import h5py
-from common import check_seeds
+from harness.option_checks import RANGES, check_config
+from harness.recipe import check_seeds
 from omegaconf import OmegaConf
-from option_checks import RANGES, check_config
 from PIL import Image
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 EMBEDDED = RECIPES / "data" / "torchrl-spar" / "hopper" / "medium-v0"
 DATASET = "torchrl-spar-hopper-medium-v0"
-SMALL = ["preset=smoke", "anchor.steps=5", "fit.steps=5", "spar.updates=4", "eval.interval=2", "eval.final_episodes=2"]
+SMALL = ["preset=smoke", "anchor.steps=5", "vae.steps=5", "spar.updates=4", "eval.interval=2", "eval.final_episodes=2"]
 SMALL += ["spar.loss.hidden=[8]", "logger.interval=2", "cache=null"]
 # A second process costs seconds to start.
 TINY = [*SMALL, "eval.background=false"]
@@ -68,7 +68,7 @@ def test_main_job_leaves_everything_it_promises(finished):
     rows = list(csv.DictReader((out / "metrics.csv").open()))
     assert {(row["phase"], row["step"]) for row in rows} >= {
         ("anchor", "4"),
-        ("fit", "4"),
+        ("vae", "4"),
         ("spar", "2"),
         ("spar", "4"),
     }

@@ -12,13 +12,13 @@ import sys
 import time
 from pathlib import Path
 
-import checkpoints
 import pytest
-import scores
-import sweep
-from checkpoints import Checkpoints
+from harness import checkpoints
+from harness import evaluations as scores
+from harness import run_directory as sweep
+from harness.checkpoints import Checkpoints
+from harness.stopping import Stopped, stop
 from kill_test import DATA, TINY, outcome, start_run
-from stopping import Stopped, stop
 
 from torchrl_spar import InputError
 
@@ -65,7 +65,7 @@ def start_until_it_ends(*args):
 @pytest.mark.parametrize(
     ("method", "options"),
     [
-        ("spar", ["spar.loss.joint_fit=true", "spar.loss.value_mix=0.5"]),
+        ("spar", ["spar.loss.joint_vae=true", "spar.loss.value_mix=0.5"]),
         ("spar", ["spar.loss.head=latent", "spar.updates=9", "eval.interval=5", "logger.interval=1"]),
         ("stack", []),
         ("bc", []),
@@ -168,12 +168,12 @@ def test_sigterm_ends_a_run_in_one_line_and_it_goes_on(tmp_path):
 
 def test_ctrl_c_ends_several_seeds_in_one_line_and_they_go_on(tmp_path):
     outs = {seed: tmp_path / "stopped" / f"seed_{seed}" for seed in (3, 4)}
-    process = launch(tmp_path, "seeds=[3,4]", "fit.steps=1500", "out=stopped")
-    end_by(signal.SIGINT, process, lambda: all(rows(out, "fit") > 2 for out in outs.values()))
+    process = launch(tmp_path, "seeds=[3,4]", "vae.steps=1500", "out=stopped")
+    end_by(signal.SIGINT, process, lambda: all(rows(out, "vae") > 2 for out in outs.values()))
     for seed, out in outs.items():
         assert checkpoints.all_checkpoints(out)
-        start_run("spar", out, "fit.steps=1500", seed=seed)
-        start_run("spar", tmp_path / "undisturbed" / out.name, "fit.steps=1500", seed=seed)
+        start_run("spar", out, "vae.steps=1500", seed=seed)
+        start_run("spar", tmp_path / "undisturbed" / out.name, "vae.steps=1500", seed=seed)
     assert outcome(tmp_path / "stopped") == outcome(tmp_path / "undisturbed")
 
 
@@ -189,7 +189,7 @@ def test_resume_begins_goes_on_and_leaves_what_is_finished(tmp_path, capsys):
     with pytest.raises(InputError, match=r"out=.*run: exists and is not empty; resume=true goes on"):
         start_run("spar", out, "resume=false")
     with pytest.raises(InputError, match=r"run: of a run with other options \(anchor\.lr, value\.steps\)"):
-        start_run("spar", out, "anchor.lr=1", "value.steps=7")
+        start_run("spar", out, "anchor.lr=1", "critics.steps=7")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").touch()
     with pytest.raises(InputError, match="mine: exists and is not a run's directory"):

@@ -24,15 +24,15 @@ from torchrl_spar import InputError, load_offline_dataset
 
 pytest.importorskip("hydra")
 import compare
-import comparison
 import report
-import sweep
+from harness import run_directory as sweep
+from harness import statistics as comparison
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from rivals import BUILDERS
 from rivals.base import Problem
-from rivals.data import add_next_actions, keep_best_episodes, transform_rewards
-from rivals.networks import Networks
+from rivals.batches import add_next_actions, keep_best_episodes, transform_rewards
+from rivals.models import Networks
 from rivals.td3 import BehaviorRegularizedLoss
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
@@ -64,7 +64,7 @@ def bandit():
 def build_rival(data, updates, *overrides):
     """A rival before its first update."""
     torch.manual_seed(0)
-    cfg = configure(f"spar.updates={updates}", "anchor.steps=30", "fit.steps=30", "value.steps=60", *overrides)
+    cfg = configure(f"spar.updates={updates}", "anchor.steps=30", "vae.steps=30", "critics.steps=60", *overrides)
     rival = BUILDERS[cfg.method.algorithm](
         Problem(data, cfg, torch.device("cpu")), **compare.method_options(cfg.method, "toy")
     )
@@ -242,7 +242,7 @@ def test_rebracs_penalties_by_hand(bound, reward_scale):
 
 @pytest.mark.parametrize("method", ["td3_bc_critics", "rebrac_critics"])
 def test_spars_critics_start_at_the_returns_and_their_rates_fall_to_zero(method, bandit):
-    rival = build_rival(bandit, 20, f"method={method}", "value.steps=600", "value.lr=3e-3")
+    rival = build_rival(bandit, 20, f"method={method}", "critics.steps=600", "critics.lr=3e-3")
     loss, rows = rival.loss, bandit[:]
     returns = rows["next", "reward"].squeeze(-1)  # each episode is one step
     with torch.no_grad():
@@ -278,7 +278,7 @@ def test_a_task_has_its_published_values():
 # ------------------------------------------------------------------ the sweep
 
 
-TINY = ["preset=smoke", "spar.loss.hidden=[8]", "anchor.steps=5", "fit.steps=5", "value.steps=5", "batch_size=8"]
+TINY = ["preset=smoke", "spar.loss.hidden=[8]", "anchor.steps=5", "vae.steps=5", "critics.steps=5", "batch_size=8"]
 TINY += ["eval.episodes=1", "eval.final_episodes=2", "eval.background=false", "cache=null"]
 
 

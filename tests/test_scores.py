@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from torchrl_spar.errors import InputError
-from torchrl_spar.scores import normalized_score, reference_returns
+from torchrl_spar.evaluation.reference_scores import normalized_score, reference_returns
 
 HALFCHEETAH, HOPPER, WALKER = (-280.178953, 12135.0), (-20.272305, 3234.3), (1.629008, 4592.3)
 ANT, PEN, DOOR = (-325.6, 3879.7), (96.262799, 3076.8331), (-56.512833, 2880.5693)

@@ -24,8 +24,8 @@ from torchrl_spar import (
     SPARUpdate,
     StackedSPARLoss,
     fit_anchor,
-    fit_residual,
-    fit_value,
+    fit_critics,
+    fit_vae,
     load_offline_dataset,
     make_anchor,
     make_spar_loss,
@@ -56,16 +56,16 @@ def fitted():
     data = load_offline_dataset(bandit())
     spec = Bounded(-1, 1, (2,))
     anchor = fit_anchor(make_anchor(2, spec, hidden=[32, 32]), data, steps=300)
-    loss = make_spar_loss(2, spec, anchor=anchor, hidden=[32, 32], joint_fit=False)
-    return fit_residual(loss, data, steps=600), data
+    loss = make_spar_loss(2, spec, anchor=anchor, hidden=[32, 32], joint_vae=False)
+    return fit_vae(loss, data, steps=600), data
 
 
 def test_the_deployed_latent_head_decodes_with_the_fitted_decoder():
     rows = make_batch(64)
-    loss = make_spar_loss(OBSERVATION, Bounded(-1, 1, (ACTION,)), hidden=[8], head="latent", joint_fit=False)
+    loss = make_spar_loss(OBSERVATION, Bounded(-1, 1, (ACTION,)), hidden=[8], head="latent", joint_vae=False)
     data = load_offline_dataset(rows, batch_size=16)
     # Without a start of the critics, which would copy all networks into their targets.
-    fit_value(fit_residual(loss, data, steps=5), data, steps=0)
+    fit_critics(fit_vae(loss, data, steps=5), data, steps=0)
     head = loss.actor_network(rows.select("observation"))
     assert torch.equal(loss.actor(rows.select("observation"))["action"], head["action"])
 
@@ -96,7 +96,7 @@ def test_exactly_cloned_dimensions_get_the_floor():
 def test_decoder_covers_the_data(fitted):
     loss, data = fitted
     batch = data[:1000]
-    _, metadata = loss.fit_loss(batch)
+    _, metadata = loss.vae_loss(batch)
     assert metadata["reconstruction_error"] < 0.2  # residuals have variance one
     # Decoded prior samples lie on the data's curve.
     state = TensorDict({"observation": batch["observation"]}, [1000])
@@ -117,7 +117,7 @@ def test_decoder_covers_the_data(fitted):
 def test_spar_improves_the_anchor_and_leaves_frozen_parts_alone(fitted, trust_coeff):
     loss, data = fitted
     torch.manual_seed(0)
-    options = dict(hidden=[32, 32], joint_fit=False, trust_coeff=trust_coeff)
+    options = dict(hidden=[32, 32], joint_vae=False, trust_coeff=trust_coeff)
     fresh = make_spar_loss(2, Bounded(-1, 1, (2,)), **options)
     state = loss.state_dict()
     state["trust_coeff"] = fresh.trust_coeff
@@ -188,9 +188,9 @@ def test_returns_to_go_match_a_plain_loop(gamma, ends):
 
 def test_critics_start_from_the_returns(fitted):
     _, data = fitted
-    fresh = make_spar_loss(2, Bounded(-1, 1, (2,)), hidden=[32, 32], joint_fit=False, value_mix=0.5)
+    fresh = make_spar_loss(2, Bounded(-1, 1, (2,)), hidden=[32, 32], joint_vae=False, value_mix=0.5)
     others = {k: v.clone() for k, v in fresh.state_dict().items() if "actor" in k or "vae" in k}
-    fit_value(fresh, data, steps=800)
+    fit_critics(fresh, data, steps=800)
     rows = data[:1000]
     returns = rows["next", "reward"].view(-1)  # one-step episodes
     scale = 1 / data[:]["next", "reward"].std()
@@ -209,7 +209,7 @@ def test_the_start_of_the_critics_leaves_the_deployed_policy_alone(make_loss):
     loss = make_loss()  # its moving average lags behind its head
     observation = torch.randn(7, OBSERVATION)
     before = loss.actor(observation=observation)
-    fit_value(loss, load_offline_dataset(make_batch(32), batch_size=8), steps=2)
+    fit_critics(loss, load_offline_dataset(make_batch(32), batch_size=8), steps=2)
     assert torch.equal(loss.actor(observation=observation), before)
     assert not torch.equal(loss.actor_network(observation=observation), before)
 
@@ -226,7 +226,7 @@ def test_returns_follow_renamed_ends(make_loss):
         torch.manual_seed(0)
         buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(32), batch_size=8)
         buffer.extend(data)
-        fit_value(loss, buffer, steps=3)
+        fit_critics(loss, buffer, steps=3)
     torch.testing.assert_close(losses[1].state_dict(), losses[0].state_dict())
 
 
@@ -241,7 +241,7 @@ def test_fits_take_a_loss_without_reduction(make_loss):
     for reduction in ("mean", "none"):
         torch.manual_seed(0)
         loss, data = make_loss(reduction=reduction), load_offline_dataset(make_batch(32), batch_size=8)
-        states.append(fit_value(fit_residual(loss, data, steps=3), data, steps=3).state_dict())
+        states.append(fit_critics(fit_vae(loss, data, steps=3), data, steps=3).state_dict())
     torch.testing.assert_close(*states)
 
 
@@ -249,7 +249,7 @@ def test_buffers_without_a_batch_size_are_refused(make_loss):
     data = TensorDictReplayBuffer(storage=LazyTensorStorage(32))
     data.extend(make_batch(32))
     for use in (
-        lambda: fit_value(make_loss(), data, steps=1),
+        lambda: fit_critics(make_loss(), data, steps=1),
         lambda: BatchSampler(make_loss(), data, length=1, seed=0),
     ):
         with pytest.raises(InputError, match="no batch_size"):
@@ -269,9 +269,9 @@ class CountingCritic(nn.Module):
 
 
 def test_buffers_of_whole_numbers_are_no_parameters(make_loss):
-    like = make_loss(joint_fit=False)
+    like = make_loss(joint_vae=False)
     parts = [like.actor_network, ValueOperator(CountingCritic(), in_keys=["observation", "action"])]
-    update = SPARUpdate(SPARLoss(*parts, like.value_network, like.residual_vae, joint_fit=False))
+    update = SPARUpdate(SPARLoss(*parts, like.value_network, like.residual_vae, joint_vae=False))
     for _ in range(100):
         metrics = update(make_batch(4))
     assert metrics["loss_qvalue"].isfinite()
@@ -293,7 +293,7 @@ def test_a_loaded_update_keeps_its_own_rates(make_loss):
 
 
 def test_head_is_updated_every_policy_interval_steps():
-    loss = make_spar_loss(OBSERVATION, Bounded(-1, 1, (ACTION,)), hidden=[8], joint_fit=False)
+    loss = make_spar_loss(OBSERVATION, Bounded(-1, 1, (ACTION,)), hidden=[8], joint_vae=False)
     update = SPARUpdate(loss, policy_interval=3)
     for step in range(1, 7):
         before = loss.actor_network_params["head"].data.clone()
@@ -303,9 +303,9 @@ def test_head_is_updated_every_policy_interval_steps():
 
 
 @pytest.mark.parametrize("options", [{}, {"head": "latent"}, {"value_mix": 0.5}, {"candidate_dtype": torch.bfloat16}])
-@pytest.mark.parametrize("joint_fit", [False, True])
-def test_the_update_is_the_plain_loop(options, joint_fit):
-    options = dict(hidden=[16, 16], joint_fit=joint_fit, num_candidates=4, **options)
+@pytest.mark.parametrize("joint_vae", [False, True])
+def test_the_update_is_the_plain_loop(options, joint_vae):
+    options = dict(hidden=[16, 16], joint_vae=joint_vae, num_candidates=4, **options)
     torch.manual_seed(0)
     fast = make_spar_loss(OBSERVATION, Bounded(-1, 1, (ACTION,)), **options)
     plain = make_spar_loss(OBSERVATION, Bounded(-1, 1, (ACTION,)), **options)
@@ -346,7 +346,7 @@ def test_the_generated_code_is_the_eager_update():
 
 def compiled_and_eager_agree(policy_interval, **options):
     torch.manual_seed(0)
-    options = {"hidden": [8], "joint_fit": False, "num_candidates": 8, **options}
+    options = {"hidden": [8], "joint_vae": False, "num_candidates": 8, **options}
     losses = [make_spar_loss(OBSERVATION, Bounded(-1, 1, (ACTION,)), **options) for _ in range(2)]
     losses[1].load_state_dict(losses[0].state_dict())
     for loss, compile in zip(losses, (False, True)):
@@ -373,15 +373,15 @@ def test_wrong_options_are_named(make_loss, option):
 @pytest.mark.parametrize(("option", "value"), [("steps", -1), ("lr", -1.0)])
 def test_a_fit_names_its_wrong_option(fitted, option, value):
     loss, data = fitted
-    for fit in (fit_residual, fit_value):
+    for fit in (fit_vae, fit_critics):
         with pytest.raises(InputError, match=f"{option}={value}: must be at least 0"):
             fit(deepcopy(loss), data, **{option: value})
 
 
-@pytest.mark.parametrize("options", [{}, {"head": "latent"}, {"joint_fit": True, "value_mix": 0.5}])
+@pytest.mark.parametrize("options", [{}, {"head": "latent"}, {"joint_vae": True, "value_mix": 0.5}])
 def test_stacked_seeds_are_the_single_runs(fitted, options):
     _, data = fitted
-    options = {"hidden": [16, 16], "joint_fit": False, "num_candidates": 4, **options}
+    options = {"hidden": [16, 16], "joint_vae": False, "num_candidates": 4, **options}
 
     def build(seed):
         torch.manual_seed(seed)
@@ -410,7 +410,7 @@ def test_stacks_are_of_one_kind():
     spec = Bounded(-1, 1, (2,))
     with pytest.raises(InputError, match="differ in their options"):
         StackedSPARLoss([make_spar_loss(2, spec, hidden=[4], kappa=kappa) for kappa in (0.0, 1.0)])
-    with pytest.raises(InputError, match="joint_fit=True with head='latent'"):
+    with pytest.raises(InputError, match="joint_vae=True with head='latent'"):
         StackedSPARLoss([make_spar_loss(2, spec, hidden=[4], head="latent")])
     losses = [make_spar_loss(2, spec, hidden=[4]) for _ in range(2)]
     StackedSPARLoss(losses)
@@ -448,8 +448,8 @@ def test_only_noise_that_a_term_reads_is_drawn(fitted):
         (1.0, False): {"action_noise", "candidate_noise"},
         (0.0, False): {"action_noise"},
     }
-    for (lsi_coeff, joint_fit), keys in expected.items():
-        loss = make_spar_loss(2, Bounded(-1, 1, (2,)), hidden=[4], lsi_coeff=lsi_coeff, joint_fit=joint_fit)
+    for (lsi_coeff, joint_vae), keys in expected.items():
+        loss = make_spar_loss(2, Bounded(-1, 1, (2,)), hidden=[4], lsi_coeff=lsi_coeff, joint_vae=joint_vae)
         block = next(BatchSampler(loss, data, length=2, seed=0))
         assert {key for key in block.keys() if key.endswith("_noise")} == keys
         SPARUpdate(loss).run(block)
@@ -471,7 +471,7 @@ def test_anchor_actions_computed_once_are_the_anchors(fitted):
 
 
 def test_learning_rates_fall_along_a_cosine():
-    loss = make_spar_loss(OBSERVATION, Bounded(-1, 1, (ACTION,)), hidden=[8], joint_fit=False)
+    loss = make_spar_loss(OBSERVATION, Bounded(-1, 1, (ACTION,)), hidden=[8], joint_vae=False)
     update = SPARUpdate(loss, qvalue_lr=1e-2, actor_lr=1e-3, decay_steps=4)
     rates = []
     for _ in range(6):

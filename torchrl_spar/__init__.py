@@ -2,29 +2,24 @@
 
 from torchrl_spar.anchor import FrozenAnchor
 from torchrl_spar.build import make_anchor, make_spar_loss
-from torchrl_spar.chunks import chunk_actions
-from torchrl_spar.data import OfflineReplayBuffer, load_offline_dataset
+from torchrl_spar.data.buffer import OfflineReplayBuffer, load_offline_dataset
+from torchrl_spar.data.chunks import chunk_actions
+from torchrl_spar.data.observations import flatten_observation
+from torchrl_spar.data.returns import returns_to_go
 from torchrl_spar.diagnostics import gradient_cosine, normal_share, support_distance, tangent_normal_split
 from torchrl_spar.errors import InputError, NonFiniteError
-from torchrl_spar.evaluation import environment_sizes, evaluate, make_env
-from torchrl_spar.evaluator import BackgroundEvaluator
-from torchrl_spar.health import HealthCheck, check_finite
+from torchrl_spar.evaluation.background import BackgroundEvaluator
+from torchrl_spar.evaluation.policy_file import load_policy, save_policy
+from torchrl_spar.evaluation.reference_scores import normalized_score, reference_returns
+from torchrl_spar.evaluation.rollouts import environment_sizes, evaluate, make_env
 from torchrl_spar.objective import SPARLoss
-from torchrl_spar.observations import flatten_observation
-from torchrl_spar.policy import load_policy, save_policy
-from torchrl_spar.progress import Progress
 from torchrl_spar.residual import ResidualHead, ResidualVAE, SPARActor
-from torchrl_spar.sampling import BatchSampler, with_anchor_actions
-from torchrl_spar.scores import normalized_score, reference_returns
-from torchrl_spar.seeds import StackedSPARLoss
-from torchrl_spar.training import (
-    SPARUpdate,
-    fit_anchor,
-    fit_residual,
-    fit_value,
-    measure_residual_scale,
-    returns_to_go,
-)
+from torchrl_spar.training.health import HealthCheck, check_finite
+from torchrl_spar.training.pretrain import fit_anchor, fit_critics, fit_vae, measure_residual_scale
+from torchrl_spar.training.progress import Progress
+from torchrl_spar.training.sampling import BatchSampler, with_anchor_actions
+from torchrl_spar.training.stacked import StackedSPARLoss
+from torchrl_spar.training.update import SPARUpdate
 
 __all__ = [
     "BackgroundEvaluator",
@@ -46,8 +41,8 @@ __all__ = [
     "environment_sizes",
     "evaluate",
     "fit_anchor",
-    "fit_residual",
-    "fit_value",
+    "fit_critics",
+    "fit_vae",
     "flatten_observation",
     "gradient_cosine",
     "load_offline_dataset",

@@ -69,7 +69,7 @@ class SPARLossConfig:
     loss_function: str = "l2"
     reward_scale: float = 1.0
     kl_coeff: float = 0.1
-    joint_fit: bool = True
+    joint_vae: bool = True
     num_candidates: int = 8
     candidates: str = "prior"
     latent_std: float = 1.0

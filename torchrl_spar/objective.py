@@ -3,11 +3,11 @@
 A behaviour policy ``a_b = pi_b(s)`` is cloned from the data and frozen. The policy adds a
 residual to it, ``pi(s) = clamp(a_b + rho * Delta(s, a_b))``, and is improved in three parts:
 
-1. ``fit_loss``: a conditional VAE learns the data's residuals ``r = (a - a_b) / rho``, so
+1. ``vae_loss``: a conditional VAE learns the data's residuals ``r = (a - a_b) / rho``, so
    that its latent space covers the corrections the data supports.
 2. ``qvalue_loss`` and ``value_loss``: critics bootstrap from a lower bound of the slowly
    moving policy's own action, never from an unconstrained maximum.
-3. ``residual_loss``: Latent Self-Imitation. Candidates are sampled in the latent space, weighted by
+3. ``actor_loss``: Latent Self-Imitation. Candidates are sampled in the latent space, weighted by
    their conservative value beside the policy's own residual, and regressed onto.
    No gradient of a critic with respect to an action is ever taken.
 
@@ -28,10 +28,10 @@ from torchrl.objectives.common import LossModule
 from torchrl.objectives.utils import ValueEstimators, dispatch_value_estimator, distance_loss
 from torchrl.objectives.value import ValueEstimatorBase
 
+from torchrl_spar.ensemble import Bound, lower_bound, spread
 from torchrl_spar.errors import InputError, check_options
 from torchrl_spar.functional import call, call_ensemble
 from torchrl_spar.residual import ResidualVAE, SPARActor
-from torchrl_spar.value import Bound, lower_bound, spread
 
 # exp(2.3) is about 10: no sample weighs more than ten average ones before normalisation.
 TRUST_LOG_WEIGHT_RANGE = (-5.0, 2.3)
@@ -72,10 +72,10 @@ class SPARLoss(LossModule):
         noise_clip: bound of that noise (TD3's 0.5).
         loss_function: TorchRL's name of the critics' regression loss (ours: ``"l2"``).
         reward_scale: factor on the rewards inside the loss, so that learning rates mean the same
-            on every data set; :func:`~torchrl_spar.fit_value` sets it. All values are in scaled units.
+            on every data set; :func:`~torchrl_spar.fit_critics` sets it. All values are in scaled units.
         kl_coeff: beta, the weight of the KL in the fit (ours: 0.1).
-        joint_fit: whether ``forward`` adds ``loss_fit``. Set it to ``False`` when the VAE was
-            trained before by :func:`~torchrl_spar.fit_residual` and is to stay.
+        joint_vae: whether ``forward`` adds ``loss_vae``. Set it to ``False`` when the VAE was
+            trained before by :func:`~torchrl_spar.fit_vae` and is to stay.
         num_candidates: candidates K for each state, the policy's own included (ours: 8).
         candidates: centre of the candidates in the latent: ``"prior"``, its origin, so that they are drawn
             anew from the residuals that the data supports, or ``"policy"``, the policy's own latent (ours: prior).
@@ -114,7 +114,7 @@ class SPARLoss(LossModule):
         ...              "terminated": torch.zeros(32, 1, dtype=torch.bool)}}, [32])
         >>> losses = loss(batch)
         >>> sorted(key for key in losses.keys() if key.startswith("loss_"))
-        ['loss_fit', 'loss_qvalue', 'loss_residual', 'loss_value']
+        ['loss_vae', 'loss_qvalue', 'loss_actor', 'loss_value']
         >>> sum(losses[key] for key in losses.keys() if key.startswith("loss_")).backward()
         >>> optimizer.step(); updater.step()
         >>> loss.actor(observation=torch.zeros(1, 3)).shape
@@ -204,7 +204,7 @@ class SPARLoss(LossModule):
         loss_function: str = "l2",
         reward_scale: float = 1.0,
         kl_coeff: float = 0.1,
-        joint_fit: bool = True,
+        joint_vae: bool = True,
         num_candidates: int = 8,
         candidates: Literal["prior", "policy"] = "prior",
         latent_std: float = 1.0,
@@ -260,7 +260,7 @@ class SPARLoss(LossModule):
         self.noise_clip = noise_clip
         self.loss_function = loss_function
         self.kl_coeff = kl_coeff
-        self.joint_fit = joint_fit
+        self.joint_vae = joint_vae
         self.num_candidates = num_candidates
         self.candidates = candidates
         self.latent_std = latent_std
@@ -282,7 +282,7 @@ class SPARLoss(LossModule):
 
     # ------------------------------------------------------------------ the method
 
-    def fit_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
+    def vae_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
         """(i) The data's residual manifold: ``|g(z) - r|^2 + beta KL``, means over dimensions.
 
         Reaches the VAE alone.
@@ -357,7 +357,7 @@ class SPARLoss(LossModule):
         Returns:
             As :meth:`qvalue_loss`, without ``next_state_value``.
 
-        Source: ours; :func:`~torchrl_spar.fit_value` starts the critics with it.
+        Source: ours; :func:`~torchrl_spar.fit_critics` starts the critics with it.
         """
         qvalue = self._qvalue(tensordict, tensordict[self.tensor_keys.action], self.qvalue_network_params)
         error = distance_loss(qvalue, target.expand_as(qvalue), self.loss_function)
@@ -369,7 +369,7 @@ class SPARLoss(LossModule):
         }
         return self._reduce(error.sum(0), tensordict), metadata
 
-    def residual_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
+    def actor_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
         """(iii) Latent Self-Imitation, held to the data by an advantage-weighted fit.
 
         Head A regresses its residual, head B its latent, onto the value-weighted mean of the
@@ -534,8 +534,8 @@ class SPARLoss(LossModule):
         # Every term needs the anchor's action: ask once.
         batch.set(self.tensor_keys.anchor_action, self._anchored(batch).get(self.tensor_keys.anchor_action))
         out: dict[str, Tensor] = {}
-        terms = {"fit": self.fit_loss} if self.joint_fit else {}
-        terms |= {"value": self.value_loss, "qvalue": self.qvalue_loss, "residual": self.residual_loss}
+        terms = {"fit": self.vae_loss} if self.joint_vae else {}
+        terms |= {"value": self.value_loss, "qvalue": self.qvalue_loss, "residual": self.actor_loss}
         for name, term in terms.items():
             out[f"loss_{name}"], metadata = term(batch)
             out |= metadata
@@ -553,7 +553,7 @@ class SPARLoss(LossModule):
         shapes: dict[NestedKey, tuple[int, ...]] = {keys.action_noise: (action,)}
         if self.has_lsi:
             shapes[keys.candidate_noise] = (self.num_candidates, latent)
-        if self.joint_fit:
+        if self.joint_vae:
             shapes[keys.latent_noise] = (latent,)
         return shapes
 
@@ -771,11 +771,11 @@ class SPARLoss(LossModule):
         self._in_keys = None
 
     def _list_out_keys(self) -> list[str]:
-        fit = ["loss_fit", "reconstruction_error", "kl"] if self.joint_fit else []
+        fit = ["loss_vae", "reconstruction_error", "kl"] if self.joint_vae else []
         value = ["loss_value", "loss_qvalue", "pred_value", "target_value", "next_state_value"]
         trust = ["trust_advantage", "data_value_std"]
         return [
-            *fit, *value, "loss_residual",
+            *fit, *value, "loss_actor",
             *(self.lsi_metrics if self.has_lsi else ()), *(trust if self.has_trust else []), "residual_ratio",
         ]  # fmt: skip
 

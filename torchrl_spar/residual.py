@@ -162,7 +162,7 @@ class SPARActor(TensorDictModuleBase):
         action_spec: the action bounds, ``[action_dim]``; a Composite is read at the anchor's action key.
         decoder: the VAE's decoder, with head B only.
         residual_scale: ``rho`` ``[action_dim]`` in action units; ones by default, set by
-            :func:`~torchrl_spar.fit_residual`.
+            :func:`~torchrl_spar.fit_vae`.
         anchor_action_key: where the head reads ``a_b``.
         residual_key: where the head (A) or the decoder (B) writes ``Delta``.
 

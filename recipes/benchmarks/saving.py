@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from checkpoints import Checkpoints
+from harness.checkpoints import Checkpoints
 from omegaconf import OmegaConf
 
 from torchrl_spar import BatchSampler, OfflineReplayBuffer, SPARLoss, SPARUpdate

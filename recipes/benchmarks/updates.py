@@ -55,7 +55,7 @@ def make_losses(seeds: Sequence[int], hidden: Sequence[int], device: torch.devic
     for seed in seeds:
         torch.manual_seed(seed)
         spec = Bounded(-1, 1, (ACTION_DIM,))
-        losses.append(make_spar_loss(OBSERVATION_DIM, spec, hidden=hidden, joint_fit=False, device=device, **options))
+        losses.append(make_spar_loss(OBSERVATION_DIM, spec, hidden=hidden, joint_vae=False, device=device, **options))
     return losses
 
 
@@ -90,7 +90,7 @@ def spar_plain_loop(loss: SPARLoss, data: ReplayBuffer, *, policy_interval: int 
         else:
             total = loss.qvalue_loss(batch)[0]
             if next(due):
-                total = total + loss.residual_loss(batch)[0]
+                total = total + loss.actor_loss(batch)[0]
         total.backward()
         optimizer.step()
         optimizer.zero_grad()

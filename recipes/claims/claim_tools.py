@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
 from collections.abc import Callable
 from importlib.metadata import version
@@ -11,17 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from harness.output import check_unused, write_json
+from harness.recipe import run_recipe
+from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
-
-# A script finds the modules beside it; the recipes' own lie one folder up.
-sys.path.append(str(Path(__file__).resolve().parents[1]))
-
-from common import run_recipe
-from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
-from run_output import check_unused, write_json
 
 EXACT = 1e-9
 

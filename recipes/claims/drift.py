@@ -1,9 +1,9 @@
 """Claim 1, manifold-normal drift: does an update leave the manifold of the data's actions, where Q rises off it?
 
 Known manifolds, analytic critics, and every method on the same head, optimiser and starting point. The self-imitation
-targets are `SPARLoss.self_imitation_target`'s and the losses `SPARLoss.residual_loss`'s: the package's own code.
+targets are `SPARLoss.self_imitation_target`'s and the losses `SPARLoss.actor_loss`'s: the package's own code.
 
-python recipes/claims/drift.py
+python recipes/claim.py drift
 """
 
 from __future__ import annotations
@@ -12,9 +12,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from claim_tools import finding, grade, run_claim
-from drift_figure import draw
-from drift_methods import (
+from omegaconf import DictConfig
+from tensordict import TensorDict
+from torch import Tensor, nn
+from torchrl.modules import MLP
+
+from claims.claim_tools import finding, grade
+from claims.drift_methods import (
     AWR,
     DPG,
     IN_ACTIONS,
@@ -30,7 +34,7 @@ from drift_methods import (
     make_method,
     same_reach,
 )
-from manifolds import (
+from claims.manifolds import (
     MANIFOLDS,
     Critic,
     LinearCritic,
@@ -42,11 +46,6 @@ from manifolds import (
     make_vae,
     utility,
 )
-from omegaconf import DictConfig
-from tensordict import TensorDict
-from torch import Tensor, nn
-from torchrl.modules import MLP
-
 from torchrl_spar import normal_share
 
 # Candidates from which the closed form is asked for.
@@ -284,7 +283,3 @@ def verdict(result: dict[str, Any], cfg: DictConfig) -> list[dict[str, Any]]:
             regret_head_a=noisy(LSI_A), regret_head_b=noisy(LSI_B), regret_through_decoder=noisy(THROUGH),
         ),
     ]  # fmt: skip
-
-
-if __name__ == "__main__":
-    run_claim("drift", measure, draw)

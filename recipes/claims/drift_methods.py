@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from manifolds import ACTION_BOUND, Manifold, make_actor, make_loss, make_vae
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 from torchrl.objectives import TD3BCLoss
 
+from claims.manifolds import ACTION_BOUND, Manifold, make_actor, make_loss, make_vae
 from torchrl_spar import SPARActor
 
 LSI_A, LSI_B, SHIPPED, AWR = "LSI, head A", "LSI, head B", "SPAR as shipped (A + trust)", "AWR (trust term alone)"
@@ -64,7 +64,7 @@ def make_method(
         options["latent_std"] *= same_reach(manifold)
         options["latent_bound"] = 10 * ACTION_BOUND
     loss = make_loss(actor, critics, vae, **options)
-    return actor, lambda batch: loss.residual_loss(batch)[0]
+    return actor, lambda batch: loss.actor_loss(batch)[0]
 
 
 def same_reach(manifold: Manifold) -> float:

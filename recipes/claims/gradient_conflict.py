@@ -5,7 +5,7 @@ gradient (dQ/da through the head) in the place of Latent Self-Imitation. At ever
 gradient with each fit gradient, by the head's parameters, on the same rows. Where a sum of two terms is stationary
 their gradients are opposite whatever the terms are, so a cosine near -1 late in a run is no surprise.
 
-python recipes/claims/gradient_conflict.py
+python recipes/claim.py gradient_conflict
 """
 
 from __future__ import annotations
@@ -15,11 +15,14 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
-from claim_tools import finding, grade, run_claim
+from harness.figures import BLUE, GREY, VERMILION
 from matplotlib.figure import Figure
 from omegaconf import DictConfig
-from plots import BLUE, GREY, VERMILION
-from small_spar import (
+from tensordict import TensorDictBase
+from torch import Tensor
+
+from claims.claim_tools import finding, grade
+from claims.small_spar import (
     clone_behaviour,
     fixed_rows,
     head_parameters,
@@ -30,9 +33,6 @@ from small_spar import (
     prepare,
     rectified,
 )  # fmt: skip
-from tensordict import TensorDictBase
-from torch import Tensor
-
 from torchrl_spar import OfflineReplayBuffer, SPARLoss, gradient_cosine
 
 IMPROVE = {"lsi": "Latent Self-Imitation", "value": "value gradient"}
@@ -52,11 +52,11 @@ def terms(loss: SPARLoss, batch: TensorDictBase) -> dict[str, Tensor]:
 
 
 def part_of_residual_loss(loss: SPARLoss, batch: TensorDictBase, *, lsi: float, trust: float) -> Tensor:
-    """`SPARLoss.residual_loss` with other weights of its two parts."""
+    """`SPARLoss.actor_loss` with other weights of its two parts."""
     before = loss.lsi_coeff.clone(), loss.trust_coeff.clone()
     loss.lsi_coeff.fill_(lsi)
     loss.trust_coeff.fill_(trust)
-    value = loss.residual_loss(batch)[0]
+    value = loss.actor_loss(batch)[0]
     # Products with the coefficients are kept for the backward pass, so new tensors replace them.
     loss.lsi_coeff, loss.trust_coeff = before
     return value
@@ -77,9 +77,9 @@ def follow(cfg: DictConfig, loss: SPARLoss, data: OfflineReplayBuffer, rows: Ten
             fit = part_of_residual_loss(loss, tensordict, lsi=0.0, trust=1.0)
             return fit - cfg.alpha * (value / value.abs().mean().detach()).mean(), {}
 
-        loss.residual_loss = value_gradient  # type: ignore[method-assign]
+        loss.actor_loss = value_gradient  # type: ignore[method-assign]
     update = make_update(cfg, loss)
-    loss.__dict__.pop("residual_loss", None)  # the update has it; what is measured is SPAR's own again
+    loss.__dict__.pop("actor_loss", None)  # the update has it; what is measured is SPAR's own again
     curve: dict[str, list[float]] = {"step": []}
 
     def record(step: int) -> None:
@@ -109,7 +109,7 @@ def measure(cfg: DictConfig) -> dict[str, Any]:
 def slope_at_the_vae(loss: SPARLoss, batch: TensorDictBase) -> float:
     """The largest derivative of the head's loss by a parameter of the residual manifold."""
     params = [p for p in loss.residual_vae_params.values(True, True) if p.requires_grad]
-    gradients = torch.autograd.grad(loss.residual_loss(batch)[0], params, materialize_grads=True)
+    gradients = torch.autograd.grad(loss.actor_loss(batch)[0], params, materialize_grads=True)
     return max(gradient.abs().max().item() for gradient in gradients)
 
 
@@ -168,7 +168,3 @@ def title(result: dict[str, Any]) -> str:
     if all(harder):
         return "A value gradient pulls harder against the fit than Latent Self-Imitation"
     return "Not so: a value gradient does not pull harder against the fit than Latent Self-Imitation"
-
-
-if __name__ == "__main__":
-    run_claim("gradient_conflict", measure, draw)

@@ -4,7 +4,7 @@ On the embedded data: SPAR is trained, its critics are kept, and two new heads a
 one on the constant action in the middle of the range, with a residual manifold of its own (then the whole action is
 the residual). Distances are Euclidean, in action units.
 
-python recipes/claims/search_space.py
+python recipes/claim.py search_space
 """
 
 from __future__ import annotations
@@ -13,11 +13,14 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
-from claim_tools import finding, grade, run_claim
+from harness.figures import BLUE, GREEN, GREY, VERMILION
 from matplotlib.figure import Figure
 from omegaconf import DictConfig
-from plots import BLUE, GREEN, GREY, VERMILION
-from small_spar import (
+from tensordict.nn import TensorDictModule, TensorDictModuleBase
+from torch import Tensor
+
+from claims.claim_tools import finding, grade
+from claims.small_spar import (
     clone_behaviour,
     fit_manifold,
     fixed_rows,
@@ -29,9 +32,6 @@ from small_spar import (
     rectified,
     take_critics,
 )
-from tensordict.nn import TensorDictModule, TensorDictModuleBase
-from torch import Tensor
-
 from torchrl_spar import OfflineReplayBuffer, SPARLoss
 
 STYLE = {
@@ -143,7 +143,3 @@ def draw(result: dict[str, Any]) -> Figure:
     share = 100 * sum(first["ratio"]) / len(first["ratio"])
     figure.suptitle(f"On the anchor the head moves {share:.0f} % of the way it goes without one (Hopper, same critics)")
     return figure
-
-
-if __name__ == "__main__":
-    run_claim("search_space", measure, draw)

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import claim_tools  # noqa: F401  (first: it puts the recipes' folder on the path)
 import torch
-from common import RECIPES
+from harness.recipe import RECIPES
+from harness.run import EMBEDDED
 from omegaconf import DictConfig
-from run import EMBEDDED
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
@@ -19,8 +18,8 @@ from torchrl_spar import (
     SPARLoss,
     SPARUpdate,
     fit_anchor,
-    fit_residual,
-    fit_value,
+    fit_critics,
+    fit_vae,
     load_offline_dataset,
     make_anchor,
     make_spar_loss,
@@ -47,12 +46,12 @@ def fit_manifold(cfg: DictConfig, data: OfflineReplayBuffer, anchor: TensorDictM
         data.observation_loc.numel(), data.action_spec, anchor=anchor,
         observation_stats=(data.observation_loc, data.observation_scale), **cfg.spar.loss,
     )  # fmt: skip
-    return fit_residual(loss, data, **cfg.fit)
+    return fit_vae(loss, data, **cfg.vae)
 
 
 def prepare(cfg: DictConfig, data: OfflineReplayBuffer, anchor: TensorDictModuleBase) -> SPARLoss:
     """The loss after the residual fit and the critics' start."""
-    return fit_value(fit_manifold(cfg, data, anchor), data, **cfg.value)
+    return fit_critics(fit_manifold(cfg, data, anchor), data, **cfg.critics)
 
 
 def take_critics(loss: SPARLoss, other: SPARLoss) -> SPARLoss:

@@ -3,7 +3,7 @@
 On the embedded data: the anchor has a share of the gradient steps, or a share of the episodes; everything after it has
 all of the data. The critics start from one common fit to the data's returns, which does not depend on the anchor.
 
-python recipes/claims/suboptimal_anchors.py
+python recipes/claim.py suboptimal_anchors
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
-from claim_tools import finding, run_claim
-from common import summarize
+from harness.figures import BLUE, GREY, ORANGE
+from harness.recipe import summarize
 from matplotlib.figure import Figure
 from omegaconf import DictConfig
-from plots import BLUE, GREY, ORANGE
-from small_spar import clone_behaviour, fit_manifold, improve, load_embedded, make_update, take_critics
 
-from torchrl_spar import OfflineReplayBuffer, evaluate, fit_value, load_offline_dataset
+from claims.claim_tools import finding
+from claims.small_spar import clone_behaviour, fit_manifold, improve, load_embedded, make_update, take_critics
+from torchrl_spar import OfflineReplayBuffer, evaluate, fit_critics, load_offline_dataset
 
 WHITE = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
 
@@ -49,7 +49,7 @@ def measure(cfg: DictConfig) -> dict[str, Any]:
         anchor = clone_behaviour(cfg, subset, steps=max(1, round(steps * cfg.anchor.steps)))
         loss = fit_manifold(cfg, data, anchor)
         # The first loss fits the critics' start; the others take it.
-        critics = critics or deepcopy(fit_value(loss, data, **cfg.value))
+        critics = critics or deepcopy(fit_critics(loss, data, **cfg.critics))
         take_critics(loss, critics)
         before = summarize(cfg.env, evaluate(loss.anchor, cfg.env, cfg.episodes, cfg.eval_seed), {})
         improve(cfg, make_update(cfg, loss), data)
@@ -101,7 +101,3 @@ def draw(result: dict[str, Any]) -> Figure:
     axes.legend(fontsize=9)
     axes.grid(alpha=0.3, axis="y")
     return figure
-
-
-if __name__ == "__main__":
-    run_claim("suboptimal_anchors", measure, draw)

@@ -5,7 +5,7 @@ episodes, and the density of the action under a model trained on those rows alon
 data's own held-out actions give the measure. TD3+BC is TorchRL's, ReBRAC the one of compare.py; both from the same
 anchor and the same start of the critics, with the same networks, learning rates and number of updates.
 
-python recipes/claims/support.py
+python recipes/claim.py support
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
-from claim_tools import finding, grade, run_claim
+from harness.figures import BLUE, GREEN, GREY, ORANGE, PURPLE, VERMILION
 from matplotlib.figure import Figure
 from omegaconf import DictConfig
-from plots import BLUE, GREEN, GREY, ORANGE, PURPLE, VERMILION
-from rivals.data import add_next_actions
+from rivals.batches import add_next_actions
 from rivals.td3 import BehaviorRegularizedLoss
-from small_spar import clone_behaviour, improve, load_embedded, make_update, prepare
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
 from torchrl.modules import MLP
 from torchrl.objectives import SoftUpdate, TD3BCLoss
 
+from claims.claim_tools import finding, grade
+from claims.small_spar import clone_behaviour, improve, load_embedded, make_update, prepare
 from torchrl_spar import OfflineReplayBuffer, SPARLoss, load_offline_dataset, support_distance
 from torchrl_spar.networks import ObservationNorm
 
@@ -247,7 +247,3 @@ def draw(result: dict[str, Any]) -> Figure:
     does = "stays" if held[2] and held[4] else "does not stay"
     figure.suptitle(f"SPAR {does} nearer to the data than TD3+BC and ReBRAC (Hopper, a line a seed)")
     return figure
-
-
-if __name__ == "__main__":
-    run_claim("support", measure, draw)

@@ -9,8 +9,8 @@ from statistics import mean
 from typing import Any
 
 import numpy as np
-from plots import BLUE, GREY, VERMILION, plt
-from run_output import write_json
+from harness.figures import BLUE, GREY, VERMILION, plt
+from harness.output import write_json
 
 NAMES = {"spar": "SPAR", "td3_bc": "TD3, from TD3+BC"}
 COLORS = {"spar": BLUE, "td3_bc": VERMILION}

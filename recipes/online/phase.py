@@ -7,11 +7,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import summarize
+from harness.evaluations import CURVE_SEED
+from harness.recipe import summarize
+from harness.run import Run, on_cpu
+from harness.stopping import stop
 from omegaconf import DictConfig
-from run import Run, on_cpu
-from scores import CURVE_SEED
-from stopping import stop
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor

@@ -8,15 +8,15 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from harness.run import Run
 from omegaconf import DictConfig
-from run import Run
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 from torchrl.data import ReplayBuffer
 from torchrl.objectives import SoftUpdate
 
-from rivals.networks import Networks
+from rivals.models import Networks
 from torchrl_spar import OfflineReplayBuffer
 
 Term = Callable[[TensorDictBase], tuple[Tensor, Any]]

@@ -7,7 +7,7 @@ import warnings
 from torchrl.objectives import BCLoss
 
 from rivals.base import Problem, Rival, Step, adam
-from rivals.data import keep_best_episodes
+from rivals.batches import keep_best_episodes
 
 
 def build(problem: Problem, *, lr: float, share: float) -> Rival:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torchrl.objectives import CQLLoss, SoftUpdate
 
 from rivals.base import Problem, Rival, Step, adam
-from rivals.data import transform_rewards
+from rivals.batches import transform_rewards
 from torchrl_spar import InputError
 
 

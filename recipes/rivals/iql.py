@@ -8,7 +8,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from torchrl.objectives import IQLLoss, SoftUpdate
 
 from rivals.base import Problem, Rival, Step, adam
-from rivals.data import transform_rewards
+from rivals.batches import transform_rewards
 
 
 def build(

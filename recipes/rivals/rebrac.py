@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from rivals.base import Problem, Rival
-from rivals.data import add_next_actions, transform_rewards
+from rivals.batches import add_next_actions, transform_rewards
 from rivals.td3 import BehaviorRegularizedLoss, alternate
 
 

@@ -10,18 +10,18 @@ from functools import partial
 from typing import Any
 
 import torch
-from run import Run
-from spar_run import clone_behaviour, log_columns, make_update, pretrain
+from harness.run import Run
+from harness.spar_run import clone_behaviour, log_columns, make_update, pretrain
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from rivals.base import Problem, Rival, Step, adam
-from rivals.data import return_scale
+from rivals.batches import return_scale
 from torchrl_spar import SPARLoss, SPARUpdate
+from torchrl_spar.ensemble import lower_bound
 from torchrl_spar.functional import call, call_ensemble
-from torchrl_spar.value import lower_bound
 
 # IQL's bound of the weights.
 MAX_WEIGHT = 100.0

@@ -6,16 +6,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from run import Run
+from harness.run import Run
 from tensordict import TensorDictBase
 from torch import Tensor
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from torchrl.objectives import SoftUpdate, TD3BCLoss
 
 from rivals.base import Problem, Rival, Step, adam
-from torchrl_spar import InputError, fit_value
+from torchrl_spar import InputError, fit_critics
+from torchrl_spar.ensemble import Bound, lower_bound
 from torchrl_spar.functional import call, call_ensemble
-from torchrl_spar.value import Bound, lower_bound
 
 
 class BehaviorRegularizedLoss(TD3BCLoss):
@@ -23,7 +23,7 @@ class BehaviorRegularizedLoss(TD3BCLoss):
 
     Networks, targets, noise, bounds and value estimator are TorchRL's TD3BCLoss; both penalties are squared
     distances, summed over the action's dimensions. The lower bound of the critics is SPAR's, its ``"min"`` the paper's.
-    SPAR's ``fit_value`` can start the critics; it scales rewards, and the penalties keep their size beside them.
+    SPAR's ``fit_critics`` can start the critics; it scales rewards, and the penalties keep their size beside them.
 
     Args:
         actor_network: deterministic, observation -> action.
@@ -50,7 +50,7 @@ class BehaviorRegularizedLoss(TD3BCLoss):
         self.actor_penalty, self.critic_penalty = actor_penalty, critic_penalty
         self.bound: Bound = bound
         self.kappa = kappa
-        # Read and set by fit_value.
+        # Read and set by fit_critics.
         self.value_mix = 0.0
         self.register_buffer("reward_scale", torch.ones((), device=self._default_device))
 
@@ -111,7 +111,7 @@ class ActorCritic(Rival):
     def pretrain(self, run: Run) -> None:
         if self.starts:
             run.keep("critics", self.loss)
-            fit_value(self.loss, self.data, **run.cfg.value, report=run.phase("value"), progress=run.progress)
+            fit_critics(self.loss, self.data, **run.cfg.critics, report=run.phase("critics"), progress=run.progress)
 
 
 def alternate(

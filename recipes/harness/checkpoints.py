@@ -1,0 +1,191 @@
+"""The checkpoints of a run: all that it needs to go on with the same bits, written every so often, kept twice."""
+
+from __future__ import annotations
+
+import shutil
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torchrl.checkpoint import Checkpoint, CheckpointRotation, GlobalRNGState
+
+from harness.stopping import Stopped, stop
+from harness.verified_state import VerifiedStateAdapter
+from torchrl_spar import InputError, NonFiniteError
+from torchrl_spar.errors import first_line
+
+NAME = "checkpoints"
+
+
+class Part(Protocol):
+    """What has a state."""
+
+    def state_dict(self) -> Any: ...
+    def load_state_dict(self, state: Any) -> Any: ...
+
+
+P = TypeVar("P", bound=Part)
+
+
+class Checkpoints:
+    """Saves and restores the parts of a run; a part gets its state back when it is added.
+
+    Args:
+        home: directory of the run, or of the stack of runs; they lie in ``checkpoints`` in it.
+        seconds: from the end of one to the begin of the next.
+        options: of the runs, to tell a checkpoint of others.
+
+    Raises:
+        InputError: if there are checkpoints and none is usable. A damaged one before a good one costs a warning.
+    """
+
+    def __init__(self, home: Path, seconds: float, options: dict[str, Any]) -> None:
+        self.directory, self.interval, self.options = home / NAME, seconds, options
+        self.rotation = CheckpointRotation(self.directory, keep_last=2)
+        self.parts: dict[str, Part] = {}
+        self.before_save: Callable[[], Any] = lambda: None
+        # Of the checkpoint that was loaded: its number, the states that wait for their parts, the random state.
+        self.number, self.waiting, self.random = 0, dict[str, Any](), dict[str, Any]()
+        self.start = time.perf_counter()
+        with named_error(self.directory, "cannot be used"):
+            self.directory.mkdir(parents=True, exist_ok=True)
+            for left in self.directory.glob(".checkpoint-*"):  # by a killed process
+                shutil.rmtree(left, ignore_errors=True)
+        self._load()
+        self.due = time.monotonic() + seconds
+
+    def add(self, name: str, part: P) -> P:
+        """Has the part saved from now on, and gives it the state that was saved under its name.
+
+        Randomness goes on as it was when the last of the saved parts is there; what comes before draws at will.
+        """
+        self.parts[name] = part
+        if self.knows(name):
+            try:
+                part.load_state_dict(self.waiting.pop(name))
+                if not self.waiting:
+                    GlobalRNGState().load_state_dict(self.random)
+            except InputError:
+                raise
+            except Exception as err:  # whatever a library makes of a state that does not fit
+                raise InputError(
+                    f"{self.latest}: {name} does not fit this version of the code ({first_line(err)}); "
+                    "go on with the version that wrote it, or start anew in another directory"
+                ) from None
+        return part
+
+    def knows(self, name: str) -> bool:
+        """Whether the checkpoint that was loaded holds a part of this name that has not been added yet."""
+        return name in self.waiting
+
+    def step(self) -> None:
+        """To be called between two steps: saves if it is time to, or if the run is to stop, which it then does."""
+        if stop.signum is not None or time.monotonic() >= self.due:
+            self.save()
+        stop.check()
+
+    @contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """For evaluations, which change no state and take long: a signal ends them at once."""
+        try:
+            with stop.at_once(True):
+                yield
+        except Stopped:
+            self.save()
+            raise
+
+    def save(self) -> None:
+        """
+        Raises:
+            InputError: if it cannot be written; the checkpoints before it stay as they are.
+        """
+        if self.waiting:
+            return  # nothing has changed since the checkpoint that was loaded
+        with named_error(self.directory, f"the checkpoint cannot be written, {self.way_back}"):
+            if not self.directory.is_dir():  # TorchRL would make an empty one
+                raise FileNotFoundError("the directory is gone")
+            self.before_save()
+            self.rotation.save(self._bound(), step=self.number + 1)
+        self.number += 1
+        self.due = time.monotonic() + self.interval
+
+    @property
+    def way_back(self) -> str:
+        """For errors."""
+        return f"the last good checkpoint is {self.latest}" if self.number else "there is no checkpoint yet"
+
+    @property
+    def latest(self) -> Path:
+        return self.directory / f"checkpoint-{self.number:012d}"
+
+    @property
+    def seconds(self) -> float:
+        """Since the run began, without the time that it lay still."""
+        return time.perf_counter() - self.start
+
+    def state_dict(self) -> dict[str, Any]:
+        """
+        Raises:
+            NonFiniteError: for NaN or infinity in any part: a checkpoint is something to go on from.
+        """
+        parts = {name: part.state_dict() for name, part in self.parts.items()}
+        for where, tensor in named_tensors(parts):
+            if not tensor.isfinite().all():
+                raise NonFiniteError(f"NaN or infinity in {where}, so no checkpoint is made")
+        return {
+            "options": self.options, "seconds": self.seconds, "random": GlobalRNGState().state_dict(), "parts": parts,
+        }  # fmt: skip
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if state["options"] != self.options:
+            raise ValueError("it is of another run")
+        start = self.start - state["seconds"]
+        self.start, self.waiting, self.random = start, dict(state["parts"]), state["random"]
+
+    def _bound(self) -> Checkpoint:
+        return Checkpoint().register("run", self, adapter=VerifiedStateAdapter())
+
+    def _load(self) -> None:
+        """The newest checkpoint that is as it was written, if there are any."""
+        paths = all_checkpoints(self.directory.parent)
+        for path in reversed(paths):
+            try:
+                self._bound().load(path)
+                self.number = int(path.name.removeprefix("checkpoint-"))
+                return
+            except Exception as err:  # whatever a library makes of garbage
+                warnings.warn(f"{path}: damaged, so the one before it is used ({first_line(err)})", stacklevel=4)
+        if paths:
+            raise InputError(f"{self.directory}: no checkpoint in it is usable; start anew in another directory")
+
+
+def named_tensors(state: Any, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    """All tensors in nested dicts and lists, with the way to them."""
+    if isinstance(state, torch.Tensor):
+        yield name.removeprefix(": "), state
+    elif isinstance(state, (Mapping, list, tuple)):
+        for key, value in state.items() if isinstance(state, Mapping) else enumerate(state):
+            yield from named_tensors(value, f"{name}: {key}")
+
+
+def all_checkpoints(home: Path) -> list[Path]:
+    """Oldest first, whatever their state."""
+    return sorted((home / NAME).glob("checkpoint-" + 12 * "[0-9]"))
+
+
+def remove_checkpoints(home: Path) -> None:
+    """Of finished runs."""
+    shutil.rmtree(home / NAME, ignore_errors=True)
+
+
+@contextmanager
+def named_error(path: Path, what: str) -> Iterator[None]:
+    """Turns an error of the file system into one that says what it was about."""
+    try:
+        yield
+    except OSError as err:
+        raise InputError(f"{path}: {what}: {err.strerror or err}") from None

@@ -1,0 +1,96 @@
+"""The files of one run: its directory, metrics.csv, results.json, all written whole or not at all."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from harness.checkpoints import named_error
+from harness.loggers import RunLogger
+from torchrl_spar import InputError
+
+
+def check_unused(out: Path) -> None:
+    """Refuses a directory that holds anything."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"out={out}: exists and is not empty; give another directory or remove it")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file that appears whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    with named_error(path, "cannot be written"):
+        try:
+            partial.write_text(text)
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def data_score(runs: list[dict[str, Any]]) -> str:
+    """The normalised score of the runs' one data set; a dash where it has none, as Minari's kitchen sets."""
+    scores = [run["data"]["normalized"] for run in runs]
+    return "-" if None in scores else f"{mean(scores):.1f}"
+
+
+class MetricLog:
+    """One row a call in metrics.csv, and the same numbers to a logger if there is one.
+
+    Its state is the file's length, to which the file is cut when a run goes on from a checkpoint.
+    """
+
+    def __init__(self, out: Path, logger: RunLogger | None, columns: Iterable[str], *, go_on: bool = False) -> None:
+        self.logger = logger
+        self.path = out / "metrics.csv"
+        with named_error(self.path, "the run cannot go on without it" if go_on else "cannot be written"):
+            self.file = self.path.open("r+" if go_on else "w", newline="")
+        self.writer = csv.DictWriter(self.file, ["phase", "step", *columns], restval="")
+        if not go_on:
+            self.writer.writeheader()
+
+    def write(self, phase: str, step: int, metrics: dict[str, Any]) -> None:
+        numbers = {name: float(value) for name, value in metrics.items()}
+        with named_error(self.path, "cannot be written"):
+            self.writer.writerow({"phase": phase, "step": step, **{name: f"{x:.6g}" for name, x in numbers.items()}})
+            self.file.flush()
+        self.show(phase, step, numbers)
+
+    def show(self, phase: str, step: int, numbers: Mapping[str, float]) -> None:
+        """To the logger alone."""
+        if self.logger is not None:
+            self.logger.write({f"{phase}/{name}": number for name, number in numbers.items()}, step)
+
+    def state_dict(self) -> dict[str, int]:
+        self.file.flush()
+        return {"bytes": os.fstat(self.file.fileno()).st_size}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        size = os.fstat(self.file.fileno()).st_size
+        if size < state["bytes"]:
+            raise InputError(f"{self.path}: {size} bytes, fewer than at the checkpoint; put the whole file back")
+        self.file.truncate(state["bytes"])
+        self.file.seek(0, os.SEEK_END)
+
+    def close(self) -> None:
+        with suppress(OSError):  # of a row that could not be written, which was said
+            self.file.close()
+        if self.logger is not None:
+            self.logger.close()
+
+
+def save_config(out: Path, cfg: DictConfig) -> None:
+    with named_error(out, "cannot be used as a run's directory"):
+        out.mkdir(parents=True, exist_ok=True)
+    write_text(out / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))

@@ -1,0 +1,276 @@
+"""One run of any method: a seed on a data set, with its directory, its phases and its scores."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.table import Table
+from tensordict.nn import TensorDictModuleBase
+from torch import Tensor
+from tqdm import tqdm
+
+from harness.checkpoints import Checkpoints, P
+from harness.evaluations import Scores
+from harness.loggers import make_logger
+from harness.output import MetricLog, save_config, write_json
+from harness.recipe import RECIPES, best_device, choose_environment, summarize
+from torchrl_spar import InputError, OfflineReplayBuffer, Progress, environment_sizes, load_offline_dataset
+
+EMBEDDED = "torchrl-spar/hopper/medium-v0"
+VERSIONED = ("torchrl-spar", "torch", "torchrl", "tensordict", "gymnasium", "mujoco")
+# Updates that are made without a look at anything else, at most.
+LONGEST_BLOCK = 100
+
+
+def dataset_name(cfg: DictConfig) -> str:
+    return EMBEDDED if cfg.dataset == "embedded" else str(cfg.dataset)
+
+
+def load(cfg: DictConfig, device: torch.device) -> tuple[OfflineReplayBuffer, str, dict[str, Any]]:
+    """The data, the environment and its arguments, checked against each other."""
+    source = RECIPES / "data" / EMBEDDED if cfg.dataset == "embedded" else cfg.dataset
+    data = load_offline_dataset(
+        source, batch_size=cfg.batch_size, device=device, cache=cfg.cache, end_at_success=cfg.end_at_success
+    )
+    env, env_kwargs = choose_environment(cfg, cfg.dataset, data.env_id, data.env_kwargs)
+    observation_dim, action_spec = environment_sizes(env, **env_kwargs)
+    for name, found, expected in (
+        ("observations", data.observation_loc.numel(), observation_dim),
+        ("actions", data.action_spec.shape[-1], action_spec.shape[-1]),
+    ):
+        if found != expected:
+            raise InputError(f"dataset={cfg.dataset}: {name} have size {found}, env={env} has {expected}")
+    return data, env, env_kwargs
+
+
+class Phase:
+    """A progress bar over one phase; every `interval` steps it has each of several runs record its metrics."""
+
+    def __init__(self, name: str, steps: int, runs: Sequence[Run], interval: int, line: int) -> None:
+        self.name, self.runs, self.interval, self.steps = name, runs, interval, steps
+        self.line = line
+        self.bar: Any = None
+
+    def __call__(self, step: int, metrics: dict[str, Any]) -> None:
+        if self.bar is None:  # not earlier: a phase may begin anywhere, or be finished
+            look = {"unit": "step", "dynamic_ncols": True, "mininterval": 1.0, "position": self.line}
+            self.bar = tqdm(total=self.steps, initial=step - 1, desc=f"{self.name:>6}", **look)
+        self.bar.update(step - self.bar.n)
+        if step % self.interval == 0 or step == self.steps:
+            for index, run in enumerate(self.runs):
+                run.record(self.name, step, {key: x[index] if x.ndim else x for key, x in metrics.items()})
+        if step == self.steps:
+            self.bar.close()
+
+    def show(self, curve: list[dict[str, Any]]) -> None:
+        """The last score beside the bar."""
+        for row in curve[-1:] if self.bar is not None else []:
+            score = row["return_mean"] if row["normalized"] is None else row["normalized"]
+            self.bar.set_postfix(score=f"{score:.1f} at {row['step']}", refresh=False)
+
+
+def of_one_run(cfg: DictConfig, seed: int, out: Path) -> DictConfig:
+    """The configuration of this run alone, as it is saved beside it."""
+    return cast(DictConfig, OmegaConf.merge(cfg, {"seed": seed, "seeds": None, "out": str(out)}))
+
+
+class Run:
+    """One seed of one method; a subclass adds the method. Options are checked before anything is written or trained.
+
+    Args:
+        cfg: of this run alone, see `of_one_run`.
+        checkpoints: of the run, or of the runs of which it is one.
+        line: of its progress bars.
+    """
+
+    # What is evaluated, and its name in results.json.
+    policy: TensorDictModuleBase
+    policy_name = "policy"
+
+    def __init__(self, cfg: DictConfig, checkpoints: Checkpoints, line: int = 0) -> None:
+        self.cfg, self.seed, self.out = cfg, cfg.seed, Path(cfg.out)
+        self.checkpoints, self.line = checkpoints, line
+        self.device = best_device(cfg.device)
+        self.data, self.env, self.env_kwargs = load(cfg, self.device)
+        self.data_scores = summarize(self.env, self.data.episode_returns, self.data.env_kwargs)
+
+    @property
+    def method(self) -> str:
+        return self.cfg.method.name
+
+    def open(self, columns: Iterable[str]) -> None:
+        """Makes the directory, with a log of these columns."""
+        cfg, go_on = self.cfg, self.checkpoints.knows(self._name("log"))
+        logger = make_logger(self.out, cfg.logger.backend)
+        for left in self.out.glob(".*.partial"):  # by a killed process
+            left.unlink()
+        save_config(self.out, cfg)  # before anything else: it makes the directory a run's
+        log = MetricLog(self.out, logger, dict.fromkeys(columns), go_on=go_on)
+        self.log = self.keep("log", log)
+        scores = Scores(self.out, self.env, self.env_kwargs, self.seed, log, background=cfg.eval.background)
+        self.scores = self.keep("scores", scores)
+        self.scores.write()
+        self.progress = self.keep("progress", Progress(self.checkpoints.step))
+
+    def keep(self, name: str, part: P) -> P:
+        """Has the checkpoints hold a part of this run, which goes on with the state it had."""
+        return self.checkpoints.add(self._name(name), part)
+
+    def _name(self, part: str) -> str:
+        return f"seed {self.seed}: {part}"
+
+    def phase(self, name: str) -> Phase | None:
+        """The report of a phase before the main one; none where it has no steps."""
+        if not self.cfg[name].steps:
+            return None
+        return Phase(name, self.cfg[name].steps, [self], self.cfg.logger.interval, self.line)
+
+    def record(self, phase: str, step: int, metrics: dict[str, Tensor]) -> None:
+        """A row of the log."""
+        self.log.write(phase, step, metrics)
+
+    def evaluate(self, step: int) -> None:
+        """Adds a point to the learning curve."""
+        self.scores.add_to_curve(step, on_cpu(self.policy), self.cfg.eval.episodes)
+
+    def evaluate_again(self) -> None:
+        """Adds the points that a checkpoint says were not done."""
+        self.scores.add_again(on_cpu(self.policy), self.cfg.eval.episodes)
+
+    def finish(self, *, updates_per_second: float) -> None:
+        """The final evaluation, and all files."""
+        cfg = self.cfg
+        self.scores.add_result(self.policy_name, on_cpu(self.policy), cfg.eval.final_episodes)
+        with self.checkpoints.interruptible():
+            self.scores.collect(wait=True)
+        results = {
+            "dataset": dataset_name(cfg), "env": self.env, "env_kwargs": self.env_kwargs, "seed": self.seed,
+            "method": self.method,
+            "updates": cfg.spar.updates, **self.scores.results, "data": self.data_scores,
+            "episodes": cfg.eval.final_episodes, "updates_per_second": updates_per_second,
+            "wall_seconds": self.checkpoints.seconds,
+            "versions": {name: version(name) for name in VERSIONED},
+            "curve": self.scores.curve,
+        }  # fmt: skip
+        self.go_on(results)
+        self.save(results)
+        write_json(self.out / "results.json", results)
+        self.draw(results)
+        show(results, self.out)
+
+    def go_on(self, results: dict[str, Any]) -> None:
+        """What follows the offline phase, into the results; nothing by default."""
+
+    def save(self, results: dict[str, Any]) -> None:
+        """The method's own files; none by default."""
+
+    def draw(self, results: dict[str, Any]) -> None:
+        """The method's figures, after all that counts is written; none by default."""
+
+    def close(self) -> None:
+        """Ends what runs beside."""
+        self.scores.close()
+        self.log.close()
+
+
+def on_cpu(policy: TensorDictModuleBase) -> TensorDictModuleBase:
+    """A copy to evaluate: ten states a step are too few for a GPU."""
+    return deepcopy(policy).cpu()
+
+
+def block_length(cfg: DictConfig) -> int:
+    """Updates made at once; blocks end wherever something is due."""
+    common = math.gcd(cfg.eval.interval, cfg.logger.interval, cfg.spar.updates)
+    return max(n for n in range(1, min(common, LONGEST_BLOCK) + 1) if common % n == 0)
+
+
+@dataclass
+class Position:
+    """Where the main phase is, and how long it took so far."""
+
+    step: int = 0
+    seconds: float = 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.step, self.seconds = state["step"], state["seconds"]
+
+
+def improve(
+    runs: Sequence[Run],
+    name: str,
+    make_block: Callable[[], dict[str, Tensor]],
+    synchronize: Callable[[], None] = lambda: None,
+) -> float:
+    """The main phase, evaluated and logged; goes on where the runs' checkpoint was made.
+
+    Args:
+        runs: with one configuration and the same checkpoints.
+        name: of the phase in the logs.
+        make_block: makes `block_length` updates of all runs and returns what is to be logged.
+        synchronize: called before the policies are evaluated, or saved.
+
+    Returns:
+        Updates per second of each run, evaluations in line included.
+    """
+    cfg, line, checkpoints = runs[0].cfg, runs[0].line, runs[0].checkpoints
+    interval, length, total = cfg.eval.interval, block_length(cfg), cfg.spar.updates
+    phase = Phase(name, total, runs, cfg.logger.interval, line)
+    checkpoints.before_save = synchronize
+    position = checkpoints.add("position", Position())
+    start = time.perf_counter() - position.seconds
+
+    def collect() -> None:
+        with checkpoints.interruptible():
+            for run in runs:
+                run.scores.collect()
+        phase.show(runs[0].scores.curve)
+
+    for run in runs:
+        run.evaluate_again()
+        if position.step == 0 and not run.scores.has(0):
+            run.evaluate(0)
+    collect()
+    for step in range(position.step + length, total + 1, length):
+        metrics = make_block()
+        phase(step, metrics)
+        is_due = step % interval == 0 or step == total
+        if is_due:
+            synchronize()
+            for run in runs:
+                run.evaluate(step)
+        position.step, position.seconds = step, time.perf_counter() - start
+        if is_due or step % cfg.logger.interval == 0:
+            collect()
+        checkpoints.step()
+    checkpoints.save()
+    return total / position.seconds
+
+
+def show(results: dict[str, Any], out: Path) -> None:
+    table = Table(title=f"{results['method']}, {results['env']}, {results['dataset']}, {results['episodes']} episodes")
+    table.add_column("")
+    for name in ("return", "+-", "score"):
+        table.add_column(name, justify="right")
+    for name in ("data", "anchor", "spar", "policy"):
+        if (row := results.get(name)) is None:
+            continue
+        normalized = "-" if row["normalized"] is None else f"{row['normalized']:.1f}"
+        table.add_row(name, f"{row['return_mean']:.1f}", f"{row['return_std']:.1f}", normalized)
+    console = Console()
+    console.print(table)
+    console.print(
+        f"{results['updates_per_second']:.1f} updates/s, {results['wall_seconds']:.0f} s in all; files in {out}"
+    )

@@ -1,0 +1,1 @@
+"""What mix_objectives.py trains beside SPAR."""

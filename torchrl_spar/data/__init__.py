@@ -1,0 +1,1 @@
+"""Reading data sets: files and Minari sets to a checked replay buffer."""

@@ -1,0 +1,315 @@
+"""Offline data, checked, as a TorchRL replay buffer in TED form (a row a step, the outcome under "next")."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tensordict import TensorDict, TensorDictBase, is_tensor_collection
+from torchrl.data import Bounded, ImmutableDatasetWriter, TensorDictReplayBuffer, TensorSpec, TensorStorage
+
+from torchrl_spar.data.cache import Content, load_cached
+from torchrl_spar.data.readers import LARGEST, Steps, find_minari, read_file, read_minari, read_tensordict
+from torchrl_spar.data.success import REWARD_SHIFT
+from torchrl_spar.data.success import end_at_success as relabel
+from torchrl_spar.errors import InputError
+
+# Float32 rounding and simulators leave actions this far outside their bounds.
+ACTION_TOLERANCE = 1e-6
+# A spread below this, relative to max(1, |mean|), is float32 rounding: the dimension is constant.
+SCALE_FLOOR = 1e-6
+
+
+class OfflineReplayBuffer(TensorDictReplayBuffer):
+    """A whole data set as a read-only :class:`~torchrl.data.TensorDictReplayBuffer`.
+
+    Made by :func:`load_offline_dataset`. ``buffer[:]`` is the data set, ``buffer.sample()`` a
+    uniform batch (with TorchRL's ``"index"`` of the sampled rows), and
+    ``buffer.set_sampler(SliceSampler(traj_key="episode", slice_len=...))`` samples sequences.
+
+    Args:
+        data: ``[N]`` rows in TED form, see :func:`load_offline_dataset`.
+        action_spec: the actions' finite bounds, float32 ``[action_dim]``.
+        episode_returns: undiscounted return of every episode in the source's rewards, float64 ``[episodes]``.
+        name: where the data comes from.
+        env_id: the Gymnasium environment that the data comes from, if known.
+        env_kwargs: what ``gymnasium.make`` takes beside it, such as a maze's map.
+        reward_shift: what was added to the source's rewards.
+        device: where data and statistics live; the CPU by default.
+        **kwargs: passed to ``TensorDictReplayBuffer``, such as ``batch_size``.
+
+    Attributes:
+        observation_loc: mean of ``"observation"`` over the rows, float32 ``[observation_dim]``,
+            computed in float64.
+        observation_scale: standard deviation (divided by N), likewise. It is ``max(1, 1e-6 |mean|)`` where it is
+            below ``1e-6 max(1, |mean|)``, so that constant dimensions are not blown up.
+        action_spec, episode_returns, name, env_id, env_kwargs, reward_shift: as given; ``"episode"`` indexes
+            ``episode_returns``.
+
+    Source: ours.
+
+    Examples:
+        >>> from torchrl.data import SliceSampler
+        >>> flag = torch.zeros(6, 1, dtype=torch.bool)
+        >>> data = TensorDict({
+        ...     "observation": torch.rand(6, 3), "action": torch.rand(6, 2), "episode": torch.arange(6) // 3,
+        ...     "next": {"observation": torch.rand(6, 3), "reward": torch.ones(6, 1), "done": flag,
+        ...              "terminated": flag, "truncated": flag},
+        ... }, [6])
+        >>> buffer = OfflineReplayBuffer(
+        ...     data, action_spec=Bounded(-1, 1, (2,)), episode_returns=torch.full((2,), 3.0), name="toy", batch_size=4
+        ... )
+        >>> sampler = buffer.set_sampler(SliceSampler(slice_len=2, traj_key="episode"))
+        >>> buffer.sample().shape
+        torch.Size([4])
+    """
+
+    def __init__(
+        self,
+        data: TensorDictBase,
+        *,
+        action_spec: Bounded,
+        episode_returns: torch.Tensor,
+        name: str,
+        env_id: str | None = None,
+        env_kwargs: Mapping[str, Any] | None = None,
+        reward_shift: float = 0.0,
+        device: torch.device | str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        device = torch.device(device or "cpu")
+        storage = TensorStorage(data.to(device), device=device)
+        super().__init__(storage=storage, writer=ImmutableDatasetWriter(), **kwargs)
+        loc, scale = _observation_statistics(data["observation"])
+        self.observation_loc, self.observation_scale = loc.to(device), scale.to(device)
+        self.action_spec = action_spec.to(device)
+        self.episode_returns = episode_returns
+        self.env_id = env_id
+        self.env_kwargs = dict(env_kwargs or {})
+        self.reward_shift = reward_shift
+        self.name = name
+
+
+def load_offline_dataset(
+    source: str | os.PathLike[str] | TensorDictBase,
+    *,
+    batch_size: int = 256,
+    device: torch.device | str | None = None,
+    root: str | os.PathLike[str] | None = None,
+    action_spec: TensorSpec | None = None,
+    end_at_success: bool = False,
+    cache: str | os.PathLike[str] | None = None,
+    **kwargs: Any,
+) -> OfflineReplayBuffer:
+    """Reads and checks a data set, whole, into a replay buffer.
+
+    Args:
+        source: one of
+
+            - ``"minari:<id>"``: looked up under ``root``, downloaded when it is not there;
+            - the directory of a Minari data set (it holds ``data/metadata.json``);
+            - a ``.hdf5``, ``.h5`` or ``.npz`` file with D4RL's arrays: ``observations [n, d]``,
+              ``actions [n, a]``, ``rewards [n]``, ``terminals [n]``, if there are any
+              ``timeouts [n]`` and ``next_observations [n, d]``. ``terminations`` and
+              ``truncations`` do as well;
+            - a TensorDict ``[n]`` or ``[B, T]`` with ``observation``, ``action`` and, under
+              ``"next"``, ``observation``, ``reward``, ``terminated``, if there are any ``truncated``
+              and ``done``; a change of the integer ``episode``, if given, ends an episode too.
+        batch_size: rows that ``sample()`` returns.
+        device: where the data set lives; the CPU by default.
+        root: Minari's directory; by default ``MINARI_DATASETS_PATH``, else ``~/.minari/datasets``.
+        action_spec: the actions' bounds, a ``Bounded [a]``. By default Minari's action space, and
+            -1 to 1 for files and TensorDicts.
+        end_at_success: for mazes with rewards of 0 and 1 whose episodes go on after a success (AntMaze and PointMaze
+            of Minari): the successful steps become ``terminated`` and ``done``, and 1 is taken from all rewards. The
+            steps after a success stay as they are, under the same ``episode``. Success is Minari's
+            ``infos["success"]``, where there is none a reward of 1.
+        cache: a directory of your own, such as ``~/.cache/torchrl_spar`` (the recipes' choice). What is read from a
+            source on disk is written there, and the next load maps it into memory instead of reading the source; it
+            is the same bit for bit, and copy-on-write. A source whose path, size or times changed is read
+            again and takes its old entry's place; a damaged entry or a directory that cannot be written gives a
+            warning. By default nothing is written.
+        **kwargs: passed to ``TensorDictReplayBuffer``, such as ``sampler`` or ``transform``.
+
+    Returns:
+        A buffer of N rows, raw units: ``observation [N, d]``, ``action [N, a]``,
+        ``("next", "observation") [N, d]`` and ``("next", "reward") [N, 1]`` in float32; ``done``,
+        ``terminated`` and ``truncated`` ``[N, 1]`` in bool, under ``"next"`` as recorded with
+        ``done = terminated | truncated``, at the root False; ``episode [N]`` in int64, the
+        source's episodes in order, those without a step left out.
+
+        Only ``terminated`` masks bootstrapping. Where a file has no ``next_observations``, the next
+        row of the same episode gives it: a terminal row keeps its own observation there (masked),
+        and any other last row of an episode is dropped, though its reward counts in
+        ``episode_returns``. The row before it is then the episode's last without being ``done``:
+        tell episodes apart by ``"episode"``. A file without ``timeouts`` ends its episodes at ``terminals`` alone
+        (a warning says so when that decides the next observations).
+
+        Dictionary observations of Minari are joined by :func:`flatten_observation`. ``env_id`` and ``env_kwargs`` are
+        those of the environment that a Minari set names for evaluation, else of the one it was collected in.
+        ``episode_returns`` are in the source's rewards, whatever ``reward_shift`` has been added to the rows'.
+
+    Raises:
+        InputError: if the source is missing, damaged or of no known form, an array is missing, has
+            the wrong shape, length or type, is there twice, holds NaN, infinity or a number beyond +-1e15,
+            all observations or all actions are zero, actions leave their bounds by more than 1e-6,
+            rewards are not 0 and 1 with ``end_at_success``, a download fails, or h5py or minari is not installed.
+
+    Source: Minari's episodes and D4RL's (https://arxiv.org/abs/2004.07219) arrays; ``end_at_success`` is the field's
+    habit for AntMaze (IQL, CORL); which rows are dropped, the checks and the default bounds are ours.
+
+    Examples:
+        >>> data = TensorDict({
+        ...     "observation": torch.rand(4, 3), "action": torch.rand(4, 2),
+        ...     "next": {"observation": torch.rand(4, 3), "reward": torch.ones(4, 1),
+        ...              "terminated": torch.tensor([0, 1, 0, 0]).bool()},
+        ... }, [4])
+        >>> buffer = load_offline_dataset(data, batch_size=2)
+        >>> buffer[:]["episode"], buffer.episode_returns
+        (tensor([0, 0, 1, 1]), tensor([2., 2.], dtype=torch.float64))
+        >>> buffer.sample()["next", "reward"].shape
+        torch.Size([2, 1])
+    """
+    if batch_size < 1:
+        raise InputError(f"batch_size={batch_size}: at least one row is needed")
+    name = "TensorDict" if is_tensor_collection(source) else str(source)
+    try:
+        given = None if action_spec is None else _bounds(action_spec)
+        if is_tensor_collection(source):
+            content, facts = _check(read_tensordict(source), given, end_at_success)
+        else:
+            path, read = _find(source, root, with_success=end_at_success)
+
+            def build() -> Content:
+                return _check(read(path), given, end_at_success)
+
+            options = [None if given is None else [bound.tolist() for bound in given], end_at_success]
+            content, facts = load_cached(path, options, Path(cache).expanduser(), build) if cache else build()
+    except InputError as err:
+        raise InputError(f"{name}: {err}") from err.__cause__
+    if facts["note"]:
+        warnings.warn(f"{name}: {facts['note']}", stacklevel=2)
+    low, high = content["action_low"], content["action_high"]
+    return OfflineReplayBuffer(
+        content["rows"],
+        action_spec=Bounded(low, high, low.shape, dtype=torch.float32),
+        episode_returns=content["episode_returns"],
+        name=name,
+        env_id=facts["env_id"],
+        env_kwargs=facts["env_kwargs"],
+        reward_shift=facts["reward_shift"],
+        device=device,
+        batch_size=batch_size,
+        **kwargs,
+    )
+
+
+def _find(source: Any, root: str | os.PathLike[str] | None, with_success: bool) -> tuple[Path, Callable[[Path], Steps]]:
+    """Where the source lies, and its reader."""
+    minari = partial(read_minari, with_success=True) if with_success else read_minari
+    if isinstance(source, str) and source.startswith("minari:"):
+        return find_minari(source.removeprefix("minari:"), root), minari
+    if isinstance(source, str) and source.startswith("d4rl:"):
+        raise InputError("D4RL's ids are not downloaded: give the path of the data set's .hdf5 file instead")
+    if isinstance(source, (str, os.PathLike)):
+        path = Path(source).expanduser()
+        if path.is_dir():
+            return path, minari
+        if path.suffix.lower() in (".hdf5", ".h5", ".npz"):
+            return path, read_file
+    raise InputError(
+        "no such directory, or no known form of source. Accepted are 'minari:<id>', the directory of a Minari data "
+        "set, a .hdf5, .h5 or .npz file with D4RL's arrays, and a TensorDict in TED form"
+    )
+
+
+def _check(steps: Steps, given: tuple[torch.Tensor, torch.Tensor] | None, end_at_success: bool) -> Content:
+    """The rows in TED form and all that belongs to them, as the cache keeps it."""
+    bounds = given or tuple(torch.as_tensor(bound, dtype=torch.float32) for bound in steps.action_bounds)
+    _check_actions(steps, *bounds)
+    # bincount sums in float64 whatever the rewards' type
+    returns = torch.from_numpy(np.bincount(steps.episode, weights=steps.reward))
+    if end_at_success:
+        relabel(steps)
+    facts = {
+        "env_id": steps.env_id,
+        "env_kwargs": steps.env_kwargs,
+        "reward_shift": REWARD_SHIFT if end_at_success else 0.0,
+        "note": steps.note,
+    }
+    rows = _to_ted(steps)
+    return TensorDict(
+        {"episode_returns": returns, "action_low": bounds[0], "action_high": bounds[1], "rows": rows}
+    ), facts
+
+
+def _bounds(spec: TensorSpec) -> tuple[torch.Tensor, torch.Tensor]:
+    if not isinstance(spec, Bounded):
+        raise InputError(f"action_spec must be a torchrl.data.Bounded, not {type(spec).__name__}")
+    return spec.space.low.float().cpu(), spec.space.high.float().cpu()
+
+
+def _check_actions(steps: Steps, low: torch.Tensor, high: torch.Tensor) -> None:
+    shape = steps.action.shape[1:]
+    if low.shape != shape:
+        raise InputError(f"actions are of shape {tuple(shape)}, their bounds of shape {tuple(low.shape)}")
+    if not ((low.abs() <= LARGEST).all() and (high.abs() <= LARGEST).all()):
+        raise InputError(
+            f"the action space has no finite bounds (within +-{LARGEST:g}): "
+            "give them as action_spec=Bounded(low, high, shape)"
+        )
+    least, most = low.numpy(), high.numpy()
+    extremes = np.maximum(least - steps.action.min(axis=0), steps.action.max(axis=0) - most)
+    if (extremes > ACTION_TOLERANCE).any():
+        outside = np.maximum(least - steps.action, steps.action - most) > ACTION_TOLERANCE
+        row, column = np.argwhere(outside)[0]
+        raise InputError(
+            f"{outside.any(axis=1).sum()} of {len(outside)} actions leave their bounds, the first in row {row}: "
+            f"component {column} is {steps.action[row, column]:.6g}, its bounds are {least[column]:.6g} to "
+            f"{most[column]:.6g}. Clip the actions, or give the true bounds as action_spec=Bounded(low, high, shape)"
+        )
+
+
+def _to_ted(steps: Steps) -> TensorDict:
+    """The rows whose next observation is known; ``steps`` is empty afterwards, so that no row is in memory twice."""
+    known = steps.known
+    if not known.any():
+        raise InputError("no step has a known next observation, so no row is left")
+    fields = vars(steps)
+
+    def rows(name: str) -> torch.Tensor:
+        array = fields.pop(name)
+        return torch.from_numpy(array if known.all() else array[known])
+
+    count = int(known.sum())
+    root = {flag: torch.zeros(count, 1, dtype=torch.bool) for flag in ("done", "terminated", "truncated")}
+    outcome = {name: rows(name).unsqueeze(-1) for name in ("terminated", "truncated")}
+    outcome["done"] = outcome["terminated"] | outcome["truncated"]
+    outcome["reward"] = rows("reward").float().unsqueeze(-1)
+    outcome["observation"] = rows("next_observation")
+    return TensorDict(
+        {
+            "observation": rows("observation"),
+            "action": rows("action"),
+            "episode": rows("episode"),
+            **root,
+            "next": TensorDict(outcome, [count]),
+        },
+        [count],
+    )
+
+
+def _observation_statistics(observation: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    # A dimension at a time in one buffer: a float64 copy of all of a large set would cost more than the set.
+    buffer = torch.empty_like(observation[:, 0], dtype=torch.float64)
+    moments = [torch.std_mean(buffer.copy_(column), correction=0) for column in observation.unbind(-1)]
+    scale, loc = (torch.stack(values) for values in zip(*moments))
+    rounding = SCALE_FLOOR * loc.abs()
+    scale = torch.where(scale < rounding.clamp(min=SCALE_FLOOR), rounding.clamp(min=1), scale)
+    return loc.float(), scale.float()

@@ -1,0 +1,1 @@
+"""The phases of training: pre-training, the update, batches drawn ahead, many seeds as one."""

@@ -1,0 +1,128 @@
+"""Whether a training's numbers can be trusted: finite, values within their bound, residuals within the data's."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.utils import get_total_norm
+from torchrl.data import ReplayBuffer
+
+from torchrl_spar.errors import NonFiniteError
+from torchrl_spar.objective import SPARLoss
+
+# Steps between two looks of the fits and of SPARUpdate: NaN stays, so that a look at each would tell no more.
+CHECK_INTERVAL = 100
+# Looks in a row before a warning: the metrics are those of a single batch.
+PATIENCE = 5
+# Of the policy's residual to the data's: above it policies were seen to leave the data.
+RESIDUAL_RATIO_LIMIT = 0.7
+
+
+def check_finite(step: int, losses: Mapping[str, Tensor], parameters: Mapping[str, Sequence[Tensor]]) -> None:
+    """Raises where a loss or a parameter is NaN or infinite. Waits for the device once.
+
+    The fits and :class:`~torchrl_spar.SPARUpdate` call it every 100 steps.
+
+    Args:
+        step: for the error.
+        losses: name -> values of any shape.
+        parameters: name of the loss that moves them -> parameters.
+
+    Raises:
+        NonFiniteError: which names the step and every loss that is not finite; where all are, the loss whose
+            parameters are not.
+
+    Source: ours.
+
+    Examples:
+        >>> import torch
+        >>> check_finite(100, {"loss_qvalue": torch.tensor(1.0)}, {"loss_qvalue": [torch.ones(2)]})
+        >>> check_finite(200, {"loss_qvalue": torch.tensor(float("nan"))}, {})
+        Traceback (most recent call last):
+            ...
+        torchrl_spar.errors.NonFiniteError: step 200: NaN or infinity in loss_qvalue; ...
+    """
+    # The largest entry, which is NaN where one is.
+    sizes = {name: get_total_norm(tensors, float("inf")) for name, tensors in parameters.items()}
+    values = [*losses.values(), *sizes.values()]
+    finite = torch.stack([value.isfinite().all() for value in values]).tolist()
+    if all(finite):
+        return
+    names = [*losses, *(f"a parameter of {name}" for name in sizes)]
+    culprits = [name for name, good in zip(names, finite) if not good]
+    # All parameters follow their loss within a step: then they tell nothing.
+    culprits = [name for name in culprits if name in losses] or culprits
+    raise NonFiniteError(
+        f"step {step}: NaN or infinity in {', '.join(culprits)}; lower the learning rate, "
+        "or look for outliers in the data"
+    )
+
+
+class HealthCheck:
+    """Warns when SPAR's critics diverge or its residual collapses, and names the remedy; to be called with the metrics.
+
+    * No policy's value leaves ``[r_min, r_max] / (1 - gamma)`` (with zero in the interval, for what ends). Means of
+      the critics (``pred_value``) beyond it, by a tenth of its width, are divergence.
+    * ``residual_ratio`` above 0.7 is how policies that left the data were seen to look.
+
+    One batch tells little: it warns once of each, when five looks in a row found it.
+
+    Args:
+        loss: of which ``gamma`` and ``reward_scale`` are read now: after :func:`~torchrl_spar.fit_critics`.
+        replay_buffer: the data, whose rewards bound the values.
+
+    Source: ours; the bound is the geometric series.
+
+    Examples:
+        >>> import torch
+        >>> from tensordict import TensorDict
+        >>> from torchrl.data import Bounded
+        >>> from torchrl_spar import HealthCheck, load_offline_dataset, make_spar_loss
+        >>> step = {"reward": torch.ones(8, 1), "terminated": torch.zeros(8, 1, dtype=torch.bool)}
+        >>> data = TensorDict({"observation": torch.randn(8, 3), "action": torch.full((8, 2), 0.5),
+        ...                    "next": {"observation": torch.randn(8, 3), **step}}, [8])
+        >>> check = HealthCheck(make_spar_loss(3, Bounded(-1, 1, (2,))), load_offline_dataset(data))
+        >>> tuple(round(bound) for bound in check.value_range)
+        (0, 100)
+        >>> check(100, {"pred_value": torch.tensor(50.0), "residual_ratio": torch.tensor(0.4)})
+    """
+
+    def __init__(self, loss: SPARLoss, replay_buffer: ReplayBuffer) -> None:
+        reward = loss.reward_scale * replay_buffer[:]["next", loss.tensor_keys.reward]
+        horizon = 1 / max(1 - float(loss.value_estimator.gamma), torch.finfo(torch.float32).tiny)
+        low, high = min(0.0, float(reward.min())) * horizon, max(0.0, float(reward.max())) * horizon
+        #: Of a value, in the loss's units.
+        self.value_range = low, high
+        self._found: dict[str, int] = {}
+
+    def __call__(self, step: int, metrics: Mapping[str, Tensor]) -> None:
+        """Looks at the ``pred_value`` and ``residual_ratio`` of one batch (scalars), where they are given."""
+        if (value := metrics.get("pred_value")) is not None:
+            low, high = self.value_range
+            # A tenth of a unit for data without rewards.
+            slack = 0.1 * (high - low) + 0.1
+            self._judge(
+                f"the critics diverge: at step {step} their mean value is {float(value):.3g}, beyond the bound "
+                f"[{low:.3g}, {high:.3g}] of this data's rewards; lower qvalue_lr, or raise kappa "
+                "(where values are too low: lower kappa)",
+                "divergence",
+                not low - slack <= float(value) <= high + slack,
+            )
+        if (ratio := metrics.get("residual_ratio")) is not None:
+            self._judge(
+                f"the policy leaves the data: at step {step} its residual is {float(ratio):.2f} of the data's, where "
+                "0.3 to 0.5 is healthy; raise trust_coeff, or lower lsi_coeff",
+                "collapse",
+                float(ratio) > RESIDUAL_RATIO_LIMIT,
+            )
+
+    def _judge(self, text: str, name: str, found: bool) -> None:
+        before = self._found.get(name, 0)
+        if before == PATIENCE:  # it was said
+            return
+        self._found[name] = before + 1 if found else 0
+        if self._found[name] == PATIENCE:
+            warnings.warn(text, stacklevel=3)

@@ -1,0 +1,288 @@
+"""What comes before the main phase: clone the anchor, fit the VAE, start the critics."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModuleBase
+from torch import Tensor
+from torchrl.data import ReplayBuffer
+from torchrl.objectives import BCLoss
+
+from torchrl_spar.data.returns import returns_to_go
+from torchrl_spar.errors import InputError, check_options
+from torchrl_spar.objective import SPARLoss
+from torchrl_spar.training.health import CHECK_INTERVAL, check_finite
+from torchrl_spar.training.optimization import adam, descend
+from torchrl_spar.training.progress import Progress
+from torchrl_spar.training.sampling import batch_size_of, with_anchor_actions
+
+Report = Callable[[int, dict[str, Tensor]], None]
+Term = Callable[[TensorDictBase], tuple[Tensor, dict[str, Tensor]]]
+# In half action ranges: a dimension the anchor reproduces exactly still gets a usable scale.
+RESIDUAL_SCALE_FLOOR = 1e-2
+
+
+def fit_anchor(
+    actor: TensorDictModuleBase,
+    replay_buffer: ReplayBuffer,
+    *,
+    steps: int = 20_000,
+    lr: float = 1e-3,
+    report: Report | None = None,
+    progress: Progress | None = None,
+) -> TensorDictModuleBase:
+    """Behaviour cloning with TorchRL's ``BCLoss`` (squared error for a deterministic actor).
+
+    The learning rate falls to zero along a cosine.
+
+    Args:
+        actor: ``observation -> action``; trained in place.
+        replay_buffer: the data; its ``sample()`` gives TED batches.
+        steps: gradient steps.
+        lr: initial learning rate of Adam.
+        report: called as ``report(step, {"loss_bc": ...})`` after every step.
+        progress: where to go on, see :class:`~torchrl_spar.Progress`.
+
+    Returns:
+        The same actor, to be given to :func:`~torchrl_spar.make_spar_loss` as the anchor.
+
+    Raises:
+        InputError: for ``steps`` or ``lr`` below 0, or a ``progress`` from a fit of another number of steps.
+        NonFiniteError: within 100 steps of a loss or parameter that is NaN or infinite.
+
+    Source: pure behaviour cloning is the paper's; optimiser and schedule are ours.
+
+    Examples:
+        >>> import torch
+        >>> from tensordict import TensorDict
+        >>> from torchrl.data import Bounded
+        >>> from torchrl_spar import fit_anchor, load_offline_dataset, make_anchor
+        >>> step = {"reward": torch.zeros(8, 1), "terminated": torch.zeros(8, 1, dtype=torch.bool)}
+        >>> data = TensorDict({"observation": torch.randn(8, 3), "action": torch.full((8, 2), 0.5),
+        ...                    "next": {"observation": torch.randn(8, 3), **step}}, [8])
+        >>> buffer = load_offline_dataset(data, batch_size=8)
+        >>> actor = fit_anchor(make_anchor(3, Bounded(-1, 1, (2,))), buffer, steps=200)
+        >>> bool((actor(data.select("observation"))["action"] - 0.5).abs().max() < 0.1)
+        True
+    """
+    with warnings.catch_warnings():
+        # BCLoss has no target; TorchRL warns that it is not annotated.
+        warnings.filterwarnings("ignore", message="The name target_actor_network_params")
+        loss = BCLoss(actor)
+
+    def cloning(batch: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
+        return loss(batch)["loss_bc"], {}
+
+    _fit("loss_bc", cloning, loss, replay_buffer.sample, steps, lr, progress or Progress(), report)
+    return actor
+
+
+def fit_vae(
+    loss: SPARLoss,
+    replay_buffer: ReplayBuffer,
+    *,
+    steps: int = 20_000,
+    lr: float = 1e-3,
+    report: Report | None = None,
+    progress: Progress | None = None,
+) -> SPARLoss:
+    """Measures the data's residual scale and fits the VAE to the scaled residuals.
+
+    Args:
+        loss: its ``residual_scale`` and VAE are trained in place, and its targets made equal to what they follow;
+            build it with ``joint_vae=False`` to leave the VAE alone afterwards.
+        replay_buffer: the data; ``rb[:]`` gives all of it.
+        steps: gradient steps.
+        lr: initial learning rate of Adam, falling to zero along a cosine.
+        report: called as ``report(step, metrics)`` after every step.
+        progress: where to go on, see :class:`~torchrl_spar.Progress`.
+
+    Returns:
+        The same loss.
+
+    Raises:
+        InputError: for ``steps`` or ``lr`` below 0, or a ``progress`` from a fit of another number of steps.
+        NonFiniteError: within 100 steps of a loss or parameter that is NaN or infinite.
+
+    Source: fitting the residual manifold first is ours (the paper's part (i)).
+
+    Examples:
+        >>> import torch
+        >>> from tensordict import TensorDict
+        >>> from torchrl.data import Bounded
+        >>> from torchrl_spar import fit_vae, load_offline_dataset, make_spar_loss
+        >>> step = {"reward": torch.zeros(8, 1), "terminated": torch.zeros(8, 1, dtype=torch.bool)}
+        >>> data = TensorDict({"observation": torch.randn(8, 3), "action": torch.full((8, 2), 0.5),
+        ...                    "next": {"observation": torch.randn(8, 3), **step}}, [8])
+        >>> loss = make_spar_loss(3, Bounded(-1, 1, (2,)), joint_vae=False)
+        >>> fit_vae(loss, load_offline_dataset(data, batch_size=8), steps=1).residual_scale.shape
+        torch.Size([2])
+    """
+    loss.residual_scale = measure_residual_scale(loss, replay_buffer)
+    params, sample = loss.residual_vae_params, replay_buffer.sample
+    # Head B's target holds the decoder, too.
+    finish = loss.sync_targets
+    _fit("loss_vae", loss.vae_loss, params, sample, steps, lr, progress or Progress(), report, finish=finish)
+    return loss
+
+
+def fit_critics(
+    loss: SPARLoss,
+    replay_buffer: ReplayBuffer,
+    *,
+    steps: int = 3_000,
+    lr: float = 1e-3,
+    report: Report | None = None,
+    progress: Progress | None = None,
+) -> SPARLoss:
+    """Starts the critics from the behaviour's own value: regression on the data's returns-to-go.
+
+    Bootstrapping from zero takes about ``1 / (target_rate (1 - gamma))`` updates to see as far as
+    ``gamma`` does. Until then the values are short-sighted, and a policy that follows them can end
+    below its anchor. Sets ``loss.reward_scale`` to one over the standard deviation of the
+    returns-to-go, too; where they are all the same, to one over their size.
+
+    Args:
+        loss: its critics, their targets and, if it is used, the value network are trained in place.
+        replay_buffer: the data, in order; episodes are told apart by ``("next", "done")`` and,
+            if there is one, ``"episode"``. Returns that it holds as ``"return_to_go"`` ``[N, 1]`` are taken as they
+            are.
+        steps: gradient steps.
+        lr: initial learning rate of Adam, falling to zero along a cosine.
+        report: called as ``report(step, metrics)`` after every step of the critics.
+        progress: where to go on, see :class:`~torchrl_spar.Progress`.
+
+    Returns:
+        The same loss.
+
+    Raises:
+        InputError: for ``steps`` or ``lr`` below 0, a ``progress`` from a fit of another number of steps,
+            a buffer without ``batch_size``, or rows of several steps (``"steps_to_next_obs"``) without
+            ``"return_to_go"``.
+        NonFiniteError: within 100 steps of a loss or parameter that is NaN or infinite.
+
+    Source: ours.
+
+    Examples:
+        >>> import torch
+        >>> from tensordict import TensorDict
+        >>> from torchrl.data import Bounded
+        >>> from torchrl_spar import fit_critics, load_offline_dataset, make_spar_loss
+        >>> step = {"reward": torch.randn(8, 1), "terminated": torch.arange(8).unsqueeze(-1) == 7}
+        >>> data = TensorDict({"observation": torch.randn(8, 3), "action": torch.full((8, 2), 0.5),
+        ...                    "next": {"observation": torch.randn(8, 3), **step}}, [8])
+        >>> buffer = load_offline_dataset(data, batch_size=8)
+        >>> loss = fit_critics(make_spar_loss(3, Bounded(-1, 1, (2,))), buffer, steps=1)
+        >>> bool(loss.reward_scale != 1)
+        True
+    """
+    data = replay_buffer[:]
+    returns = data.get("return_to_go", None)
+    if returns is None:
+        if "steps_to_next_obs" in data.keys():
+            raise InputError(
+                "the data's rewards are sums of several steps ('steps_to_next_obs'): give the returns of the single "
+                "steps (returns_to_go) as 'return_to_go'"
+            )
+        keys = {f"{name}_key": getattr(loss.tensor_keys, name) for name in ("reward", "done", "terminated")}
+        returns = returns_to_go(data, float(loss.value_estimator.gamma), **keys)
+    loss.reward_scale.copy_(1 / _return_spread(returns))
+    # Not strict: the anchor is not asked here.
+    rows = data.select(*loss.in_keys, strict=False).exclude("next").set("return", returns * loss.reward_scale)
+
+    shape = (batch_size_of(replay_buffer),)
+
+    def sample() -> TensorDictBase:
+        return rows[torch.randint(len(rows), shape, device=returns.device)]
+
+    def regression(batch: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
+        return loss.qvalue_regression(batch, batch["return"].squeeze(-1))
+
+    progress = progress or Progress()
+    params = loss.qvalue_network_params
+    finish = partial(loss.sync_targets, "qvalue_network")
+    _fit("loss_qvalue", regression, params, sample, steps, lr, progress, report, finish=finish)
+    if loss.value_mix > 0:
+        _fit("loss_value", loss.value_loss, loss.value_network_params, sample, steps, lr, progress)
+    return loss
+
+
+def _return_spread(returns: Tensor) -> Tensor:
+    """Standard deviation; where nothing but rounding varies, the size, which alone is left to scale by."""
+    size = returns.double().abs().mean().to(returns)
+    spread = returns.std(correction=min(1, len(returns) - 1))  # of a single row: 0, not NaN
+    return torch.where(spread > 1e-6 * size, spread, size).clamp_min(1e-6)
+
+
+@torch.no_grad()
+def measure_residual_scale(loss: SPARLoss, replay_buffer: ReplayBuffer) -> Tensor:
+    """The data's residual scale ``rho``: root mean square of ``a - a_b`` for each action dimension.
+
+    At least one hundredth of half the action's range, so that an exactly cloned dimension
+    does not divide by zero.
+
+    Args:
+        loss: with the trained anchor; not changed.
+        replay_buffer: the data; ``rb[:]`` gives all of it.
+
+    Returns:
+        ``rho`` in action units, ``[action_dim]``.
+
+    Source: ours.
+
+    Examples:
+        >>> import torch
+        >>> from tensordict import TensorDict
+        >>> from torchrl.data import Bounded
+        >>> from torchrl_spar import load_offline_dataset, make_spar_loss
+        >>> step = {"reward": torch.zeros(8, 1), "terminated": torch.zeros(8, 1, dtype=torch.bool)}
+        >>> data = TensorDict({"observation": torch.randn(8, 3), "action": torch.full((8, 2), 0.5),
+        ...                    "next": {"observation": torch.randn(8, 3), **step}}, [8])
+        >>> measure_residual_scale(make_spar_loss(3, Bounded(-1, 1, (2,))), load_offline_dataset(data)).shape
+        torch.Size([2])
+    """
+    action_key, anchor_key = loss.tensor_keys.action, loss.tensor_keys.anchor_action
+    data = replay_buffer[:]
+    if anchor_key not in data.keys(True):
+        data = with_anchor_actions(loss, replay_buffer)[:]
+    difference = data[action_key] - data[anchor_key]
+    mean_square = torch.stack([column.double().pow(2).mean() for column in difference.unbind(-1)])
+    params = loss.actor_network_params
+    floor = RESIDUAL_SCALE_FLOOR * (params.get("high") - params.get("low")) / 2
+    return mean_square.sqrt().to(floor).maximum(floor)
+
+
+def _fit(
+    name: str,
+    term: Term,
+    params: torch.nn.Module,
+    sample: Callable[[], TensorDictBase],
+    steps: int,
+    lr: float,
+    progress: Progress,
+    report: Report | None = None,
+    finish: Callable[[], None] | None = None,
+) -> None:
+    """Minimises one term with Adam, the learning rate falling to zero along a cosine; `finish` comes last."""
+    check_options((steps >= 0, "steps", steps, "at least 0"), (lr >= 0, "lr", lr, "at least 0"))
+    optimizer = adam(params.parameters(), lr)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for step in range(progress.begin(name, steps, optimizer, schedule) + 1, steps + 1):
+        value, metadata = term(sample())
+        value = value.mean()  # reduction="none" gives one a row
+        descend(value, optimizer)
+        schedule.step()
+        if finish is not None and step == steps:
+            finish()
+        if step % CHECK_INTERVAL == 0 or step == steps:
+            check_finite(step, {name: value.detach()}, {name: list(params.parameters())})
+        progress.record(name, step)
+        if report is not None:
+            metadata.pop("td_error", None)  # one value a row, not a metric
+            report(step, {name: value.detach(), **metadata})
+        progress.on_step()

@@ -1,0 +1,104 @@
+"""Where the fits before the improvement are, to go on after a stop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from torchrl_spar.errors import InputError
+
+
+class Progress:
+    """Steps, optimisers and learning rates of one training's fits, for an exact resume.
+
+    Give one object to :func:`~torchrl_spar.fit_anchor`, :func:`~torchrl_spar.fit_vae` and
+    :func:`~torchrl_spar.fit_critics` of one training. Its ``state_dict``, saved with the networks' and torch's random
+    state, and loaded into a new one with them, lets the same calls go on where it was saved, on a CPU with the same
+    bits. A fit that was finished then is not made again. A fit of another number of steps than the loaded one's is
+    an :class:`~torchrl_spar.InputError`.
+
+    Args:
+        on_step: called after every step, when everything is consistent: the place to save.
+
+    Source: ours.
+
+    Examples:
+        >>> import torch
+        >>> from tensordict import TensorDict
+        >>> from torchrl.data import Bounded
+        >>> from torchrl_spar import Progress, fit_anchor, load_offline_dataset, make_anchor
+        >>> step = {"reward": torch.zeros(8, 1), "terminated": torch.zeros(8, 1, dtype=torch.bool)}
+        >>> data = TensorDict({"observation": torch.randn(8, 3), "action": torch.full((8, 2), 0.5),
+        ...                    "next": {"observation": torch.randn(8, 3), **step}}, [8])
+        >>> buffer, spec = load_offline_dataset(data, batch_size=8), Bounded(-1, 1, (2,))
+        >>> def save():
+        ...     if progress.steps("loss_bc") == 3:
+        ...         saved.update(actor=actor.state_dict(), progress=progress.state_dict(), rng=torch.get_rng_state())
+        ...         raise InterruptedError
+        >>> saved, actor, progress = {}, make_anchor(3, spec), Progress(save)
+        >>> fit_anchor(actor, buffer, steps=5, progress=progress)
+        Traceback (most recent call last):
+            ...
+        InterruptedError
+        >>> actor, progress = make_anchor(3, spec), Progress()
+        >>> actor.load_state_dict(saved["actor"]), progress.load_state_dict(saved["progress"])
+        (<All keys matched successfully>, None)
+        >>> torch.set_rng_state(saved["rng"])
+        >>> _ = fit_anchor(actor, buffer, steps=5, progress=progress)
+        >>> progress.steps("loss_bc")
+        5
+    """
+
+    def __init__(self, on_step: Callable[[], None] = lambda: None) -> None:
+        self.on_step = on_step
+        self._parts: dict[str, dict[str, Any]] = {}
+        self._running: tuple[str, dict[str, Any]] = ("", {})
+
+    def steps(self, name: str) -> int:
+        """Steps made of the fit whose loss has this name."""
+        return self._parts[name]["step"] if name in self._parts else 0
+
+    def begin(
+        self,
+        name: str,
+        steps: int,
+        optimizer: torch.optim.Optimizer,
+        schedule: torch.optim.lr_scheduler.LRScheduler,
+    ) -> int:
+        """Takes over a fit, gives optimiser and schedule the loaded state, and returns the steps made already.
+
+        Args:
+            name: of its loss, such as ``"loss_bc"``.
+            steps: that it makes in all.
+            optimizer: its optimiser.
+            schedule: of the optimiser's learning rate.
+
+        Raises:
+            InputError: if the loaded fit has another number of steps.
+        """
+        part = self._parts.setdefault(name, {"step": 0, "steps": steps})
+        if part["steps"] != steps:
+            raise InputError(f"steps={steps}: the loaded progress of {name} is of a fit of {part['steps']} steps")
+        running: dict[str, Any] = {"optimizer": optimizer, "schedule": schedule}
+        for key in running.keys() & part.keys():
+            running[key].load_state_dict(part.pop(key))
+        self._running = (name, running)
+        return part["step"]
+
+    def record(self, name: str, step: int) -> None:
+        """Notes that ``step`` steps of the fit ``name`` are made."""
+        self._parts[name]["step"] = step
+
+    def state_dict(self) -> dict[str, Any]:
+        """By the loss's name: ``step``, ``steps`` and, of an unfinished fit, ``optimizer`` and ``schedule``."""
+        parts = {name: dict(part) for name, part in self._parts.items()}
+        name, running = self._running
+        if name in parts and parts[name]["step"] < parts[name]["steps"]:
+            parts[name].update({key: value.state_dict() for key, value in running.items()})
+        return parts
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes a :meth:`state_dict`; optimisers get theirs when their fit begins."""
+        self._parts = {name: dict(part) for name, part in state.items()}

@@ -1,0 +1,143 @@
+"""Batches for the update, drawn ahead: the data's rows, and the noise that the loss would draw itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from tensordict import NestedKey, TensorDictBase
+from tensordict.nn import TensorDictModuleBase
+from torchrl.data import ImmutableDatasetWriter, ReplayBuffer, TensorDictReplayBuffer, TensorStorage
+
+from torchrl_spar.errors import InputError
+from torchrl_spar.objective import SPARLoss
+
+ROWS_PER_CALL = 16_384
+# What the data holds beside the loss's in_keys: see fit_critics and chunk_actions.
+BESIDE = ("episode", "return_to_go", "steps_to_next_obs")
+
+
+@torch.no_grad()
+def with_anchor_actions(loss: SPARLoss, replay_buffer: ReplayBuffer) -> TensorDictReplayBuffer:
+    """What the loss reads of a data set, with the anchor's actions computed once.
+
+    The anchor is frozen, so asking it again in every update would be wasted.
+
+    Args:
+        loss: with the trained anchor.
+        replay_buffer: the data; ``rb[:]`` gives all of it.
+
+    Returns:
+        A read-only buffer with the batch size of the given one, uniform sampling and shared memory: the
+        loss's ``in_keys``, of ``"episode"``, ``"return_to_go"`` and ``"steps_to_next_obs"`` what there is, and
+        ``anchor_action`` ``[N, action_dim]`` at the root and under ``"next"``.
+
+    Raises:
+        InputError: if the data lacks what the anchor reads, or the anchor's action is random.
+
+    Source: ours.
+
+    Examples:
+        >>> import torch
+        >>> from tensordict import TensorDict
+        >>> from torchrl.data import Bounded
+        >>> from torchrl_spar import load_offline_dataset, make_spar_loss
+        >>> step = {"reward": torch.zeros(8, 1), "terminated": torch.zeros(8, 1, dtype=torch.bool)}
+        >>> data = TensorDict({"observation": torch.randn(8, 3), "action": torch.full((8, 2), 0.5),
+        ...                    "next": {"observation": torch.randn(8, 3), **step}}, [8])
+        >>> loss = make_spar_loss(3, Bounded(-1, 1, (2,)))
+        >>> buffer = with_anchor_actions(loss, load_offline_dataset(data, batch_size=4))
+        >>> buffer.sample()["next", "anchor_action"].shape
+        torch.Size([4, 2])
+    """
+    rows = replay_buffer[:].select(*loss.in_keys, *BESIDE, strict=False)
+    anchor, key = loss.anchor, loss.tensor_keys.action
+    for state in (rows, rows["next"]):
+        _check_anchor(anchor, state, key)
+        chunks = state.select(*anchor.in_keys).split(ROWS_PER_CALL)
+        actions = torch.cat([anchor(chunk)[key] for chunk in chunks])
+        state.set(loss.tensor_keys.anchor_action, actions)
+    storage = TensorStorage(rows, device=rows.device)
+    return TensorDictReplayBuffer(storage=storage, writer=ImmutableDatasetWriter(), batch_size=replay_buffer.batch_size)
+
+
+def batch_size_of(replay_buffer: ReplayBuffer) -> int:
+    """Rows in a batch, which TorchRL's buffers may leave open."""
+    if replay_buffer.batch_size is None:
+        raise InputError("the replay buffer has no batch_size: build it with batch_size=...")
+    return replay_buffer.batch_size
+
+
+def _check_anchor(anchor: TensorDictModuleBase, state: TensorDictBase, action_key: NestedKey) -> None:
+    if missing := [key for key in anchor.in_keys if key not in state.keys(True)]:
+        raise InputError(
+            f"the data lacks {missing}, which the anchor reads: put its actions into the data as 'anchor_action' and "
+            "('next', 'anchor_action'); a recurrent one is to be run along each episode, see FrozenAnchor"
+        )
+    first, again = (anchor(state[:1].select(*anchor.in_keys))[action_key] for _ in range(2))
+    if not torch.equal(first, again):
+        raise InputError(
+            "the anchor's action is random: asked again, it gives another one to the same state, even under "
+            "ExplorationType.DETERMINISTIC; fix its noise, see FrozenAnchor"
+        )
+
+
+class BatchSampler(Iterator[TensorDictBase]):
+    """Endless blocks of uniform batches, each with its noise, from one generator.
+
+    One gather for a whole block costs less than one for each batch, and a run that draws from a generator of its
+    own is the same whatever runs beside it.
+
+    Args:
+        loss: the loss to be trained; decides what is read and how much noise a batch needs.
+        replay_buffer: the data; ``rb[:]`` gives all of it, ``rb.batch_size`` is B. Anchor actions are
+            computed unless it holds them (:func:`with_anchor_actions`).
+        length: batches in a block.
+        seed: of the generator.
+
+    Returns:
+        On ``next(sampler)``, a block ``[length, B]`` on the data's device.
+
+    Raises:
+        InputError: for a buffer without ``batch_size``.
+
+    Source: ours.
+
+    Examples:
+        >>> import torch
+        >>> from tensordict import TensorDict
+        >>> from torchrl.data import Bounded
+        >>> from torchrl_spar import load_offline_dataset, make_spar_loss
+        >>> step = {"reward": torch.zeros(8, 1), "terminated": torch.zeros(8, 1, dtype=torch.bool)}
+        >>> data = TensorDict({"observation": torch.randn(8, 3), "action": torch.full((8, 2), 0.5),
+        ...                    "next": {"observation": torch.randn(8, 3), **step}}, [8])
+        >>> loss = make_spar_loss(3, Bounded(-1, 1, (2,)))
+        >>> block = next(BatchSampler(loss, load_offline_dataset(data, batch_size=4), length=10, seed=0))
+        >>> block.shape, block["candidate_noise"].shape
+        (torch.Size([10, 4]), torch.Size([10, 4, 8, 4]))
+    """
+
+    def __init__(self, loss: SPARLoss, replay_buffer: ReplayBuffer, *, length: int, seed: int) -> None:
+        keys = loss.tensor_keys
+        if keys.anchor_action not in replay_buffer[:1].keys(True):
+            replay_buffer = with_anchor_actions(loss, replay_buffer)
+        self.rows = replay_buffer[:].exclude("episode", "return_to_go")
+        self.shape = (length, batch_size_of(replay_buffer))
+        self.generator = torch.Generator(self.rows[keys.action].device).manual_seed(seed)
+        self.noise = loss.noise_shapes(self.rows[:1])
+
+    def __next__(self) -> TensorDictBase:
+        device = self.generator.device
+        index = torch.randint(len(self.rows), self.shape, generator=self.generator, device=device)
+        block = self.rows[index]
+        for key, shape in self.noise.items():
+            block.set(key, torch.randn(*self.shape, *shape, generator=self.generator, device=device))
+        return block
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """The generator's state: the blocks that follow are the same again once it is loaded."""
+        return {"generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Takes a :meth:`state_dict`."""
+        self.generator.set_state(state["generator"].cpu())
