@@ -1,0 +1,77 @@
+"""The benchmark's own arithmetic, and that the script runs: no test depends on time."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+sys.path.insert(0, str(RECIPES))
+
+from benchmarks.flops import update_flops  # noqa: E402
+from benchmarks.matmul import MatmulTrace  # noqa: E402
+from benchmarks.updates import ACTION_DIM, BLOCK, OBSERVATION_DIM, make_data, make_losses, spar  # noqa: E402
+
+CPU = torch.device("cpu")
+
+
+def test_trace_counts_products():
+    a, b = torch.randn(3, 5), torch.randn(5, 7)
+    with MatmulTrace() as trace:
+        a @ b
+        torch.nn.functional.linear(a, b.t(), torch.zeros(7))
+        torch.randn(2, 3, 5) @ torch.randn(2, 5, 4)
+    assert trace.flops() == 2 * (2 * 3 * 5 * 7) + 2 * (2 * 3 * 5 * 4)
+    trace.replay(torch.float32, CPU)()
+
+
+@pytest.mark.parametrize(
+    "sizes", [{}, {"num_candidates": 5}, {"num_qvalue_nets": 2}, {"hidden": [12, 20, 8]}], ids=lambda sizes: str(sizes)
+)
+def test_needed_flops_are_what_the_update_does(sizes):
+    sizes = {"hidden": [24, 16], "num_candidates": 8, "num_qvalue_nets": 4, **sizes}
+    hidden = sizes.pop("hidden")
+    step = spar(make_losses([0], hidden, CPU, **sizes), make_data(32, CPU))
+    with MatmulTrace() as trace:
+        step()
+    needed = update_flops(OBSERVATION_DIM, ACTION_DIM, hidden, batch_size=32, **sizes)
+    assert trace.flops() / BLOCK == needed
+
+
+def test_benchmark_writes_its_keys(tmp_path):
+    out = tmp_path / "benchmark.json"
+    options = "rounds=1 window=0.01 hidden=[8] batch_size=8 seeds=[2] load_steps=2000 env=Pendulum-v1"
+    command = [sys.executable, str(RECIPES / "benchmark.py"), *options.split(), "device=cpu", f"out={out}"]
+    subprocess.run(command, check=True, capture_output=True, text=True)
+    results = json.loads(out.read_text())
+    assert {"fp32", "bf16"} <= set(results["matmul_gflops"])
+    for name in ("spar", "spar_plain_loop", "torchrl_iql", "torchrl_td3bc", "spar_2_seeds"):
+        assert results[name]["updates_per_cpu_second"] > 0
+    assert {"mflop_per_update", "share_of_matmul"} <= set(results["spar"])
+    assert {"steps_per_second", "bare_gymnasium"} <= set(results["evaluation"])
+    assert "rows_per_second" in results["load"] and results["machine"]
+    assert results["checkpoint"]["bytes"] > 0 and 0 < results["checkpoint"]["share_of_run"] < 1
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.returncode == 2 and "exists; give another file" in again.stderr
+    wrong = subprocess.run([*command, "seeds=[0,1]", f"out={tmp_path / 'other.json'}"], capture_output=True, text=True)
+    assert wrong.returncode == 2 and "seeds=[0, 1]: numbers of runs" in wrong.stderr
+
+
+def test_readme_shows_the_committed_benchmark():
+    results = json.loads((RECIPES / "results" / "benchmark" / "cpu.json").read_text())
+    readme = (RECIPES.parent / "README.md").read_text()
+    prose = " ".join(readme.split())
+    for name, row in results.items():
+        if isinstance(row, dict) and "relative_to_spar" in row:
+            share = f"{row['share_of_matmul']:.0%}" if "share_of_matmul" in row else ""
+            numbers = f"{row['updates_per_cpu_second']:.1f} | {row['relative_to_spar']:.2f} | {share}"
+            assert f"| {name} | {numbers} |" in readme
+    assert f"at {results['evaluation']['ratio']:.2f} of bare Gymnasium's steps/s" in prose
+    assert f"cost of {results['evaluation']['loss']['evaluation']:.0%} to the learner".replace("%", " %") in prose
+    assert f"loaded in {results['load']['load']['seconds']:.1f} s" in prose
+    assert f"({results['load_short_episodes']['load']['seconds']:.1f} s as 8,000 episodes)" in prose

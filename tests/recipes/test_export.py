@@ -1,0 +1,121 @@
+"""Exported policies give the policy's own actions where neither this package nor TorchRL can be imported."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from helpers import OBSERVATION, build_loss, compose_recipe
+
+from torchrl_spar import InputError, load_policy, save_policy
+
+pytest.importorskip("hydra")
+import export
+from test_recipes import run
+
+HEADS = ("residual", "latent")
+LOC, SCALE = torch.linspace(-3, 3, OBSERVATION), torch.linspace(0.2, 2, OBSERVATION)
+BATCHES = (1, 7)
+BLOCK = "import sys; sys.modules.update(dict.fromkeys(['torchrl', 'tensordict', 'torchrl_spar'{}]))\n"
+LOOP = """
+import numpy as np
+inputs = np.load("observations.npz")
+for head in {heads}:
+{load}
+    np.savez(head + "{suffix}.npz", **{{name: np.asarray({call}) for name, x in inputs.items()}})
+"""
+PT2 = BLOCK.format("") + LOOP.format(
+    heads=HEADS, suffix="-pt2",
+    load="    import torch; policy = torch.export.load(head + '/policy.pt2').module()",
+    call="policy(torch.from_numpy(x))",
+)  # fmt: skip
+ONNX = BLOCK.format(", 'torch'") + LOOP.format(
+    heads=HEADS, suffix="-onnx",
+    load="    import onnxruntime; session = onnxruntime.InferenceSession(head + '/policy.onnx')",
+    call="session.run(['action'], {'observation': x})[0]",
+)  # fmt: skip
+
+
+def observations() -> dict[str, np.ndarray]:
+    generator = np.random.default_rng(0)
+    found = {}
+    for rows in BATCHES:
+        noise = generator.normal(size=(rows, OBSERVATION)).astype(np.float32)
+        cases = {"typical": LOC.numpy() + SCALE.numpy() * noise, "zero": 0 * noise, "tiny": 1e-30 * noise}
+        cases |= {"far": 1e6 * noise, "farthest": 1e20 * noise}
+        for name, value in (("nan", np.nan), ("infinite", np.inf)):
+            cases[name] = noise.copy()
+            cases[name][-1, 2] = value
+        found |= {f"{name} {rows}": value for name, value in cases.items()}
+    return found
+
+
+@pytest.fixture(scope="module")
+def deployed(tmp_path_factory):
+    """Both heads' policies, exported, and their own actions; the first by the script as a user runs it."""
+    for package in export.NEEDED["onnx"]:
+        pytest.importorskip(package, reason=f"ONNX needs {package}")
+    folder = tmp_path_factory.mktemp("deployed")
+    inputs = observations()
+    np.savez(folder / "observations.npz", **inputs)
+    expected = {}
+    for head in HEADS:
+        save_policy(build_loss(head=head, observation_stats=(LOC, SCALE)), folder / f"{head}.pt")
+        policy, _ = load_policy(folder / f"{head}.pt")
+        with torch.no_grad():
+            expected[head] = {name: policy(observation=torch.from_numpy(x)).numpy() for name, x in inputs.items()}
+    done = run("export", "policy=residual.pt", "out=residual", cwd=folder)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    assert all(name in done.stdout for name in ("policy itself", "policy.pt2", "policy.onnx", "ms"))
+    export.main(compose_recipe("export", f"policy={folder / 'latent.pt'}", f"out={folder / 'latent'}"))
+    return folder, expected
+
+
+@pytest.mark.parametrize(("suffix", "code"), [("pt2", PT2), ("onnx", ONNX)])
+def test_the_same_actions_without_torchrl(deployed, suffix, code):
+    folder, expected = deployed
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    for head in HEADS:
+        assert sorted(path.name for path in (folder / head).iterdir()) == ["policy.onnx", "policy.pt2"]
+        found = np.load(folder / f"{head}-{suffix}.npz")
+        for name, action in expected[head].items():
+            assert found[name].dtype == np.float32
+            np.testing.assert_allclose(found[name], action, rtol=0, atol=1e-6, err_msg=f"{head} {name}")
+            assert np.isnan(found[name][-1]).all() == name.startswith(("nan", "infinite"))
+    typical = expected["latent"]["typical 7"]
+    assert np.abs(typical - expected["residual"]["typical 7"]).max() > 1e-2 and np.ptp(typical, 0).min() > 1e-2
+
+
+def test_pt2_alone_needs_no_onnx(tmp_path, monkeypatch):
+    save_policy(build_loss(), tmp_path / "policy.pt")
+    options = [f"policy={tmp_path / 'policy.pt'}", f"out={tmp_path / 'out'}"]
+    monkeypatch.setattr(export, "find_spec", lambda package: None)
+    with pytest.raises(InputError, match=r"onnx needs onnx, onnxscript.*\[export\].*formats=\[pt2\]"):
+        export.main(compose_recipe("export", *options))
+    export.main(compose_recipe("export", *options, "formats=[pt2]"))
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["policy.pt2"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["policy=absent.pt"], "absent.pt: no such policy"),
+        (["policy=policy.pt", "out=used"], "out=used: exists and is not empty"),
+        (["policy=policy.pt", "formats=[tflite]"], "'tflite' is none of pt2, onnx"),
+        (["policy=policy.pt", "formats=[]"], "at least one"),
+    ],
+)
+def test_wrong_options_are_named_and_nothing_is_written(overrides, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "find_spec", lambda package: True)
+    monkeypatch.chdir(tmp_path)
+    save_policy(build_loss(), tmp_path / "policy.pt")
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "policy.pt2").write_text("mine")
+    with pytest.raises(InputError, match=message):
+        export.main(compose_recipe("export", "out=new", *overrides))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["policy.pt", "used"]
+    assert (tmp_path / "used" / "policy.pt2").read_text() == "mine"

@@ -1,0 +1,489 @@
+"""The scripts as a user runs them: the smoke job end to end, and every wrong input ending in one line."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import SHARED, compose_recipe
+
+from torchrl_spar import InputError, evaluate, load_policy
+
+pytest.importorskip("hydra")
+import gymnasium
+import h5py
+from harness.option_checks import RANGES, check_config
+from harness.recipe import check_seeds
+from omegaconf import OmegaConf
+from PIL import Image
+
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+EMBEDDED = RECIPES / "data" / "torchrl-spar" / "hopper" / "medium-v0"
+DATASET = "torchrl-spar-hopper-medium-v0"
+SMALL = ["preset=smoke", "anchor.steps=5", "vae.steps=5", "spar.updates=4", "eval.interval=2", "eval.final_episodes=2"]
+SMALL += ["spar.loss.hidden=[8]", "logger.interval=2", "cache=null"]
+# A second process costs seconds to start.
+TINY = [*SMALL, "eval.background=false"]
+
+
+def run(script, *overrides, cwd, **variables):
+    command = [sys.executable, str(RECIPES / f"{script}.py"), *map(str, overrides)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MINARI_DATASETS_PATH": str(cwd / "minari"), **variables}
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, env=environment)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    cwd = tmp_path_factory.mktemp("run")
+    done = run("spar_d4rl", *SMALL, "seed=3", "out=result", "logger.backend=csv", cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    return done, cwd
+
+
+def test_main_job_leaves_everything_it_promises(finished):
+    done, cwd = finished
+    assert "Warning" not in done.stderr
+    assert sorted(os.listdir(cwd)) == ["result"]
+    out = cwd / "result"
+    files = ["config.yaml", "evaluations.csv", "learning_curve.png", "metrics.csv", "policy.pt", "results.json"]
+    assert sorted(os.listdir(out)) == files
+    results = json.loads((out / "results.json").read_text())
+    assert {"dataset", "env", "seed", "updates", "updates_per_second", "wall_seconds", "versions"} <= set(results)
+    for name in ("anchor", "spar", "data"):
+        assert set(results[name]) == {"return_mean", "return_std", "normalized"}
+    assert (results["env"], results["seed"], results["updates"]) == ("Hopper-v5", 3, 4)
+    assert results["method"] == "spar"
+    assert [row["step"] for row in results["curve"]] == [0, 2, 4]
+    assert results["versions"]["torch"] == torch.__version__
+    rows = list(csv.DictReader((out / "metrics.csv").open()))
+    assert {(row["phase"], row["step"]) for row in rows} >= {
+        ("anchor", "4"),
+        ("vae", "4"),
+        ("spar", "2"),
+        ("spar", "4"),
+    }
+    assert all(float(row["loss_qvalue"]) > 0 for row in rows if row["phase"] == "spar")
+    assert (out / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
+    for word in ("data", "anchor", "spar", f"{results['spar']['return_mean']:.1f}"):
+        assert word in done.stdout
+
+
+def test_in_line_evaluation_gives_the_same_run(finished, tmp_path):
+    _, cwd = finished
+    done = run("spar_d4rl", *TINY, "seed=3", "out=result", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found, expected = (json.loads((path / "result" / "results.json").read_text()) for path in (cwd, tmp_path))
+    for timing in ("updates_per_second", "wall_seconds"):
+        assert found.pop(timing) > 0 and expected.pop(timing) > 0
+    assert found == expected
+    for name in ("metrics.csv", "evaluations.csv"):
+        found, expected = ((path / "result" / name).read_text() for path in (cwd, tmp_path))
+        assert found == expected
+    results = json.loads((cwd / "result" / "results.json").read_text())
+    rows = list(csv.DictReader((cwd / "result" / "evaluations.csv").open()))
+    assert [{key: pytest.approx(float(value), rel=1e-5) for key, value in row.items()} for row in rows] == results[
+        "curve"
+    ]
+
+
+def test_reported_return_is_the_saved_policys(finished):
+    _, cwd = finished
+    results = json.loads((cwd / "result" / "results.json").read_text())
+    policy, facts = load_policy(cwd / "result" / "policy.pt")
+    assert facts["env"] == "Hopper-v5"
+    returns = evaluate(policy, "Hopper-v5", 2, seed=20_000 + 100_000 * 3)
+    assert returns.mean().item() == pytest.approx(results["spar"]["return_mean"], rel=1e-6)
+
+
+def test_data_return_is_the_data_sets(finished):
+    _, cwd = finished
+    results = json.loads((cwd / "result" / "results.json").read_text())
+    with h5py.File(EMBEDDED / "data" / "main_data.hdf5") as file:
+        returns = [file[name]["rewards"][()].astype(np.float64).sum() for name in file]
+    assert results["data"]["return_mean"] == pytest.approx(np.mean(returns))
+    assert results["data"]["return_std"] == pytest.approx(np.std(returns))
+
+
+def test_evaluate_recipe(finished):
+    _, cwd = finished
+    done = run("evaluate", "policy=result/policy.pt", "episodes=2", "seed=320000", cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((cwd / "result" / "results.json").read_text())
+    assert f"return {results['spar']['return_mean']:.1f}" in done.stdout
+
+
+class Slideshow(gymnasium.Env):
+    """Takes any action for 43 steps at 125 a second; frame n is n shades of grey."""
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 125}  # noqa: RUF012
+    observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (11,), np.float64)
+    action_space = gymnasium.spaces.Box(-1, 1, (3,), np.float32)
+
+    def __init__(self, render_mode=None):
+        self.render_mode, self.now = render_mode, 0
+
+    def reset(self, *, seed=None, options=None):
+        self.now = 0
+        return np.zeros(11), {}
+
+    def step(self, action):
+        self.now += 1
+        return np.zeros(11), 0.0, self.now == 43, False, {}
+
+    def render(self):
+        return np.full((8, 8, 3), 5 * self.now, np.uint8)
+
+
+def test_film_keeps_every_fourth_of_125_frames_a_second(finished, monkeypatch):
+    _, cwd = finished
+    monkeypatch.syspath_prepend(RECIPES)
+    from evaluate import film
+
+    gymnasium.register("Slideshow-v0", Slideshow)
+    policy, _ = load_policy(cwd / "result" / "policy.pt")
+    film(policy, "Slideshow-v0", 0, cwd / "slides.gif")
+    with Image.open(cwd / "slides.gif") as video:
+        found = [video.seek(i) or video.convert("RGB").getpixel((4, 4))[0] for i in range(video.n_frames)]
+    assert found == pytest.approx([5 * n for n in range(1, 44, 4)], abs=2)
+    assert not list(cwd.glob("partial-*"))
+
+
+def opengl_missing():
+    """Why MuJoCo itself, without this package or Gymnasium, gets no OpenGL context here; empty if it does."""
+    code = "import mujoco; mujoco.GLContext(8, 8).make_current()"
+    environment = {**os.environ, "MUJOCO_GL": os.environ.get("MUJOCO_GL", "egl")}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    return done.stderr.strip().splitlines()[-1] if done.returncode else ""
+
+
+def test_video_of_a_mujoco_episode(finished, monkeypatch):
+    reason = opengl_missing()
+    if reason:
+        pytest.skip(f"MuJoCo cannot render on this machine: {reason}")
+    monkeypatch.delenv("DISPLAY", raising=False)  # without a screen EGL is the default
+    _, cwd = finished
+    done = run("evaluate", "policy=result/policy.pt", "episodes=1", "seed=5", "video=hopper.gif", cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    lengths = []
+    policy, _ = load_policy(cwd / "result" / "policy.pt")
+    evaluate(policy, "Hopper-v5", 1, seed=5, on_step=lambda envs: lengths.append(1))
+    with Image.open(cwd / "hopper.gif") as video:
+        # Hopper makes 125 steps a second, about 30 of which are filmed.
+        assert video.n_frames == -(-len(lengths) // 4)
+
+
+def test_an_opengl_that_mujoco_cannot_load_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("MUJOCO_GL", "nonsense")
+    assert_one_line(run("evaluate", "policy=absent.pt", cwd=tmp_path), "MUJOCO_GL=nonsense", "unset it")
+
+
+@pytest.mark.parametrize("video", ["result/policy.pt", "hopper.what", "nowhere/hopper.gif"])
+def test_a_video_that_cannot_be_written_is_refused_at_once(finished, video):
+    _, cwd = finished
+    before = (cwd / "result" / "policy.pt").read_bytes()
+    assert_one_line(run("evaluate", "policy=result/policy.pt", f"video={video}", cwd=cwd), f"video={video}")
+    assert (cwd / "result" / "policy.pt").read_bytes() == before
+
+
+def test_used_directory_is_never_overwritten(finished):
+    _, cwd = finished
+    before = {path.name: path.read_bytes() for path in (cwd / "result").iterdir()}
+    done = run("spar_d4rl", *TINY, "out=result", cwd=cwd)
+    assert_one_line(done, "out=result")
+    assert {path.name: path.read_bytes() for path in (cwd / "result").iterdir()} == before
+
+
+def assert_one_line(done, *words):
+    assert done.returncode != 0
+    assert "Traceback" not in done.stderr
+    message = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert len(message) == 1, done.stderr
+    for word in words:
+        assert word in message[0]
+
+
+def steps(n=40, observation=11, action=3, **changes):
+    rng = np.random.default_rng(0)
+    arrays = {
+        "observations": rng.normal(size=(n, observation)), "actions": rng.uniform(-1, 1, (n, action)),
+        "rewards": rng.normal(size=n), "terminals": np.arange(n) % 10 == 9, "timeouts": np.zeros(n, bool),
+    }  # fmt: skip
+    return {key: value for key, value in {**arrays, **changes}.items() if value is not None}
+
+
+BAD_DATA = {
+    "missing key": (steps(rewards=None), ["rewards"]),
+    "NaN": (
+        steps(observations=np.where(np.arange(40)[:, None] == 7, np.nan, np.ones((40, 11)))),
+        ["observations", "7"],
+    ),
+    "infinite reward": (steps(rewards=np.where(np.arange(40) == 5, np.inf, 1.0)), ["rewards", "5"]),
+    "lengths": (steps(actions=np.zeros((39, 3)) + 0.1), ["actions", "39", "40"]),
+    "observation size": (steps(observation=12), ["observations", "12", "11"]),
+    "action size": (steps(action=2), ["actions", "2", "3"]),
+    "bounds": (steps(actions=np.full((40, 3), 1.5)), ["actions", "bounds"]),
+    "zeros": (steps(observations=np.zeros((40, 11))), ["observations", "zero"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD_DATA)
+def test_bad_data_ends_in_one_line_and_writes_nothing(case, tmp_path):
+    arrays, words = BAD_DATA[case]
+    np.savez(tmp_path / "data.npz", **arrays)
+    done = run("spar_d4rl", *TINY, "dataset=data.npz", "env=Hopper-v5", "out=result", cwd=tmp_path)
+    assert_one_line(done, "data.npz", *words)
+    assert os.listdir(tmp_path) == ["data.npz"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["dataset=nowhere.hdf5"], ["nowhere.hdf5"]),
+        (["dataset=minari:no/such/set-v0"], ["no/such/set-v0", "download"]),
+        (["env=NoSuchRobot-v0"], ["NoSuchRobot-v0"]),
+        (["device=tpu9"], ["tpu9"]),
+        (["spar.loss.kappa=-1"], ["kappa"]),
+        (["logger.backend=paper"], ["logger.backend"]),
+        (["anchor.lr=-1"], ["anchor.lr=-1: must be a number from 0 on"]),
+        (["spar.loss.temperature=warm"], ["spar.loss.temperature=warm: must be a number"]),
+        (["anchor=null"], ["anchor=None: must be names and values"]),
+    ],
+)
+def test_wrong_options_end_in_one_line_and_write_nothing(overrides, words, tmp_path):
+    done = run("spar_d4rl", *TINY, "out=result", *overrides, cwd=tmp_path)
+    assert_one_line(done, *words)
+    assert not (tmp_path / "result").exists()
+
+
+def test_compile_without_a_compiler_ends_in_one_line(tmp_path):
+    options = ["device=cpu", "spar.compile=true", "out=result"]
+    # An empty cache, for code that was compiled before needs no compiler.
+    done = run(
+        "spar_d4rl", *TINY, *options, cwd=tmp_path, CXX="absent", TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache")
+    )
+    assert_one_line(done, "compile=True", "C++ compiler")
+    assert not (tmp_path / "result").exists()
+
+
+def test_every_preset_and_method_passes_the_checks():
+    presets = [f"preset={path.stem}" for path in RECIPES.glob("config/preset/*.yaml")]
+    methods = RECIPES.glob("config/method/**/*.yaml")
+    methods = [f"method={path.relative_to(RECIPES / 'config' / 'method').with_suffix('')}" for path in methods]
+    assert len(presets) > 5 and len(methods) > 20
+    for recipe, choices in {"spar_d4rl": presets, "compare": methods}.items():
+        for choice in choices:
+            check_config(compose_recipe(recipe, choice), compose_recipe(recipe))
+
+
+@pytest.mark.parametrize("name", sorted(RANGES))
+def test_numbers_out_of_range_are_named(name):
+    least, most = RANGES[name]
+    defaults = OmegaConf.create({"part": {"other": 1}})  # the option is not among them, so its kind is not known
+    for value in (least - 1, most + 1, math.nan, math.inf, "abc", True, None, [least, -1]):
+        with pytest.raises(InputError, match=rf"^part\.{name}={re.escape(str(value))}: must be a number from {least} "):
+            check_config(OmegaConf.create({"part": {name: value}}), defaults)
+    for value in (least, 1, [1, 1]):
+        check_config(OmegaConf.create({"part": {name: value, "other": -1}}), defaults)
+    check_config(OmegaConf.create({"part": {"_target_": "a.Class", name: None}}), defaults)
+
+
+@pytest.mark.parametrize(
+    ("default", "right", "wrong", "kind"),
+    [
+        (True, [False, None], ["maybe", 1], "true or false"),
+        (3, [5, -1, None], [1.5, "a", False, [1]], "a whole number"),
+        (0.5, [5, -1.5, None], ["a", True, math.inf], "a number"),
+        ("a", ["b", "", None], [1, True, ["a"], {"a": 1}], "text"),
+        ([1, 2], [[], [3], None], [1, ["a"], "a", [1.5]], r"a list such as \[1, 2\]"),
+        ({"a": 1}, [{}, {"a": 2}], [1, None, "a"], "names and values"),
+        (None, [1, "a", True, [1], {"a": 1}], [], ""),
+    ],
+)
+def test_options_of_another_kind_than_the_default_are_named(default, right, wrong, kind):
+    defaults = OmegaConf.create({"part": {"option": default}})
+    for value in right:
+        check_config(OmegaConf.create({"part": {"option": value}}), defaults)
+    for value in wrong:
+        with pytest.raises(InputError, match=rf"^part\.option=.*: must be {kind}$"):
+            check_config(OmegaConf.create({"part": {"option": value}}), defaults)
+
+
+@pytest.mark.parametrize("script", ["spar_d4rl", "evaluate", "make_dataset"])
+def test_unknown_option_is_named(script, tmp_path):
+    done = run(script, "sede=1", cwd=tmp_path)
+    assert done.returncode != 0 and "Traceback" not in done.stderr
+    assert "sede" in done.stderr
+    assert not os.listdir(tmp_path)
+
+
+def test_damaged_policy_is_named(tmp_path):
+    (tmp_path / "policy.pt").write_bytes(b"nonsense")
+    assert_one_line(run("evaluate", "policy=policy.pt", cwd=tmp_path), "policy.pt")
+    assert_one_line(run("evaluate", "policy=absent.pt", cwd=tmp_path), "absent.pt")
+    assert_one_line(run("evaluate", cwd=tmp_path), "policy=")
+
+
+def test_make_dataset_writes_what_the_loader_reads(tmp_path):
+    minari = pytest.importorskip("minari")
+    options = ["steps=120", "level=-10", "level_episodes=2", "train.init_random_frames=100", "train.batch_size=8"]
+    options += ["train.hidden=[8]", "train.updates_per_step=0.1", "root=sets", "dataset=toy/hopper/tiny-v0"]
+    done = run("make_dataset", *options, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    dataset = minari.MinariDataset(tmp_path / "sets" / "toy" / "hopper" / "tiny-v0" / "data")
+    facts = json.loads(dataset.storage.metadata["description"])
+    returns = [episode.rewards.sum(dtype=np.float64) for episode in dataset.iterate_episodes()]
+    assert facts["return_mean"] == pytest.approx(np.mean(returns)) and facts["seed"] == 0
+    assert facts["command"].startswith("python recipes/make_dataset.py steps=120")
+    assert dataset.total_steps >= 120
+    actions = np.concatenate([episode.actions for episode in dataset.iterate_episodes()])
+    assert (actions.min(0) < 0).all() and (actions.max(0) > 0).all() and np.abs(actions).max() <= 1
+    again = run("make_dataset", *options, cwd=tmp_path)
+    assert_one_line(again, "toy/hopper/tiny-v0")
+    trained = run("spar_d4rl", *TINY, "dataset=sets/toy/hopper/tiny-v0", "batch_size=8", "out=result", cwd=tmp_path)
+    assert trained.returncode == 0, trained.stderr
+
+
+def write_hdf5(path, arrays):
+    with h5py.File(path, "w") as file:
+        for name, values in arrays.items():
+            file[name] = values
+    return path
+
+
+def run_on_the_door(path, cwd):
+    """The main job on a D4RL file, checked against the file itself."""
+    done = run("spar_d4rl", *TINY, f"dataset={path}", "env=AdroitHandDoor-v1", "out=r", cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((cwd / "r" / "results.json").read_text())
+    with h5py.File(path) as file:
+        ends = np.flatnonzero(file["timeouts"][()] | file["terminals"][()].astype(bool)) + 1
+        returns = [part.sum() for part in np.split(file["rewards"][()].astype(np.float64), ends) if len(part)]
+    assert results["data"]["return_mean"] == pytest.approx(np.mean(returns))
+    low, high = -56.512833, 2880.5693  # D4RL's references for door
+    for name in ("data", "anchor", "spar"):
+        score = 100 * (results[name]["return_mean"] - low) / (high - low)
+        assert results[name]["normalized"] == pytest.approx(score)
+    rows = list(csv.DictReader((cwd / "r" / "metrics.csv").open()))
+    assert all(np.isfinite(float(value)) for row in rows for name, value in row.items() if value and name != "phase")
+    policy, _ = load_policy(cwd / "r" / "policy.pt")
+    assert policy(observation=torch.zeros(1, 39)).shape == (1, 28)
+
+
+def test_door_shaped_file_runs_end_to_end(tmp_path):
+    index = np.arange(40)
+    arrays = steps(observation=39, action=28, terminals=np.zeros(40, bool), timeouts=index % 10 == 9)
+    run_on_the_door(write_hdf5(tmp_path / "door.hdf5", arrays), tmp_path)
+
+
+@pytest.mark.skipif(not (SHARED / "door-human.hdf5").exists(), reason="the real demonstrations are not at hand")
+def test_door_demonstrations_run_end_to_end(tmp_path):
+    run_on_the_door(SHARED / "door-human.hdf5", tmp_path)
+
+
+def test_multirun_leaves_one_run_a_seed(tmp_path):
+    done = run("spar_d4rl", "--multirun", *TINY, "seed=0,1", "out=runs/${seed}", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    seeds = [json.loads((tmp_path / "runs" / str(seed) / "results.json").read_text())["seed"] for seed in (0, 1)]
+    assert seeds == [0, 1]
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_seeds_at_once_are_the_single_runs(finished, tmp_path, stacked):
+    """On a CPU a process for each seed: the same bits. As one stack, what a GPU does: the same to round-off."""
+    if stacked:  # the script's own function, in a process of its own
+        code = "import sys; sys.path.insert(0, sys.argv.pop(1))\n"
+        code += "import hydra, spar_d4rl as job; from pathlib import Path\n"
+        code += "from omegaconf import OmegaConf; OmegaConf.register_new_resolver('recipe_dir', str)\n"
+        code += "with hydra.initialize_config_dir(str(Path(job.__file__).parent / 'config'), version_base=None):\n"
+        code += "    cfg = hydra.compose('spar_d4rl', [*sys.argv[1:], 'out=many'])\n"
+        code += "job.train(cfg, [2, 3], [Path('many/seed_2'), Path('many/seed_3')])"
+        command = [sys.executable, "-W", "ignore", "-c", code, str(RECIPES), *TINY]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    else:
+        done = run("spar_d4rl", *TINY, "seeds=[2,3]", "out=many", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert sorted(os.listdir(tmp_path / "many")) == ["seed_2", "seed_3"]
+    (_, cwd), out = finished, tmp_path / "many" / "seed_3"
+    states = [load_policy(folder / "policy.pt")[0].state_dict() for folder in (cwd / "result", out)]
+    torch.testing.assert_close(
+        states[1], states[0], **(dict(rtol=1e-4, atol=1e-5) if stacked else dict(rtol=0, atol=0))
+    )
+    results = json.loads((out / "results.json").read_text())
+    assert results["seed"] == 3 and "seed: 3\n" in (out / "config.yaml").read_text()
+    if not stacked:
+        assert results["curve"] == json.loads((cwd / "result" / "results.json").read_text())["curve"]
+
+
+def test_wrong_seeds_end_in_one_line(tmp_path):
+    assert_one_line(run("spar_d4rl", *TINY, "seeds=3", "out=x", cwd=tmp_path), "seeds=3")
+    final = "eval.final_episodes=0"
+    assert_one_line(run("spar_d4rl", *TINY, final, "out=x", cwd=tmp_path), final)
+    assert_one_line(run("spar_d4rl", *TINY, "spar.loss.candidate_dtype=half2", "out=x", cwd=tmp_path), "half2")
+
+
+@pytest.mark.parametrize("options", [
+    {"seed": -1}, {"seed": 1.5}, {"seed": "a"}, {"seed": True}, {"seeds": []}, {"seeds": [1, 1]}, {"seeds": "abc"},
+    {"seeds": 0}, {"seeds": [0, -2]}, {"seeds": [[1]]},
+])  # fmt: skip
+def test_what_is_no_seed_is_named(options):
+    ((name, value),) = options.items()
+    with pytest.raises(InputError, match=re.escape(f"{name}={value}: must be a")):
+        check_seeds(OmegaConf.create(options))
+
+
+def test_seeds_pass():
+    for options in ({}, {"seed": 0}, {"seed": 3, "seeds": None}, {"seeds": [0, 7]}):
+        check_seeds(OmegaConf.create(options))
+
+
+def report(folder, cwd):
+    command = [sys.executable, str(RECIPES / "report.py"), str(folder)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+
+
+def test_report_gives_mean_and_spread_over_seeds(tmp_path):
+    for seed, score in ((0, 10.0), (1, 30.0)):
+        row = {"normalized": score}
+        facts = {"dataset": "toy", "env": "Hopper-v5", "seed": seed, "data": row, "anchor": row, "spar": row}
+        (tmp_path / f"{seed}.json").write_text(json.dumps(facts))
+    spread = "20.0 +- 14.1 (10.0 / 30.0)"
+    assert report(tmp_path, tmp_path).stdout.splitlines()[-1] == f"| toy | 0, 1 | 20.0 | {spread} | {spread} |"
+    (tmp_path / "claim.json").write_text(json.dumps({"claim": "drift", "findings": []}))
+    assert report(tmp_path, tmp_path).stdout.splitlines()[-1].startswith("| toy | 0, 1 |")
+    (tmp_path / "broken.json").write_text("{")
+    assert_one_line(report(tmp_path, tmp_path), "broken.json")
+    (tmp_path / "empty").mkdir()
+    assert_one_line(report(tmp_path / "empty", tmp_path), "empty")
+
+
+def test_every_table_of_the_readme_has_a_rule_below_its_header():
+    lines = (RECIPES.parent / "README.md").read_text().splitlines()
+    rules = [below for above, line, below in zip(lines, lines[1:], lines[2:]) if line[:1] == "|" and above[:1] != "|"]
+    assert len(rules) > 5 and all(re.fullmatch(r"\|( *-+ *\|)+", rule) for rule in rules)
+
+
+def test_readme_shows_the_committed_results(tmp_path):
+    readme = (RECIPES.parent / "README.md").read_text()
+    # With SPAR's own runs of these data sets.
+    beside = (("compare", "", 11), ("ablations", "*/spar", 3), (f"ablations/{DATASET}", f"{DATASET}/spar", 17))
+    for name, pattern, count in beside:
+        shown = (RECIPES / "results" / name / "report.md").read_text()
+        rows = [line for line in shown.splitlines() if line.startswith("| ") and "[" in line]
+        assert len(rows) >= count and all(row in readme for row in rows)
+        # The report is of the committed runs.
+        copy = tmp_path / name.replace("/", "-")
+        shutil.copytree(RECIPES / "results" / name, copy)
+        spar = map(str, (RECIPES / "results" / "compare").glob(pattern)) if pattern else ()
+        command = [sys.executable, str(RECIPES / "report.py"), str(copy), *spar]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert done.stdout == shown, done.stderr

@@ -1,0 +1,483 @@
+"""The rivals' updates, the sweep that runs them, and the report of their runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from helpers import make_batch
+from tensordict import TensorDict
+from torchrl.objectives import TD3BCLoss
+
+from torchrl_spar import InputError, load_offline_dataset
+
+pytest.importorskip("hydra")
+import compare
+import report
+from harness import run_directory as sweep
+from harness import statistics as comparison
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from rivals import BUILDERS
+from rivals.base import Problem
+from rivals.batches import add_next_actions, keep_best_episodes, transform_rewards
+from rivals.models import Networks
+from rivals.td3 import BehaviorRegularizedLoss
+
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+BEST = torch.tensor([0.4, -0.3])
+HIDDEN = [32, 32]
+
+
+def configure(*overrides):
+    with initialize_config_dir(str(RECIPES / "config"), version_base=None):
+        return compose("compare", [f"spar.loss.hidden={HIDDEN}", "batch_size=64", *overrides])
+
+
+@pytest.fixture(scope="module")
+def bandit():
+    """One-step episodes around the action (0, 0); the reward falls with the squared distance to BEST."""
+    generator = torch.Generator().manual_seed(0)
+    n = 1_000
+    action = (0.4 * torch.randn(n, 2, generator=generator)).clamp(-1, 1)
+    observation = torch.randn(n, 3, generator=generator)
+    outcome = {
+        "observation": observation, "reward": 1 - (action - BEST).pow(2).sum(-1, keepdim=True),
+        "terminated": torch.ones(n, 1, dtype=torch.bool),
+    }  # fmt: skip
+    return load_offline_dataset(
+        TensorDict({"observation": observation, "action": action, "next": outcome}, [n]), batch_size=64
+    )
+
+
+def build_rival(data, updates, *overrides):
+    """A rival before its first update."""
+    torch.manual_seed(0)
+    cfg = configure(f"spar.updates={updates}", "anchor.steps=30", "vae.steps=30", "critics.steps=60", *overrides)
+    rival = BUILDERS[cfg.method.algorithm](
+        Problem(data, cfg, torch.device("cpu")), **compare.method_options(cfg.method, "toy")
+    )
+    unlogged = SimpleNamespace(add_result=lambda *result: None)
+    whole = dict(keep=lambda name, part: part, progress=None)  # not to be gone on with
+    rival.pretrain(SimpleNamespace(cfg=cfg, data=data, seed=0, phase=lambda name: None, scores=unlogged, **whole))
+    return rival
+
+
+def train(data, updates, *overrides):
+    """A rival trained on the data: what it logged, and the distance of its actions to the best one."""
+    rival, rows = build_rival(data, updates, *overrides), []
+    for _ in range(updates):
+        rows.append({name: float(value) for name, value in rival(rival.data.sample()).items()})
+    assert set().union(*rows) <= set(rival.columns)
+    with torch.no_grad():
+        action = rival.policy(data[:].select("observation"))["action"]
+    return rows, (action - BEST).norm(dim=-1).mean().item()
+
+
+FAST = ["method.actor_lr=3e-3", "method.qvalue_lr=3e-3"]
+LEARNERS = {
+    "bc10": ["method.lr=3e-3"],
+    "td3_bc": FAST,
+    "td3_bc_critics": FAST,
+    "iql": ["method.lr=3e-3", "method.temperature=5", "method.reward.by_return_range=false"],
+    "cql": [*FAST, "method.min_q_weight=0.1", "method.num_random=2"],
+    "rebrac": [*FAST, "method.actor_penalty=0.1"],
+    "rebrac_critics": [*FAST, "method.actor_penalty=0.1"],
+    "spar_iql": ["method.lr=3e-3", "method.temperature=5", "method.by_return_range=false"],
+}
+
+
+@pytest.fixture(scope="module")
+def cloned(bandit):
+    return train(bandit, 300, "method=bc", "method.lr=3e-3")
+
+
+def test_cloning_answers_with_the_mean_action(bandit, cloned):
+    rows, distance = cloned
+    assert np.mean([row["loss_bc"] for row in rows[-20:]]) < np.mean([row["loss_bc"] for row in rows[:20]])
+    assert distance == pytest.approx((bandit[:]["action"].mean(0) - BEST).norm().item(), abs=0.1)
+
+
+@pytest.mark.parametrize("method", LEARNERS)
+def test_every_rival_learns_and_ends_nearer_to_the_best_action_than_cloning(method, bandit, cloned):
+    rows, distance = train(bandit, 300, f"method={method}", *LEARNERS[method])
+    assert all(np.isfinite(value) for row in rows for value in row.values())
+    # The others' critics are there before the first update.
+    if "loss_qvalue" in rows[0] and method not in ("spar_iql", "td3_bc_critics", "rebrac_critics"):
+        assert np.mean([row["loss_qvalue"] for row in rows[-20:]]) < np.mean([row["loss_qvalue"] for row in rows[:20]])
+    assert distance < 0.8 * cloned[1]
+
+
+def episodes(*returns, length=3):
+    """Episodes of equal rewards that add up to the returns; every other one is terminated, the rest cut off."""
+    n = len(returns) * length
+    last = torch.arange(n).unsqueeze(-1) % length == length - 1
+    number = torch.arange(n).unsqueeze(-1) // length
+    outcome = {
+        "observation": torch.randn(n, 3), "terminated": last & (number % 2 == 0), "truncated": last & (number % 2 == 1),
+        "reward": torch.tensor(returns).repeat_interleave(length).view(-1, 1) / length,
+    }  # fmt: skip
+    observation = torch.arange(1.0, n + 1).view(-1, 1).expand(n, 3)
+    action = torch.linspace(-0.9, 0.9, n).view(-1, 1).expand(n, 2)
+    return load_offline_dataset(TensorDict({"observation": observation, "action": action, "next": outcome}, [n]))
+
+
+def test_ten_percent_are_the_best_episodes():
+    returns = [float(x) for x in np.random.default_rng(0).permutation(40)]
+    best = {index for index, value in enumerate(returns) if value >= 36}
+    kept = keep_best_episodes(episodes(*returns), 0.1)
+    assert set(kept[:]["episode"].tolist()) == best and len(kept[:]) == 3 * 4
+    assert len(keep_best_episodes(episodes(*returns[:5]), 0.1)[:]) == 3
+    with pytest.raises(InputError, match="share"):
+        keep_best_episodes(episodes(1.0), 0.0)
+
+
+def test_rewards_are_scaled_to_the_range_of_the_returns():
+    data = episodes(1.0, 5.0, 3.0)
+    assert transform_rewards(data) is data
+    found = transform_rewards(data, by_return_range=True, scale=2.0, shift=-1.0)[:]["next", "reward"]
+    torch.testing.assert_close(found, 2 * 250 * data[:]["next", "reward"] - 1)
+    with pytest.raises(InputError, match="by_return_range"):
+        transform_rewards(episodes(2.0, 2.0), by_return_range=True)
+
+
+def test_next_action_is_the_next_rows_and_a_cut_off_row_is_dropped():
+    data = episodes(1.0, 2.0)  # rows 0 1 2 terminated, rows 3 4 5 cut off
+    rows, action = add_next_actions(data)[:], data[:]["action"]
+    torch.testing.assert_close(rows["action"], action[:5])
+    torch.testing.assert_close(rows["next", "action"][[0, 1, 3, 4]], action[[1, 2, 4, 5]])
+    assert ("next", "action") not in data[:].keys(True)
+
+
+class Sizes:
+    """What Networks reads of a data set."""
+
+    def __init__(self):
+        from torchrl.data import Bounded
+
+        self.observation_loc, self.observation_scale = torch.zeros(5), torch.ones(5)
+        self.action_spec = Bounded(-1, 1, (3,), dtype=torch.float32)
+
+
+def make_pair(num, *, policy_noise, **options):
+    """TorchRL's TD3+BC and ours, with equal weights."""
+    losses = []
+    for kind in (TD3BCLoss, BehaviorRegularizedLoss):
+        torch.manual_seed(0)
+        networks = Networks(Sizes(), [16], torch.device("cpu"))
+        common = dict(action_spec=networks.action_spec, policy_noise=policy_noise, loss_function="l2")
+        own = dict(num_qvalue_nets=num, alpha=2.5) if kind is TD3BCLoss else options
+        loss = kind(networks.actor(), networks.critics(num, layer_norm=True), **own, **common)
+        loss.make_value_estimator(gamma=0.9)
+        losses.append(loss)
+    return losses
+
+
+def gradients(value, params):
+    return torch.autograd.grad(value, list(params.parameters()))
+
+
+def test_without_penalty_rebrac_is_torchrls_td3_bc():
+    theirs, ours = make_pair(2, policy_noise=0.2, actor_penalty=1.0, critic_penalty=0.0)
+    batch = make_batch(64)
+    found = []
+    for loss in (theirs, ours):
+        torch.manual_seed(1)
+        value, _ = loss.qvalue_loss(batch)
+        found.append((value, *gradients(value, loss.qvalue_network_params)))
+    torch.testing.assert_close(found[0], found[1])
+    # TorchRL's actor looks at its first critic alone: compared where there is one.
+    theirs, ours = make_pair(1, policy_noise=0.2, actor_penalty=1 / (2.5 * 3), critic_penalty=0.0)
+    found = [(2.5 if loss is ours else 1) * loss.actor_loss(batch)[0] for loss in (theirs, ours)]
+    torch.testing.assert_close(found[0], found[1])
+    grads = [gradients(value, loss.actor_network_params) for value, loss in zip(found, (theirs, ours))]
+    torch.testing.assert_close(grads[0], grads[1])
+
+
+@pytest.mark.parametrize("reward_scale", [1.0, 0.2])
+@pytest.mark.parametrize("bound", ["min", "lcb"])
+def test_rebracs_penalties_by_hand(bound, reward_scale):
+    options = dict(actor_penalty=0.3, critic_penalty=0.7, bound=bound, kappa=1.5)
+    _, loss = make_pair(3, policy_noise=0.0, **options)
+    loss.reward_scale.fill_(reward_scale)
+    batch = make_batch(32)
+    batch["next", "action"] = make_batch(32, seed=1)["action"]
+    networks = Networks(Sizes(), [16], torch.device("cpu"))
+    actor, critics = networks.actor(), networks.critics(3, layer_norm=True)
+    loss.actor_network_params.to_module(actor)
+    for params, critic in zip(loss.qvalue_network_params.unbind(0), critics):
+        params.to_module(critic)
+
+    def bounded(observation, action):
+        values = torch.stack([critic(observation=observation, action=action).squeeze(-1) for critic in critics])
+        return values, values.amin(0) if bound == "min" else values.mean(0) - 1.5 * values.std(0, correction=0)
+
+    with torch.no_grad():
+        action, following = actor(observation=batch["observation"]), batch["next"]
+        _, value = bounded(batch["observation"], action)
+        expected = 0.3 * (action - batch["action"]).pow(2).sum(-1).mean() - value.mean() / value.abs().mean()
+        torch.testing.assert_close(loss.actor_loss(batch)[0], expected)
+        # The targets still equal the networks.
+        next_action = actor(observation=following["observation"])
+        _, next_value = bounded(following["observation"], next_action)
+        # In units of the reward before the scale, as the value is after it.
+        next_value = next_value - reward_scale * 0.7 * (next_action - following["action"]).pow(2).sum(-1)
+        alive = 1 - following["terminated"].squeeze(-1).float()
+        target = reward_scale * following["reward"].squeeze(-1) + 0.9 * alive * next_value
+        values, _ = bounded(batch["observation"], batch["action"])
+        expected = (values - target).pow(2).mean(1).sum()
+        torch.testing.assert_close(loss.qvalue_loss(batch)[0], expected)
+
+
+@pytest.mark.parametrize("method", ["td3_bc_critics", "rebrac_critics"])
+def test_spars_critics_start_at_the_returns_and_their_rates_fall_to_zero(method, bandit):
+    rival = build_rival(bandit, 20, f"method={method}", "critics.steps=600", "critics.lr=3e-3")
+    loss, rows = rival.loss, bandit[:]
+    returns = rows["next", "reward"].squeeze(-1)  # each episode is one step
+    with torch.no_grad():
+        for params in (loss.qvalue_network_params, loss.target_qvalue_network_params):
+            values = loss._values(rows, rows["action"], params) / loss.reward_scale
+            residual = (values - returns).pow(2).mean(-1)
+            assert (residual < 0.2 * returns.var()).all() and len(values) == 4
+    assert loss.reward_scale.item() == pytest.approx(1 / returns.std().item(), rel=1e-5)
+    for _ in range(20):
+        rival(rival.data.sample())
+    assert [step.optimizer.param_groups[0]["lr"] for step in rival.steps] == pytest.approx([0, 0], abs=1e-9)
+
+
+def test_torchrls_own_td3_bc_is_not_started(bandit):
+    with pytest.raises(InputError, match=r"method\.critics\.bound=lcb"):
+        build_rival(bandit, 1, "method=td3_bc", "+method.start=true")
+
+
+def test_a_task_has_its_published_values():
+    def penalties(dataset):
+        options = compare.method_options(configure("method=rebrac").method, dataset)
+        return options["actor_penalty"], options["critic_penalty"], options["qvalue_lr"], options["gamma"]
+
+    assert penalties("minari:spar/hopper/medium-v0") == (0.01, 0.01, 1e-3, 0.99)
+    assert penalties("data/hopper_medium_replay-v2.hdf5") == (0.05, 0.5, 1e-3, 0.99)
+    assert penalties("minari:D4RL/pen/human-v2") == (0.1, 0.5, 3e-4, 0.99)
+    assert penalties("minari:D4RL/antmaze/umaze-diverse-v1") == (0.003, 0.001, 5e-5, 0.999)
+    assert penalties("minari:D4RL/pointmaze/open-v2") == (0.01, 0.01, 1e-3, 0.99)
+    cfg = configure("method=iql", "method.tasks=null", "method.temperature=7").method
+    assert compare.method_options(cfg, "minari:D4RL/antmaze/umaze-v1")["temperature"] == 7
+
+
+# ------------------------------------------------------------------ the sweep
+
+
+TINY = ["preset=smoke", "spar.loss.hidden=[8]", "anchor.steps=5", "vae.steps=5", "critics.steps=5", "batch_size=8"]
+TINY += ["eval.episodes=1", "eval.final_episodes=2", "eval.background=false", "cache=null"]
+
+
+def start(cwd, *overrides, script="compare", **environment):
+    where = ["runs=runs"] if script == "compare" else []
+    command = [sys.executable, str(RECIPES / f"{script}.py"), *TINY, *where, *overrides]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    streams = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(command, cwd=cwd, env=environment, start_new_session=True, **streams)
+
+
+def kill(process):
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
+def without_times(out):
+    results = json.loads((out / "results.json").read_text())
+    return {key: value for key, value in results.items() if key not in ("updates_per_second", "wall_seconds")}
+
+
+def runs_of(cwd, method):
+    return sorted((cwd / "runs").glob(f"*/{method}/seed*"))
+
+
+def wait_for(condition, process, seconds=120):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < end, "nothing happened"
+        time.sleep(0.01)
+
+
+def test_a_killed_sweep_goes_on(tmp_path):
+    options = ["spar.updates=60", "eval.interval=20"]
+    sweep_of = ["method=spar,spar_latent,spar_iql", "seed=0", "hydra.launcher.n_jobs=1", *options]
+    process = start(tmp_path, *sweep_of)
+    first, second, third = (
+        tmp_path / "runs" / "torchrl-spar-hopper-medium-v0" / method / "seed0"
+        for method in ("spar", "spar_latent", "spar_iql")
+    )
+    try:
+        wait_for(lambda: (second / "metrics.csv").exists(), process)
+    finally:
+        kill(process)
+    assert not (second / "results.json").exists()
+    before = {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in first.iterdir()}
+
+    output, _ = (process := start(tmp_path, *sweep_of)).communicate()
+    assert process.returncode == 0, output
+    assert f"{first.relative_to(tmp_path)}: finished before" in output
+    assert before == {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in first.iterdir()}
+    one, other, extracted = (json.loads((out / "results.json").read_text()) for out in (first, second, third))
+    assert [run["method"] for run in (one, other, extracted)] == ["spar", "spar_latent", "spar_iql"]
+    # One seed, one anchor, whatever the head and whatever is drawn from the critic.
+    assert one["anchor"] == other["anchor"] == extracted["anchor"] and one["spar"] != other["spar"]
+    assert [row["step"] for row in other["curve"]] == [0, 20, 40, 60]
+
+    # A wrong option ends in one line, after the other runs, and leaves nothing.
+    output, _ = (process := start(tmp_path, *sweep_of, "dataset=nowhere.npz,embedded", "method=bc")).communicate()
+    assert process.returncode != 0 and "Traceback" not in output
+    assert [line for line in output.splitlines() if line.startswith("error:")] == ["error: nowhere.npz: no such file"]
+    (out,) = runs_of(tmp_path, "bc")
+    found = json.loads((out / "results.json").read_text())
+    assert set(found) == set(one) - {"anchor", "spar"} | {"policy"}
+    assert found["data"] == one["data"] and found["updates"] == 60
+
+    # The main job is the same run, to the bit.
+    output, _ = (process := start(tmp_path, *options, "seed=0", "out=alone", script="spar_d4rl")).communicate()
+    assert process.returncode == 0, output
+    assert without_times(tmp_path / "alone") == without_times(first)
+    assert (tmp_path / "alone" / "metrics.csv").read_text() == (first / "metrics.csv").read_text()
+
+
+def test_a_finished_run_with_other_options_is_refused(tmp_path):
+    cfg = OmegaConf.create(
+        {"runs": "a", "out": "b", "seed": 1, "spar": {"updates": 5, "lr": 1e-3}, "eval": {"background": False}}
+    )
+    out = tmp_path / "seed1"
+    assert not sweep.is_finished(out, cfg)
+    out.mkdir()
+    assert not sweep.is_finished(out, cfg)
+    (out / "config.yaml").write_text(OmegaConf.to_yaml(cfg))
+    (out / "results.json").write_text("{}")
+    cfg.runs, cfg.eval.background = "elsewhere", True
+    assert sweep.is_finished(out, cfg)
+    cfg.spar.updates = 6
+    with pytest.raises(InputError, match=r"seed1: .*\(spar\.updates\)"):
+        sweep.is_finished(out, cfg)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").touch()
+    with pytest.raises(InputError, match="mine"):
+        sweep.is_finished(tmp_path / "mine", cfg)
+    assert (tmp_path / "mine" / "thesis.tex").exists()
+
+
+def test_two_processes_never_do_the_same_run(tmp_path, capsys):
+    out, order = tmp_path / "seed0", []
+
+    def other():
+        with sweep.claim(out, wait=True):
+            order.append("other")
+
+    with sweep.claim(out, wait=True):
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join(0.3)
+        assert thread.is_alive()
+        order.append("first")
+    thread.join(10)
+    assert order == ["first", "other"]
+    assert f"{out}: another process is at it" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(find_spec("ray") is None, reason="ray is not installed")
+@pytest.mark.skipif(find_spec("hydra_plugins.hydra_ray_launcher") is None, reason="hydra-ray-launcher is not installed")
+def test_the_same_sweep_on_ray(tmp_path):
+    home = tmp_path / "home"
+    home.mkdir()
+    options = ["hydra/launcher=ray", "+hydra.launcher.ray.init={num_cpus: 2, include_dashboard: false}"]
+    process = start(tmp_path, "method=bc,iql", "seed=0", "spar.updates=4", *options, HOME=str(home))
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
+    assert "_run_job" in output  # Ray's name of its worker, before what the run prints
+    for method in ("bc", "iql"):
+        (out,) = runs_of(tmp_path, method)
+        assert json.loads((out / "results.json").read_text())["method"] == method
+
+
+# ------------------------------------------------------------------ the report
+
+
+def write_runs(folder, scores):
+    """Results of scores[method][data set][seed]; seed 1 of SPAR on a ends four points below its anchor."""
+    for method, by_dataset in scores.items():
+        for dataset, by_seed in by_dataset.items():
+            for seed, score in by_seed.items():
+                row = {"normalized": score}
+                spar = {"anchor": {"normalized": score + 4 * (dataset == "a" and seed == 1)}, "spar": row}
+                facts = {
+                    "dataset": dataset, "env": "Hopper-v5", "method": method, "seed": seed, "updates": 10,
+                    "data": {"normalized": 5.0}, "episodes": 2, "curve": [{"step": 0, **row}, {"step": 10, **row}],
+                    **(spar if method == "spar" else {"policy": row}),
+                }  # fmt: skip
+                (folder / f"{method}-{dataset}-{seed}.json").write_text(json.dumps(facts))
+
+
+SCORES = {
+    "spar": {"a": {0: 10.0, 1: 30.0}, "b": {0: 50.0, 1: 90.0}},
+    "iql": {"a": {0: 20.0, 1: 20.0}, "b": {0: 40.0, 1: 60.0}},
+}
+
+
+def test_report_of_several_methods_by_hand(tmp_path, capsys):
+    write_runs(tmp_path, SCORES)
+    report.main(tmp_path)
+    found = (tmp_path / "report.md").read_text()
+    assert capsys.readouterr().out == found
+    assert "| method | a | b | IQM | P(SPAR (head A) is better) |" in found
+    assert "| the data | 5.0 | 5.0 |  |  |" in found
+    assert "| SPAR's anchor | 22.0 +- 17.0 (2) | 70.0 +- 28.3 (2) |  |  |" in found
+    # IQM: the middle two of 10 30 50 90 and of 20 20 40 60. On a one run of two is better, on b three pairs of four.
+    statistics = comparison.Comparison(report.read_runs(tmp_path))
+    means, improvement = statistics.interquartile_means(), statistics.improvements()["iql"]
+    assert (means["spar"].point, means["iql"].point) == (40.0, 30.0)
+    assert improvement.point == pytest.approx((0.5 + 0.75) / 2)
+    # The extremes of resampling each data set's two seeds.
+    assert (means["spar"].low, means["spar"].high) == (30.0, 60.0)
+    assert f"| SPAR (head A) | 20.0 +- 14.1 (2) | 70.0 +- 28.3 (2) | {means['spar']} | - |" in found
+    assert (
+        f"| IQL | 20.0 +- 0.0 (2) | 50.0 +- 14.1 (2) | {means['iql']} | {statistics.improvements()['iql']} |" in found
+    )
+    assert "SPAR ends more than 3 points below its anchor in 1 of 4 runs: a, seed 1 (34.0 to 30.0)." in found
+    shares, _ = statistics.profiles(np.array([0.0, 45.0, 100.0]))
+    assert shares["spar"].tolist() == [1.0, 0.5, 0.0]
+    for name in ("learning_curves", "interquartile_means", "performance_profiles", "improvement"):
+        assert f"({name}.png)" in found
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_report_says_what_its_statistics_leave_out(tmp_path):
+    scores = {method: {name: dict(seeds) for name, seeds in sets.items()} for method, sets in SCORES.items()}
+    del scores["iql"]["b"][1]
+    write_runs(tmp_path, scores)
+    found = comparison.Comparison(report.read_runs(tmp_path))
+    assert found.left_out() == ["a (seed 1): IQL"] and "a (seed 1): IQL" in found.markdown()
+    assert found.scores()["iql"].tolist() == [[20.0, 40.0]]
+    # On a one run of two is better, on b both; one seed has no spread to resample.
+    assert "| 40.0 (1) | 30.00 (one seed) | 0.75 (one seed) |" in found.markdown()
+
+
+def test_report_refuses_what_is_not_comparable(tmp_path):
+    write_runs(tmp_path, SCORES)
+    runs = report.read_runs(tmp_path)
+    with pytest.raises(InputError, match="twice"):
+        comparison.Comparison([*runs, runs[0]])
+    with pytest.raises(InputError, match="updates"):
+        comparison.Comparison([*runs, {**runs[0], "seed": 7, "updates": 11}])
+    with pytest.raises(InputError, match="runs of episodes 2 and 3 are not comparable"):
+        comparison.Comparison([*runs, {**runs[0], "seed": 7, "episodes": 3}])
+    with pytest.raises(InputError, match="runs of evaluations at"):
+        comparison.Comparison([*runs, {**runs[0], "seed": 7, "curve": runs[0]["curve"][:-1]}])
