@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path += [str(ROOT / "recipes"), str(ROOT / "tests")]
+sys.path.append(str(Path(__file__).resolve().parents[2] / "recipes"))
+sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import compare
 import spar_d4rl
