@@ -534,8 +534,8 @@ class SPARLoss(LossModule):
         # Every term needs the anchor's action: ask once.
         batch.set(self.tensor_keys.anchor_action, self._anchored(batch).get(self.tensor_keys.anchor_action))
         out: dict[str, Tensor] = {}
-        terms = {"fit": self.vae_loss} if self.joint_vae else {}
-        terms |= {"value": self.value_loss, "qvalue": self.qvalue_loss, "residual": self.actor_loss}
+        terms = {"vae": self.vae_loss} if self.joint_vae else {}
+        terms |= {"value": self.value_loss, "qvalue": self.qvalue_loss, "actor": self.actor_loss}
         for name, term in terms.items():
             out[f"loss_{name}"], metadata = term(batch)
             out |= metadata
