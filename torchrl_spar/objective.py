@@ -1,36 +1,36 @@
 """SPAR (Support-Preserving Action Rectification, https://arxiv.org/abs/2605.27877) as one TorchRL loss.
 
-A behaviour policy ``a_b = pi_b(s)`` is cloned from the data and frozen. The policy adds a
-residual to it, ``pi(s) = clamp(a_b + rho * Delta(s, a_b))``, and is improved in three parts:
+A behaviour policy ``a_b = pi_b(s)``, the anchor, is cloned from the data and frozen. The policy adds a residual to it:
 
-1. ``vae_loss``: a conditional VAE learns the data's residuals ``r = (a - a_b) / rho``, so
-   that its latent space covers the corrections the data supports.
-2. ``qvalue_loss`` and ``value_loss``: critics bootstrap from a lower bound of the slowly
-   moving policy's own action, never from an unconstrained maximum.
-3. ``actor_loss``: Latent Self-Imitation. Candidates are sampled in the latent space, weighted by
-   their conservative value beside the policy's own residual, and regressed onto.
-   No gradient of a critic with respect to an action is ever taken.
+    pi(s) = clamp(a_b + rho * Delta(s, a_b), low, high)
 
-What is the paper's and what is our choice is said in each method's docstring.
+Three parts train it; ``r = (a - a_b) / rho`` is the data's residual, ``Delta`` the policy's.
+
+1. ``vae_loss``: a conditional VAE learns the data's residuals, so that its latent space covers the corrections that
+   the data supports:  ``|g(s, a_b, z) - r|^2 + beta KL``.
+2. ``qvalue_loss``: critics bootstrap from a lower bound of the slowly moving policy's own action, never from an
+   unconstrained maximum:  ``Q_e(s, a) -> r + gamma LCB_e Q_e(s', pi(s'))``.
+3. ``actor_loss``: Latent Self-Imitation. Candidates ``z_k`` are drawn in the latent space, weighted by their
+   conservative value relative to the policy's own residual, and regressed onto:
+   ``|Delta - sum_k w_k g(s, a_b, z_k)|^2``. No gradient of a critic with respect to an action is ever taken.
+
+Each method's docstring says what is the paper's and what is our choice. How the networks are called, keys, masks and
+targets are in conventions.py.
 """
 
 from __future__ import annotations
 
-from copy import deepcopy
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from tensordict import NestedKey, TensorDict, TensorDictBase, TensorDictParams
-from tensordict.nn import TensorDictModule, TensorDictModuleBase, dispatch
+from tensordict import NestedKey, TensorDict, TensorDictBase
+from tensordict.nn import TensorDictModuleBase, dispatch
 from torch import Tensor
-from torchrl.objectives.common import LossModule
-from torchrl.objectives.utils import ValueEstimators, dispatch_value_estimator, distance_loss
-from torchrl.objectives.value import ValueEstimatorBase
+from torchrl.objectives.utils import distance_loss
 
+from torchrl_spar.conventions import SPARLossBase, masked_mean, under_next
 from torchrl_spar.ensemble import Bound, lower_bound, spread
 from torchrl_spar.errors import InputError, check_options
-from torchrl_spar.functional import call, call_ensemble
 from torchrl_spar.residual import ResidualVAE, SPARActor
 
 # exp(2.3) is about 10: no sample weighs more than ten average ones before normalisation.
@@ -38,7 +38,7 @@ TRUST_LOG_WEIGHT_RANGE = (-5.0, 2.3)
 TINY = 1e-8
 
 
-class SPARLoss(LossModule):
+class SPARLoss(SPARLossBase):
     """SPAR: a residual on a frozen anchor, improved by Latent Self-Imitation.
 
     The sum of the ``loss_*`` entries can be given to one optimiser: each term reaches its own
@@ -121,68 +121,12 @@ class SPARLoss(LossModule):
         torch.Size([1, 2])
     """
 
-    @dataclass
-    class _AcceptedKeys:
-        """Tensordict keys, to be changed by ``set_keys``.
-
-        Attributes:
-            action: the data's action, and where the actor writes and the critics read theirs.
-            anchor_action: the anchor's action.
-            action_noise: noise on the bootstrapped action.
-            candidate_noise: noise that makes the candidates; the first candidate's is not used.
-            latent_noise: the VAE's sample in the fit.
-            residual: the scaled residual that the head (A) or decoder (B) writes, the encoder reads.
-            latent: the latent that the decoder reads and head B writes.
-            latent_loc: the mean that the encoder writes.
-            latent_log_std: the log standard deviation that the encoder writes.
-            state_action_value: what the critics write.
-            value: what the value network writes.
-            reward: read under ``"next"``.
-            done: read under ``"next"``.
-            terminated: read under ``"next"``; alone masks the bootstrap.
-            priority: where the TD error is written for prioritised buffers (not in a locked batch).
-            priority_weight: importance weights of a prioritised buffer, used when present.
-        """
-
-        action: NestedKey = "action"
-        anchor_action: NestedKey = "anchor_action"
-        action_noise: NestedKey = "action_noise"
-        candidate_noise: NestedKey = "candidate_noise"
-        latent_noise: NestedKey = "latent_noise"
-        residual: NestedKey = "residual"
-        latent: NestedKey = "latent"
-        latent_loc: NestedKey = "latent_loc"
-        latent_log_std: NestedKey = "latent_log_std"
-        state_action_value: NestedKey = "state_action_value"
-        value: NestedKey = "state_value"
-        reward: NestedKey = "reward"
-        done: NestedKey = "done"
-        terminated: NestedKey = "terminated"
-        priority: NestedKey = "td_error"
-        priority_weight: NestedKey = "priority_weight"
-
-    tensor_keys: _AcceptedKeys
-    default_keys = _AcceptedKeys
-    default_value_estimator = ValueEstimators.TD0
-    SUPPORTED_VALUE_ESTIMATORS = (ValueEstimators.TD0, ValueEstimators.TD1, ValueEstimators.TDLambda)
     # What self_imitation reports.
     lsi_metrics: tuple[str, ...] = (
         "effective_sample_size", "candidate_diversity", "lsi_advantage", "candidate_value_std",
     )  # fmt: skip
     _schedulable_buffers = frozenset({"lsi_coeff", "trust_coeff", "reward_scale"})
 
-    actor_network: SPARActor
-    actor_network_params: TensorDictParams
-    target_actor_network_params: TensorDictParams
-    qvalue_network: TensorDictModule
-    qvalue_network_params: TensorDictParams
-    target_qvalue_network_params: TensorDictParams
-    value_network: TensorDictModule
-    value_network_params: TensorDictParams
-    target_value_network_params: TensorDictParams
-    residual_vae: ResidualVAE
-    residual_vae_params: TensorDictParams
-    target_residual_vae_params: TensorDictParams
     reward_scale: Tensor
     lsi_coeff: Tensor
     trust_coeff: Tensor
@@ -217,41 +161,10 @@ class SPARLoss(LossModule):
         reduction: Literal["mean", "sum", "none"] = "mean",
         use_prioritized_weights: bool | Literal["auto"] = "auto",
     ) -> None:
-        super().__init__()
-        if not isinstance(actor_network, SPARActor):
-            raise InputError(f"actor_network must be a SPARActor, not {type(actor_network).__name__}")
-        if actor_network.is_latent and actor_network.decoder is not residual_vae.decoder:
-            raise InputError("actor_network: the decoder of a latent head (head B) must be residual_vae.decoder itself")
-        check_options(
-            (num_qvalue_nets >= 1, "num_qvalue_nets", num_qvalue_nets, "at least 1"),
-            (bound in ("lcb", "min"), "bound", bound, "'lcb' or 'min'"),
-            (kappa >= 0, "kappa", kappa, "at least 0"),
-            (0 < expectile < 1, "expectile", expectile, "between 0 and 1, exclusive"),
-            (0 <= value_mix <= 1, "value_mix", value_mix, "between 0 and 1"),
-            (policy_noise >= 0, "policy_noise", policy_noise, "at least 0"),
-            (noise_clip >= 0, "noise_clip", noise_clip, "at least 0"),
-            (loss_function in ("l1", "l2", "smooth_l1"), "loss_function", loss_function, "l1, l2 or smooth_l1"),
-            (reward_scale > 0, "reward_scale", reward_scale, "positive"),
-            (kl_coeff >= 0, "kl_coeff", kl_coeff, "at least 0"),
-            (num_candidates >= 2, "num_candidates", num_candidates, "at least 2 (lsi_coeff=0 turns LSI off)"),
-            (candidates in ("prior", "policy"), "candidates", candidates, "'prior' or 'policy'"),
-            (latent_std > 0, "latent_std", latent_std, "positive"),
-            (latent_bound > 0, "latent_bound", latent_bound, "positive"),
-            (temperature > 0, "temperature", temperature, "positive"),
-            (lsi_coeff >= 0, "lsi_coeff", lsi_coeff, "at least 0"),
-            (trust_coeff >= 0, "trust_coeff", trust_coeff, "at least 0"),
-            (lsi_coeff + trust_coeff > 0, "trust_coeff", trust_coeff, "positive where lsi_coeff is 0"),
-            (latent_reg == 0 or (latent_reg > 0 and actor_network.is_latent), "latent_reg", latent_reg,
-             "0, or positive with a latent head (head B)"),
-            (reduction in ("mean", "sum", "none"), "reduction", reduction, "'mean', 'sum' or 'none'"),
+        super().__init__(
+            actor_network, qvalue_network, value_network, residual_vae, num_qvalue_nets=num_qvalue_nets,
+            reduction=reduction, use_prioritized_weights=use_prioritized_weights,
         )  # fmt: skip
-        self._in_keys: list[NestedKey] | None = None
-        self.convert_to_functional(residual_vae, "residual_vae")
-        # Head B shares the decoder's parameters with the VAE; the target is then their common average.
-        self.convert_to_functional(actor_network, "actor_network", create_target_params=True)
-        self.convert_to_functional(value_network, "value_network")
-        self.convert_to_functional(qvalue_network, "qvalue_network", num_qvalue_nets, create_target_params=True)
-        self.num_qvalue_nets = num_qvalue_nets
         self.bound: Bound = bound
         self.kappa = kappa
         self.expectile = expectile
@@ -274,8 +187,7 @@ class SPARLoss(LossModule):
         self.register_coeff_buffer("lsi_coeff", float(lsi_coeff), device=device)
         self.register_coeff_buffer("trust_coeff", float(trust_coeff), device=device)
         self.register_load_state_dict_post_hook(_check_terms)
-        self.reduction = reduction
-        self.use_prioritized_weights = use_prioritized_weights
+        _check_options(self, float(reward_scale), float(lsi_coeff), float(trust_coeff))
         self.out_keys = self._list_out_keys()
         # Built now: a state dict loads into a fresh loss only if nothing is lazy.
         self.make_value_estimator(self.default_value_estimator)
@@ -302,10 +214,68 @@ class SPARLoss(LossModule):
         kl = (0.5 * (loc.pow(2) + (2 * log_std).exp() - 1) - log_std).mean(-1)
         mask = self._valid(tensordict, error)
         metadata = {
-            "reconstruction_error": _masked_mean(error.detach(), mask),
-            "kl": _masked_mean(kl.detach(), mask),
+            "reconstruction_error": masked_mean(error.detach(), mask),
+            "kl": masked_mean(kl.detach(), mask),
         }
         return self._reduce(error + self.kl_coeff * kl, tensordict), metadata
+
+    def qvalue_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
+        """(ii) Conservative value: all critics regress on ``r + gamma (1 - terminated) LCB(s', pi(s') + noise)``.
+
+        The bootstrapped action comes from the moving average of the policy, the bound from
+        the target critics. Reaches the critics alone; summed over them.
+
+        Returns:
+            The loss and ``td_error`` (largest squared error of the critics, ``[*B]``),
+            ``pred_value``, ``target_value``, ``next_state_value`` (means).
+
+        Source: conservative values are the paper's; bound, noise (TD3) and targets are ours.
+        """
+        with torch.no_grad():
+            keys = self.tensor_keys
+            next_value = self._next_value(tensordict["next"], tensordict.get(keys.action_noise, None))
+            outcome = tensordict.select(*(under_next(key) for key in (keys.reward, keys.done, keys.terminated)))
+            outcome.set(under_next(keys.reward), self.reward_scale * outcome[under_next(keys.reward)])
+            outcome.set(under_next(keys.value), next_value.unsqueeze(-1))
+            # Written by TorchRL's MultiStep and by chunk_actions: gamma to the power of it.
+            steps = self.value_estimator.tensor_keys.steps_to_next_obs
+            outcome.update(tensordict.select(steps, strict=False))
+            target = self.value_estimator.value_estimate(outcome).squeeze(-1)
+        loss, metadata = self.qvalue_regression(tensordict, target)
+        return loss, metadata | {"next_state_value": masked_mean(next_value, self._valid(tensordict, target))}
+
+    def _next_value(self, following: TensorDictBase, noise: Tensor | None) -> Tensor:
+        """The bootstrapped value of the next state, ``[*B]``."""
+        if self.value_mix == 1:
+            return self._value(following)
+        state = self._anchored(following, *self._rectifiers, self.qvalue_network)
+        action = self._compose(state.get(self.tensor_keys.anchor_action), self._rectify(state, target=True)[1])
+        low, high = self.actor_network_params.get("low"), self.actor_network_params.get("high")
+        noise = torch.randn_like(action) if noise is None else noise
+        noise = (noise * self.policy_noise).clamp(-self.noise_clip, self.noise_clip)
+        action = (action + noise * (high - low) / 2).clamp(low, high)
+        value = self._lower_bound(self._qvalue(state, action, self.target_params("qvalue_network")))
+        if self.value_mix > 0:
+            value = value.lerp(self._value(following), self.value_mix)
+        return value
+
+    def qvalue_regression(self, tensordict: TensorDictBase, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Regression of all critics, at the data's actions, on a target ``[*B]`` in scaled reward units.
+
+        Returns:
+            As :meth:`qvalue_loss`, without ``next_state_value``.
+
+        Source: ours; :func:`~torchrl_spar.fit_critics` starts the critics with it.
+        """
+        qvalue = self._qvalue(tensordict, tensordict[self.tensor_keys.action], self.qvalue_network_params)
+        error = distance_loss(qvalue, target.expand_as(qvalue), self.loss_function)
+        mask = self._valid(tensordict, target)
+        metadata = {
+            "td_error": (qvalue.detach() - target).pow(2).amax(0),
+            "pred_value": masked_mean(qvalue.detach().mean(0), mask),
+            "target_value": masked_mean(target, mask),
+        }
+        return self._reduce(error.sum(0), tensordict), metadata
 
     def value_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
         """In-sample expectile regression of the lower bound at the data's actions.
@@ -325,49 +295,6 @@ class SPARLoss(LossModule):
         difference = qvalue - self._value(state)
         weight = torch.where(difference > 0, self.expectile, 1 - self.expectile)
         return self._reduce(weight * difference.pow(2), tensordict), {}
-
-    def qvalue_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
-        """(ii) Conservative value: all critics regress on ``r + gamma (1 - terminated) LCB(s', pi(s') + noise)``.
-
-        The bootstrapped action comes from the moving average of the policy, the bound from
-        the target critics. Reaches the critics alone; summed over them.
-
-        Returns:
-            The loss and ``td_error`` (largest squared error of the critics, ``[*B]``),
-            ``pred_value``, ``target_value``, ``next_state_value`` (means).
-
-        Source: conservative values are the paper's; bound, noise (TD3) and targets are ours.
-        """
-        with torch.no_grad():
-            keys = self.tensor_keys
-            next_value = self._next_value(tensordict["next"], tensordict.get(keys.action_noise, None))
-            outcome = tensordict.select(*(_under_next(key) for key in (keys.reward, keys.done, keys.terminated)))
-            outcome.set(_under_next(keys.reward), self.reward_scale * outcome[_under_next(keys.reward)])
-            outcome.set(_under_next(keys.value), next_value.unsqueeze(-1))
-            # Written by TorchRL's MultiStep and by chunk_actions: gamma to the power of it.
-            steps = self.value_estimator.tensor_keys.steps_to_next_obs
-            outcome.update(tensordict.select(steps, strict=False))
-            target = self.value_estimator.value_estimate(outcome).squeeze(-1)
-        loss, metadata = self.qvalue_regression(tensordict, target)
-        return loss, metadata | {"next_state_value": _masked_mean(next_value, self._valid(tensordict, target))}
-
-    def qvalue_regression(self, tensordict: TensorDictBase, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Regression of all critics, at the data's actions, on a target ``[*B]`` in scaled reward units.
-
-        Returns:
-            As :meth:`qvalue_loss`, without ``next_state_value``.
-
-        Source: ours; :func:`~torchrl_spar.fit_critics` starts the critics with it.
-        """
-        qvalue = self._qvalue(tensordict, tensordict[self.tensor_keys.action], self.qvalue_network_params)
-        error = distance_loss(qvalue, target.expand_as(qvalue), self.loss_function)
-        mask = self._valid(tensordict, target)
-        metadata = {
-            "td_error": (qvalue.detach() - target).pow(2).amax(0),
-            "pred_value": _masked_mean(qvalue.detach().mean(0), mask),
-            "target_value": _masked_mean(target, mask),
-        }
-        return self._reduce(error.sum(0), tensordict), metadata
 
     def actor_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
         """(iii) Latent Self-Imitation, held to the data by an advantage-weighted fit.
@@ -400,8 +327,8 @@ class SPARLoss(LossModule):
             metadata.update(diagnostics)
         if latent is not None and self.latent_reg:
             loss = loss + self.latent_reg * latent.pow(2).mean(-1)
-        size = _masked_mean(residual.detach().pow(2).mean(-1), mask)
-        data_size = _masked_mean(data_residual.pow(2).mean(-1), mask)
+        size = masked_mean(residual.detach().pow(2).mean(-1), mask)
+        data_size = masked_mean(data_residual.pow(2).mean(-1), mask)
         metadata["residual_ratio"] = (size / data_size.clamp_min(TINY)).sqrt()
         return self._reduce(loss, tensordict), metadata
 
@@ -475,14 +402,14 @@ class SPARLoss(LossModule):
         qvalue = self._qvalue(state, actions, self.qvalue_network_params, dtype=self.candidate_dtype)
         difference = qvalue - qvalue[:, :1]
         advantage = self._lower_bound(difference)
-        scale = _masked_mean(spread(difference.mean(0)), mask).clamp_min(TINY)
+        scale = masked_mean(spread(difference.mean(0)), mask).clamp_min(TINY)
         weight = (advantage / (self.temperature * scale)).softmax(0)
         target = (weight.unsqueeze(-1) * (residuals if latent is None else latents)).sum(0)
         metadata = {
-            "effective_sample_size": _masked_mean(1 / weight.pow(2).sum(0), mask),
-            "candidate_diversity": _masked_mean((residuals - residuals[:1]).pow(2).mean((0, -1)), mask).sqrt(),
-            "lsi_advantage": _masked_mean((weight * advantage).sum(0), mask),
-            "candidate_value_std": _masked_mean(spread(qvalue).mean(0), mask),
+            "effective_sample_size": masked_mean(1 / weight.pow(2).sum(0), mask),
+            "candidate_diversity": masked_mean((residuals - residuals[:1]).pow(2).mean((0, -1)), mask).sqrt(),
+            "lsi_advantage": masked_mean((weight * advantage).sum(0), mask),
+            "candidate_value_std": masked_mean(spread(qvalue).mean(0), mask),
         }
         return target, metadata
 
@@ -512,14 +439,14 @@ class SPARLoss(LossModule):
         qvalue = self._qvalue(state, actions, self.qvalue_network_params)
         data_bound, policy_bound = self._lower_bound(qvalue).unbind(0)
         advantage = data_bound - policy_bound
-        mean = _masked_mean(advantage, mask)
-        std = _masked_mean((advantage - mean).pow(2), mask).sqrt()
+        mean = masked_mean(advantage, mask)
+        std = masked_mean((advantage - mean).pow(2), mask).sqrt()
         weight = (advantage / std.clamp_min(TINY)).clamp(*TRUST_LOG_WEIGHT_RANGE).exp()
         metadata = {
             "trust_advantage": mean,
-            "data_value_std": _masked_mean(spread(qvalue[:, 0]), mask),
+            "data_value_std": masked_mean(spread(qvalue[:, 0]), mask),
         }
-        return weight / _masked_mean(weight, mask), metadata
+        return weight / masked_mean(weight, mask), metadata
 
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
@@ -557,218 +484,8 @@ class SPARLoss(LossModule):
             shapes[keys.latent_noise] = (latent,)
         return shapes
 
-    # ------------------------------------------------------------------ policies
-
-    @property
-    def actor(self) -> SPARActor:
-        """The policy to deploy: the moving average of the head on the anchor.
-
-        A module of its own that shares the targets' memory, so it follows training;
-        ``deepcopy`` it for a snapshot.
-        """
-        return _stateful(self.actor_network, self.target_params("actor_network"))
-
-    @property
-    def anchor(self) -> TensorDictModuleBase:
-        """The frozen behaviour policy, ``observation -> action``."""
-        return _stateful(self.actor_network, self.actor_network_params).anchor
-
-    @property
-    def residual_scale(self) -> Tensor:
-        """``rho``: action units of one unit of residual, ``[action_dim]``."""
-        return self.actor_network_params.get("residual_scale")
-
-    @residual_scale.setter
-    def residual_scale(self, scale: Tensor) -> None:
-        for params in (self.actor_network_params, self.target_params("actor_network")):
-            params.get("residual_scale").data.copy_(scale)
-
-    # ------------------------------------------------------------------ calls of the networks
-
-    def network_params(self, name: str) -> TensorDictParams:
-        """The parameters of ``"actor_network"``, ``"qvalue_network"``, ``"value_network"`` or ``"residual_vae"``."""
-        return self._modules[f"{name}_params"]
-
-    def target_params(self, name: str) -> TensorDictParams:
-        """The targets of ``"actor_network"`` or ``"qvalue_network"``."""
-        # Not by attribute: TorchRL warns there until an updater exists, which pre-training does not need.
-        return self._modules[f"target_{name}_params"]
-
-    def _anchored(self, tensordict: TensorDictBase, *readers: TensorDictModuleBase) -> TensorDictBase:
-        """The state entries that the readers (by default all but the anchor) need, with the anchor's action."""
-        readers = readers or (*self._rectifiers, self.qvalue_network, self.residual_vae)
-        state = tensordict.select(*self._state_keys(*readers))
-        action = tensordict.get(self.tensor_keys.anchor_action, None)
-        if action is None:
-            anchor = self.actor_network.anchor
-            action = call(anchor, self.actor_network_params.get("anchor"), tensordict, {})[self.tensor_keys.action]
-        return state.set(self.tensor_keys.anchor_action, action)
-
-    def _data_residual(self, tensordict: TensorDictBase, state: TensorDictBase) -> Tensor:
-        """``r = (a - a_b) / rho``."""
-        difference = tensordict[self.tensor_keys.action] - state.get(self.tensor_keys.anchor_action)
-        return difference / self.residual_scale
-
-    def _rectify(self, state: TensorDictBase, *, target: bool = False) -> tuple[Tensor | None, Tensor]:
-        """The head's latent (head B, else None) and residual; the moving average's with ``target``."""
-        actor = self.actor_network
-        params = self.target_params("actor_network") if target else self.actor_network_params
-        out = call(actor.head, params.get("head"), state, {})
-        if not actor.is_latent:
-            return None, out[self.tensor_keys.residual]
-        latent = out[self.tensor_keys.latent]
-        # The decoder is the VAE's own: the head's gradient passes through it and leaves it as it is.
-        decoder = params if target else self.residual_vae_params
-        return latent, self._decode(state, latent, decoder, frozen=True)
-
-    def _compose(self, anchor_action: Tensor, residual: Tensor) -> Tensor:
-        params = self.actor_network_params
-        action = anchor_action + params.get("residual_scale") * residual
-        return action.clamp(params.get("low"), params.get("high"))
-
-    def _encode(self, state: TensorDictBase, residual: Tensor) -> tuple[Tensor, Tensor]:
-        keys, entries = self.tensor_keys, {self.tensor_keys.residual: residual}
-        out = call(self.residual_vae.encoder, self.residual_vae_params.get("encoder"), state, entries)
-        return out[keys.latent_loc], out[keys.latent_log_std]
-
-    def _decode(
-        self, state: TensorDictBase, latent: Tensor, params: TensorDictBase | None = None, *, frozen: bool = False
-    ) -> Tensor:
-        """The residual of a latent; latents with more leading dimensions repeat the state along them."""
-        keys, params = self.tensor_keys, self.residual_vae_params if params is None else params
-        out = call(self.residual_vae.decoder, params.get("decoder"), state, {keys.latent: latent}, frozen=frozen)
-        return out[keys.residual]
-
-    def _value(self, state: TensorDictBase) -> Tensor:
-        return call(self.value_network, self.value_network_params, state, {})[self.tensor_keys.value].squeeze(-1)
-
-    def _qvalue(
-        self, state: TensorDictBase, action: Tensor, params: TensorDictBase, *, dtype: torch.dtype | None = None
-    ) -> Tensor:
-        """All critics, ``[E, *B]``; actions with more leading dimensions repeat the state along them."""
-        keys = self.tensor_keys
-        entries = {keys.action: action}
-        out_key = keys.state_action_value
-        return call_ensemble(self.qvalue_network, params, state, entries, out_key=out_key, dtype=dtype).squeeze(-1)
-
     def _lower_bound(self, values: Tensor) -> Tensor:
         return lower_bound(values, bound=self.bound, kappa=self.kappa)
-
-    def _next_value(self, following: TensorDictBase, noise: Tensor | None) -> Tensor:
-        """The bootstrapped value of the next state, ``[*B]``."""
-        if self.value_mix == 1:
-            return self._value(following)
-        state = self._anchored(following, *self._rectifiers, self.qvalue_network)
-        action = self._compose(state.get(self.tensor_keys.anchor_action), self._rectify(state, target=True)[1])
-        low, high = self.actor_network_params.get("low"), self.actor_network_params.get("high")
-        noise = torch.randn_like(action) if noise is None else noise
-        noise = (noise * self.policy_noise).clamp(-self.noise_clip, self.noise_clip)
-        action = (action + noise * (high - low) / 2).clamp(low, high)
-        value = self._lower_bound(self._qvalue(state, action, self.target_params("qvalue_network")))
-        if self.value_mix > 0:
-            value = value.lerp(self._value(following), self.value_mix)
-        return value
-
-    # ------------------------------------------------------------------ TorchRL's conventions
-
-    def make_value_estimator(self, value_type: ValueEstimators | None = None, **hyperparams: Any) -> LossModule | None:
-        """Chooses the target, ``gamma`` included: ``loss.make_value_estimator(gamma=0.995)``.
-
-        Args:
-            value_type: TD0 (default), TD1 or TDLambda; the latter two for ``[B, T]`` batches.
-            **hyperparams: ``gamma`` (0.99 by default), ``lmbda``, and what else TorchRL's estimator takes.
-        """
-        value_type = value_type or self.default_value_estimator
-        if isinstance(value_type, (ValueEstimatorBase, type)):
-            return super().make_value_estimator(value_type, **hyperparams)
-        hyperparams.setdefault("device", self._default_device)
-        dispatch_value_estimator(
-            self,
-            value_type,
-            supported=self.SUPPORTED_VALUE_ESTIMATORS,
-            tensor_keys={key: getattr(self.tensor_keys, key) for key in ("value", "reward", "done", "terminated")},
-            value_network=None,
-            **hyperparams,
-        )
-        return self
-
-    def reset_parameters_recursive(self) -> None:
-        """Draws new parameters for every network but the anchor, and copies them to the targets."""
-        for name in ("residual_vae", "actor_network", "value_network", "qvalue_network"):
-            module, params = getattr(self, name), getattr(self, f"{name}_params").data
-            # One member at a time: initialisers read the fan-in off the weight's shape.
-            for member in params.unbind(0) if params.ndim else (params,):
-                with member.to_module(module, preserve_module_state=False):
-                    module.reset_parameters_recursive()
-        self.sync_targets()
-
-    def sync_targets(self, *names: str) -> None:
-        """Copies networks into their targets: ``"actor_network"`` and ``"qvalue_network"``, by default both."""
-        for name in names or ("actor_network", "qvalue_network"):
-            self.target_params(name).data.copy_(self._modules[f"{name}_params"].data)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> SPARLoss:
-        new = type(self).__new__(type(self))
-        memo[id(self)] = new
-        new.__setstate__(deepcopy(self.__dict__, memo))
-        if self.actor_network.is_latent:
-            # tensordict copies each set of parameters by itself, but head B's decoder is the VAE's.
-            new.actor_network_params.set("decoder", new.residual_vae_params.get("decoder").copy())
-        return new
-
-    def _state_keys(self, *modules: TensorDictModuleBase) -> list[NestedKey]:
-        """What modules read of the state: their in_keys less what this loss writes itself."""
-        keys = self.tensor_keys
-        internal = {keys.action, keys.anchor_action, keys.residual, keys.latent, keys.latent_loc, keys.latent_log_std}
-        read = []
-        for module in modules:
-            read += module.in_keys
-            if isinstance(module, ResidualVAE):
-                read += module.decoder.in_keys
-        return [key for key in dict.fromkeys(read) if key not in internal]
-
-    @property
-    def in_keys(self) -> list[NestedKey]:
-        """Every entry the loss reads."""
-        if self._in_keys is None:
-            keys = self.tensor_keys
-            # The anchor may read an action (a chunk's history, say), so its keys are listed whole.
-            now = [
-                *self.actor_network.in_keys,
-                *self._state_keys(self.residual_vae, self.qvalue_network, self.value_network),
-            ]
-            later = [*self.actor_network.in_keys, *self._state_keys(self.qvalue_network)]
-            if self.value_mix > 0:
-                later += self._state_keys(self.value_network)
-            later += [keys.reward, keys.done, keys.terminated]
-            self._in_keys = list(dict.fromkeys([keys.action, *now, *(_under_next(key) for key in later)]))
-        return self._in_keys
-
-    @in_keys.setter
-    def in_keys(self, values: list[NestedKey]) -> None:
-        self._in_keys = values
-
-    @property
-    def _rectifiers(self) -> list[TensorDictModuleBase]:
-        """What makes the residual of a state and the anchor's action."""
-        actor = self.actor_network
-        return [actor.head] if actor.decoder is None else [actor.head, actor.decoder]
-
-    def _needed_keys(self, tensordict: TensorDictBase) -> list[NestedKey]:
-        """The in_keys, less what the anchor alone reads where its action is given."""
-        keys = self.tensor_keys
-        others = self._state_keys(*self._rectifiers, self.residual_vae, self.qvalue_network, self.value_network)
-        anchors = {*self.actor_network.anchor.in_keys}.difference(others, [keys.action])
-        spared: set[NestedKey] = set()
-        if tensordict.get(keys.anchor_action, None) is not None:
-            spared.update(anchors)
-        if tensordict.get(_under_next(keys.anchor_action), None) is not None:
-            spared.update(_under_next(key) for key in anchors)
-        return [key for key in self.in_keys if key not in spared]
-
-    def _forward_value_estimator_keys(self, **kwargs: Any) -> None:
-        super()._forward_value_estimator_keys(**kwargs)
-        self._in_keys = None
 
     def _list_out_keys(self) -> list[str]:
         fit = ["loss_vae", "reconstruction_error", "kl"] if self.joint_vae else []
@@ -779,22 +496,6 @@ class SPARLoss(LossModule):
             *(self.lsi_metrics if self.has_lsi else ()), *(trust if self.has_trust else []), "residual_ratio",
         ]  # fmt: skip
 
-    def _valid(self, tensordict: TensorDictBase, like: Tensor) -> Tensor | None:
-        """The padding mask in the shape of a per-position tensor, or None."""
-        valid = None
-        for key in self._loss_mask_keys():
-            mask = tensordict.get(key, None)
-            if mask is not None:
-                mask = self._expand_loss_mask(mask, like)
-                valid = mask if valid is None else valid & mask
-        return valid
-
-    def _reduce(self, loss: Tensor, tensordict: TensorDictBase) -> Tensor:
-        # Not TorchRL's _maybe_get_priority_weight, which fails on a nested key.
-        use, key = self.use_prioritized_weights in (True, "auto"), self.tensor_keys.priority_weight
-        weights = tensordict.get(key, None) if use else None
-        return self._reduce_loss(loss, tensordict=tensordict, weights=weights)
-
 
 def _check_terms(loss: SPARLoss, _: Any) -> None:
     for term, name in ((loss.has_lsi, "lsi_coeff"), (loss.has_trust, "trust_coeff")):
@@ -802,18 +503,26 @@ def _check_terms(loss: SPARLoss, _: Any) -> None:
             raise InputError(f"{name}: positive in the state dict, but this loss was built with {name}=0")
 
 
-def _masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
-    if mask is None:
-        return values.mean()
-    return torch.where(mask, values, 0).sum() / mask.sum().clamp_min(1)
-
-
-def _under_next(key: NestedKey) -> NestedKey:
-    return ("next", *key) if isinstance(key, tuple) else ("next", key)
-
-
-def _stateful(module: SPARActor, params: TensorDictBase) -> SPARActor:
-    """A copy of the module that shares the memory of `params`, without gradient."""
-    module = deepcopy(module).requires_grad_(False)
-    params.data.to_module(module)
-    return module
+def _check_options(loss: SPARLoss, scale: float, lsi: float, trust: float) -> None:
+    # Not from the buffers, which may be on the meta device.
+    check_options(
+        (loss.bound in ("lcb", "min"), "bound", loss.bound, "'lcb' or 'min'"),
+        (loss.kappa >= 0, "kappa", loss.kappa, "at least 0"),
+        (0 < loss.expectile < 1, "expectile", loss.expectile, "between 0 and 1, exclusive"),
+        (0 <= loss.value_mix <= 1, "value_mix", loss.value_mix, "between 0 and 1"),
+        (loss.policy_noise >= 0, "policy_noise", loss.policy_noise, "at least 0"),
+        (loss.noise_clip >= 0, "noise_clip", loss.noise_clip, "at least 0"),
+        (loss.loss_function in ("l1", "l2", "smooth_l1"), "loss_function", loss.loss_function, "l1, l2 or smooth_l1"),
+        (scale > 0, "reward_scale", scale, "positive"),
+        (loss.kl_coeff >= 0, "kl_coeff", loss.kl_coeff, "at least 0"),
+        (loss.num_candidates >= 2, "num_candidates", loss.num_candidates, "at least 2 (lsi_coeff=0 turns LSI off)"),
+        (loss.candidates in ("prior", "policy"), "candidates", loss.candidates, "'prior' or 'policy'"),
+        (loss.latent_std > 0, "latent_std", loss.latent_std, "positive"),
+        (loss.latent_bound > 0, "latent_bound", loss.latent_bound, "positive"),
+        (loss.temperature > 0, "temperature", loss.temperature, "positive"),
+        (lsi >= 0, "lsi_coeff", lsi, "at least 0"),
+        (trust >= 0, "trust_coeff", trust, "at least 0"),
+        (lsi + trust > 0, "trust_coeff", trust, "positive where lsi_coeff is 0"),
+        (loss.latent_reg == 0 or (loss.latent_reg > 0 and loss.actor_network.is_latent), "latent_reg", loss.latent_reg,
+         "0, or positive with a latent head (head B)"),
+    )  # fmt: skip

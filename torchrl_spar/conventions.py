@@ -1,0 +1,370 @@
+"""What SPARLoss has of TorchRL's conventions: keys, calls of its networks, masks, targets, copies, state dicts."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from tensordict import NestedKey, TensorDictBase, TensorDictParams
+from tensordict.nn import TensorDictModule, TensorDictModuleBase
+from torch import Tensor
+from torchrl.objectives.common import LossModule
+from torchrl.objectives.utils import ValueEstimators, dispatch_value_estimator
+from torchrl.objectives.value import ValueEstimatorBase
+
+from torchrl_spar.errors import InputError, check_options
+from torchrl_spar.functional import call, call_ensemble
+from torchrl_spar.residual import ResidualVAE, SPARActor
+
+
+class SPARLossBase(LossModule):
+    """The networks of :class:`~torchrl_spar.SPARLoss` and how they are called, without the method.
+
+    Args:
+        actor_network: see :class:`~torchrl_spar.SPARLoss`, as for the others.
+        qvalue_network: the critics.
+        value_network: the state value.
+        residual_vae: the conditional VAE.
+
+    Keyword Args:
+        num_qvalue_nets: number of critics.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+        use_prioritized_weights: see TorchRL's losses.
+
+    Raises:
+        InputError: for networks that do not fit together.
+
+    Source: ours; the conventions are TorchRL's.
+    """
+
+    @dataclass
+    class _AcceptedKeys:
+        """Tensordict keys, to be changed by ``set_keys``.
+
+        Attributes:
+            action: the data's action, and where the actor writes and the critics read theirs.
+            anchor_action: the anchor's action.
+            action_noise: noise on the bootstrapped action.
+            candidate_noise: noise that makes the candidates; the first candidate's is not used.
+            latent_noise: the VAE's sample in the fit.
+            residual: the scaled residual that the head (A) or decoder (B) writes, the encoder reads.
+            latent: the latent that the decoder reads and head B writes.
+            latent_loc: the mean that the encoder writes.
+            latent_log_std: the log standard deviation that the encoder writes.
+            state_action_value: what the critics write.
+            value: what the value network writes.
+            reward: read under ``"next"``.
+            done: read under ``"next"``.
+            terminated: read under ``"next"``; alone masks the bootstrap.
+            priority: where the TD error is written for prioritised buffers (not in a locked batch).
+            priority_weight: importance weights of a prioritised buffer, used when present.
+        """
+
+        action: NestedKey = "action"
+        anchor_action: NestedKey = "anchor_action"
+        action_noise: NestedKey = "action_noise"
+        candidate_noise: NestedKey = "candidate_noise"
+        latent_noise: NestedKey = "latent_noise"
+        residual: NestedKey = "residual"
+        latent: NestedKey = "latent"
+        latent_loc: NestedKey = "latent_loc"
+        latent_log_std: NestedKey = "latent_log_std"
+        state_action_value: NestedKey = "state_action_value"
+        value: NestedKey = "state_value"
+        reward: NestedKey = "reward"
+        done: NestedKey = "done"
+        terminated: NestedKey = "terminated"
+        priority: NestedKey = "td_error"
+        priority_weight: NestedKey = "priority_weight"
+
+    tensor_keys: _AcceptedKeys
+    default_keys = _AcceptedKeys
+    default_value_estimator = ValueEstimators.TD0
+    SUPPORTED_VALUE_ESTIMATORS = (ValueEstimators.TD0, ValueEstimators.TD1, ValueEstimators.TDLambda)
+
+    actor_network: SPARActor
+    actor_network_params: TensorDictParams
+    target_actor_network_params: TensorDictParams
+    qvalue_network: TensorDictModule
+    qvalue_network_params: TensorDictParams
+    target_qvalue_network_params: TensorDictParams
+    value_network: TensorDictModule
+    value_network_params: TensorDictParams
+    target_value_network_params: TensorDictParams
+    residual_vae: ResidualVAE
+    residual_vae_params: TensorDictParams
+    target_residual_vae_params: TensorDictParams
+    # Set by SPARLoss: whether, and how much, targets bootstrap from the state value.
+    value_mix: float
+
+    def __init__(
+        self,
+        actor_network: SPARActor,
+        qvalue_network: TensorDictModuleBase | list[TensorDictModuleBase],
+        value_network: TensorDictModuleBase,
+        residual_vae: ResidualVAE,
+        *,
+        num_qvalue_nets: int,
+        reduction: Literal["mean", "sum", "none"],
+        use_prioritized_weights: bool | Literal["auto"],
+    ) -> None:
+        super().__init__()
+        if not isinstance(actor_network, SPARActor):
+            raise InputError(f"actor_network must be a SPARActor, not {type(actor_network).__name__}")
+        if actor_network.is_latent and actor_network.decoder is not residual_vae.decoder:
+            raise InputError("actor_network: the decoder of a latent head (head B) must be residual_vae.decoder itself")
+        check_options(
+            (num_qvalue_nets >= 1, "num_qvalue_nets", num_qvalue_nets, "at least 1"),
+            (reduction in ("mean", "sum", "none"), "reduction", reduction, "'mean', 'sum' or 'none'"),
+        )
+        self._in_keys: list[NestedKey] | None = None
+        self.convert_to_functional(residual_vae, "residual_vae")
+        # Head B shares the decoder's parameters with the VAE; the target is then their common average.
+        self.convert_to_functional(actor_network, "actor_network", create_target_params=True)
+        self.convert_to_functional(value_network, "value_network")
+        self.convert_to_functional(qvalue_network, "qvalue_network", num_qvalue_nets, create_target_params=True)
+        self.num_qvalue_nets = num_qvalue_nets
+        self.reduction = reduction
+        self.use_prioritized_weights = use_prioritized_weights
+
+    # ------------------------------------------------------------------ policies
+
+    @property
+    def actor(self) -> SPARActor:
+        """The policy to deploy: the moving average of the head on the anchor.
+
+        A module of its own that shares the targets' memory, so it follows training;
+        ``deepcopy`` it for a snapshot.
+        """
+        return _stateful(self.actor_network, self.target_params("actor_network"))
+
+    @property
+    def anchor(self) -> TensorDictModuleBase:
+        """The frozen behaviour policy, ``observation -> action``."""
+        return _stateful(self.actor_network, self.actor_network_params).anchor
+
+    @property
+    def residual_scale(self) -> Tensor:
+        """``rho``: action units of one unit of residual, ``[action_dim]``."""
+        return self.actor_network_params.get("residual_scale")
+
+    @residual_scale.setter
+    def residual_scale(self, scale: Tensor) -> None:
+        for params in (self.actor_network_params, self.target_params("actor_network")):
+            params.get("residual_scale").data.copy_(scale)
+
+    # ------------------------------------------------------------------ calls of the networks
+
+    def network_params(self, name: str) -> TensorDictParams:
+        """The parameters of ``"actor_network"``, ``"qvalue_network"``, ``"value_network"`` or ``"residual_vae"``."""
+        return self._modules[f"{name}_params"]
+
+    def target_params(self, name: str) -> TensorDictParams:
+        """The targets of ``"actor_network"`` or ``"qvalue_network"``."""
+        # Not by attribute: TorchRL warns there until an updater exists, which pre-training does not need.
+        return self._modules[f"target_{name}_params"]
+
+    def _anchored(self, tensordict: TensorDictBase, *readers: TensorDictModuleBase) -> TensorDictBase:
+        """The state entries that the readers (by default all but the anchor) need, with the anchor's action."""
+        readers = readers or (*self._rectifiers, self.qvalue_network, self.residual_vae)
+        state = tensordict.select(*self._state_keys(*readers))
+        action = tensordict.get(self.tensor_keys.anchor_action, None)
+        if action is None:
+            anchor = self.actor_network.anchor
+            action = call(anchor, self.actor_network_params.get("anchor"), tensordict, {})[self.tensor_keys.action]
+        return state.set(self.tensor_keys.anchor_action, action)
+
+    def _data_residual(self, tensordict: TensorDictBase, state: TensorDictBase) -> Tensor:
+        """``r = (a - a_b) / rho``."""
+        difference = tensordict[self.tensor_keys.action] - state.get(self.tensor_keys.anchor_action)
+        return difference / self.residual_scale
+
+    def _rectify(self, state: TensorDictBase, *, target: bool = False) -> tuple[Tensor | None, Tensor]:
+        """The head's latent (head B, else None) and residual; the moving average's with ``target``."""
+        actor = self.actor_network
+        params = self.target_params("actor_network") if target else self.actor_network_params
+        out = call(actor.head, params.get("head"), state, {})
+        if not actor.is_latent:
+            return None, out[self.tensor_keys.residual]
+        latent = out[self.tensor_keys.latent]
+        # The decoder is the VAE's own: the head's gradient passes through it and leaves it as it is.
+        decoder = params if target else self.residual_vae_params
+        return latent, self._decode(state, latent, decoder, frozen=True)
+
+    def _compose(self, anchor_action: Tensor, residual: Tensor) -> Tensor:
+        params = self.actor_network_params
+        action = anchor_action + params.get("residual_scale") * residual
+        return action.clamp(params.get("low"), params.get("high"))
+
+    def _encode(self, state: TensorDictBase, residual: Tensor) -> tuple[Tensor, Tensor]:
+        keys, entries = self.tensor_keys, {self.tensor_keys.residual: residual}
+        out = call(self.residual_vae.encoder, self.residual_vae_params.get("encoder"), state, entries)
+        return out[keys.latent_loc], out[keys.latent_log_std]
+
+    def _decode(
+        self, state: TensorDictBase, latent: Tensor, params: TensorDictBase | None = None, *, frozen: bool = False
+    ) -> Tensor:
+        """The residual of a latent; latents with more leading dimensions repeat the state along them."""
+        keys, params = self.tensor_keys, self.residual_vae_params if params is None else params
+        out = call(self.residual_vae.decoder, params.get("decoder"), state, {keys.latent: latent}, frozen=frozen)
+        return out[keys.residual]
+
+    def _value(self, state: TensorDictBase) -> Tensor:
+        return call(self.value_network, self.value_network_params, state, {})[self.tensor_keys.value].squeeze(-1)
+
+    def _qvalue(
+        self, state: TensorDictBase, action: Tensor, params: TensorDictBase, *, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """All critics, ``[E, *B]``; actions with more leading dimensions repeat the state along them."""
+        keys = self.tensor_keys
+        entries = {keys.action: action}
+        out_key = keys.state_action_value
+        return call_ensemble(self.qvalue_network, params, state, entries, out_key=out_key, dtype=dtype).squeeze(-1)
+
+    # ------------------------------------------------------------------ TorchRL's conventions
+
+    def make_value_estimator(self, value_type: ValueEstimators | None = None, **hyperparams: Any) -> LossModule | None:
+        """Chooses the target, ``gamma`` included: ``loss.make_value_estimator(gamma=0.995)``.
+
+        Args:
+            value_type: TD0 (default), TD1 or TDLambda; the latter two for ``[B, T]`` batches.
+            **hyperparams: ``gamma`` (0.99 by default), ``lmbda``, and what else TorchRL's estimator takes.
+        """
+        value_type = value_type or self.default_value_estimator
+        if isinstance(value_type, (ValueEstimatorBase, type)):
+            return super().make_value_estimator(value_type, **hyperparams)
+        hyperparams.setdefault("device", self._default_device)
+        dispatch_value_estimator(
+            self,
+            value_type,
+            supported=self.SUPPORTED_VALUE_ESTIMATORS,
+            tensor_keys={key: getattr(self.tensor_keys, key) for key in ("value", "reward", "done", "terminated")},
+            value_network=None,
+            **hyperparams,
+        )
+        return self
+
+    def reset_parameters_recursive(self) -> None:
+        """Draws new parameters for every network but the anchor, and copies them to the targets."""
+        for name in ("residual_vae", "actor_network", "value_network", "qvalue_network"):
+            module, params = getattr(self, name), getattr(self, f"{name}_params").data
+            # One member at a time: initialisers read the fan-in off the weight's shape.
+            for member in params.unbind(0) if params.ndim else (params,):
+                with member.to_module(module, preserve_module_state=False):
+                    module.reset_parameters_recursive()
+        self.sync_targets()
+
+    def sync_targets(self, *names: str) -> None:
+        """Copies networks into their targets: ``"actor_network"`` and ``"qvalue_network"``, by default both."""
+        for name in names or ("actor_network", "qvalue_network"):
+            self.target_params(name).data.copy_(self._modules[f"{name}_params"].data)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SPARLossBase:
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        new.__setstate__(deepcopy(self.__dict__, memo))
+        if self.actor_network.is_latent:
+            # tensordict copies each set of parameters by itself, but head B's decoder is the VAE's.
+            new.actor_network_params.set("decoder", new.residual_vae_params.get("decoder").copy())
+        return new
+
+    def _state_keys(self, *modules: TensorDictModuleBase) -> list[NestedKey]:
+        """What modules read of the state: their in_keys less what this loss writes itself."""
+        keys = self.tensor_keys
+        internal = {keys.action, keys.anchor_action, keys.residual, keys.latent, keys.latent_loc, keys.latent_log_std}
+        read = []
+        for module in modules:
+            read += module.in_keys
+            if isinstance(module, ResidualVAE):
+                read += module.decoder.in_keys
+        return [key for key in dict.fromkeys(read) if key not in internal]
+
+    @property
+    def in_keys(self) -> list[NestedKey]:
+        """Every entry the loss reads."""
+        if self._in_keys is None:
+            keys = self.tensor_keys
+            # The anchor may read an action (a chunk's history, say), so its keys are listed whole.
+            now = [
+                *self.actor_network.in_keys,
+                *self._state_keys(self.residual_vae, self.qvalue_network, self.value_network),
+            ]
+            later = [*self.actor_network.in_keys, *self._state_keys(self.qvalue_network)]
+            if self.value_mix > 0:
+                later += self._state_keys(self.value_network)
+            later += [keys.reward, keys.done, keys.terminated]
+            self._in_keys = list(dict.fromkeys([keys.action, *now, *(under_next(key) for key in later)]))
+        return self._in_keys
+
+    @in_keys.setter
+    def in_keys(self, values: list[NestedKey]) -> None:
+        self._in_keys = values
+
+    @property
+    def _rectifiers(self) -> list[TensorDictModuleBase]:
+        """What makes the residual of a state and the anchor's action."""
+        actor = self.actor_network
+        return [actor.head] if actor.decoder is None else [actor.head, actor.decoder]
+
+    def _needed_keys(self, tensordict: TensorDictBase) -> list[NestedKey]:
+        """The in_keys, less what the anchor alone reads where its action is given."""
+        keys = self.tensor_keys
+        others = self._state_keys(*self._rectifiers, self.residual_vae, self.qvalue_network, self.value_network)
+        anchors = {*self.actor_network.anchor.in_keys}.difference(others, [keys.action])
+        spared: set[NestedKey] = set()
+        if tensordict.get(keys.anchor_action, None) is not None:
+            spared.update(anchors)
+        if tensordict.get(under_next(keys.anchor_action), None) is not None:
+            spared.update(under_next(key) for key in anchors)
+        return [key for key in self.in_keys if key not in spared]
+
+    def _forward_value_estimator_keys(self, **kwargs: Any) -> None:
+        super()._forward_value_estimator_keys(**kwargs)
+        self._in_keys = None
+
+    def _valid(self, tensordict: TensorDictBase, like: Tensor) -> Tensor | None:
+        """The padding mask in the shape of a per-position tensor, or None."""
+        valid = None
+        for key in self._loss_mask_keys():
+            mask = tensordict.get(key, None)
+            if mask is not None:
+                mask = self._expand_loss_mask(mask, like)
+                valid = mask if valid is None else valid & mask
+        return valid
+
+    def _reduce(self, loss: Tensor, tensordict: TensorDictBase) -> Tensor:
+        # Not TorchRL's _maybe_get_priority_weight, which fails on a nested key.
+        use, key = self.use_prioritized_weights in (True, "auto"), self.tensor_keys.priority_weight
+        weights = tensordict.get(key, None) if use else None
+        return self._reduce_loss(loss, tensordict=tensordict, weights=weights)
+
+
+def under_next(key: NestedKey) -> NestedKey:
+    """The key of the following state.
+
+    Examples:
+        >>> under_next("reward"), under_next(("robot", "reward"))
+        (('next', 'reward'), ('next', 'robot', 'reward'))
+    """
+    return ("next", *key) if isinstance(key, tuple) else ("next", key)
+
+
+def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
+    """The mean of ``values`` where ``mask`` is True, of all where there is none.
+
+    Examples:
+        >>> masked_mean(torch.tensor([1.0, 5.0]), torch.tensor([True, False]))
+        tensor(1.)
+    """
+    if mask is None:
+        return values.mean()
+    return torch.where(mask, values, 0).sum() / mask.sum().clamp_min(1)
+
+
+def _stateful(module: SPARActor, params: TensorDictBase) -> SPARActor:
+    """A copy of the module that shares the memory of `params`, without gradient."""
+    module = deepcopy(module).requires_grad_(False)
+    params.data.to_module(module)
+    return module
