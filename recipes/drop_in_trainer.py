@@ -19,10 +19,8 @@ from harness.output import check_unused, save_config
 from harness.recipe import best_device, describe, run_recipe, summarize
 from harness.run import Phase, dataset_name, load
 from harness.run_directory import check_options
-from harness.spar_run import sizes_of
 from omegaconf import DictConfig
 from tensordict import TensorDict, TensorDictBase
-from tensordict.nn import TensorDictModuleBase
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from torchrl.checkpoint import Checkpoint, CheckpointError, CheckpointRotation, GlobalRNGState
 from torchrl.collectors import BaseCollector
@@ -39,16 +37,11 @@ from torchrl.trainers import (
 
 from torchrl_spar import (
     InputError,
-    OfflineReplayBuffer,
     SPARLoss,
     evaluate,
-    fit_anchor,
-    fit_critics,
-    fit_vae,
-    make_anchor,
     make_spar_loss,
+    pretrain,
     save_policy,
-    with_anchor_actions,
 )
 
 
@@ -123,23 +116,6 @@ def show(steps: int, losses: TensorDictBase) -> dict[str, Any]:
     return {"log_pbar": True, **{name: losses[name].item() for name in ("pred_value", "residual_ratio")}}
 
 
-def make_loss(cfg: DictConfig, data: OfflineReplayBuffer, anchor: TensorDictModuleBase | None = None) -> SPARLoss:
-    return make_spar_loss(**sizes_of(data), anchor=anchor, **cfg.loss)
-
-
-def pretrain(cfg: DictConfig, data: OfflineReplayBuffer) -> SPARLoss:
-    """The anchor, the residuals' manifold, the critics' start."""
-
-    def phase(name: str) -> dict[str, Any]:
-        return {**cfg[name], "report": Phase(name, cfg[name].steps, [], cfg[name].steps, 0)}
-
-    anchor = make_anchor(**sizes_of(data), hidden=list(cfg.loss.hidden))
-    loss = make_loss(cfg, data, fit_anchor(anchor, data, **phase("anchor")))
-    rows = with_anchor_actions(loss, data)
-    fit_vae(loss, rows, **phase("vae"))
-    return fit_critics(loss, rows, **phase("critics"))
-
-
 def main(cfg: DictConfig) -> None:
     torch.set_num_threads(cfg.threads)
     updates, out = cfg.trainer.updates, Path(cfg.out)
@@ -150,12 +126,14 @@ def main(cfg: DictConfig) -> None:
     else:
         check_unused(out)
     data, env, env_kwargs = load(cfg, best_device(cfg.device))
-    loss = make_loss(cfg, data)  # a wrong option ends here, not after the anchor
+    loss = make_spar_loss(data, **cfg.loss)  # a wrong option ends here, not after the anchor
     save_config(out, cfg)
     torch.manual_seed(cfg.seed)
     saved = rotation(out).latest()
     if saved is None:
-        loss = pretrain(cfg, data)
+        phases = {name: cfg[name] for name in ("anchor", "vae", "critics")}
+        bars = {name: Phase(name, phase.steps, [], phase.steps, 0) for name, phase in phases.items()}
+        loss, _ = pretrain(data, **phases, report=bars.get, **cfg.loss)
     trainer = make_trainer(loss, data, cfg.trainer, out)
     if saved:
         try:

@@ -38,13 +38,10 @@ from torchrl_spar import (
     OfflineReplayBuffer,
     SPARLoss,
     evaluate,
-    fit_anchor,
     fit_critics,
-    fit_vae,
     load_offline_dataset,
-    make_spar_loss,
     normalized_score,
-    with_anchor_actions,
+    pretrain,
 )
 
 ENV = "Hopper-v5"
@@ -77,7 +74,7 @@ def main(cfg: DictConfig) -> None:
     runs: list[dict[str, Any]] = []
     for seed in cfg.seeds:
         torch.manual_seed(seed)
-        start, rows = prepare(cfg, data, networks)
+        start, rows = prepare(cfg, data)
         for name in names:
             torch.manual_seed(seed)
             runs.append({"mix": name, "seed": seed, **train(cfg, name, deepcopy(start), networks, rows)})
@@ -87,14 +84,10 @@ def main(cfg: DictConfig) -> None:
     show(runs, out)
 
 
-def prepare(cfg: DictConfig, data: OfflineReplayBuffer, networks: Networks) -> tuple[SPARLoss, ReplayBuffer]:
+def prepare(cfg: DictConfig, data: OfflineReplayBuffer) -> tuple[SPARLoss, ReplayBuffer]:
     """What all mixes of a seed start from: the anchor, its actions, and the fitted residuals."""
-    anchor = fit_anchor(networks.actor(), data, **cfg.anchor)
-    loss = make_spar_loss(
-        networks.observation_dim, data.action_spec, anchor=anchor, observation_stats=networks.stats, **cfg.spar.loss
-    )
-    rows = with_anchor_actions(loss, data)
-    return fit_vae(loss, rows, **cfg.vae), rows
+    # IQL shares the state value.
+    return pretrain(data, anchor=cfg.anchor, vae=cfg.vae, critics=None, with_value=True, **cfg.spar.loss)
 
 
 def train(cfg: DictConfig, name: str, start: SPARLoss, networks: Networks, rows: ReplayBuffer) -> dict[str, Any]:

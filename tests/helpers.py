@@ -45,7 +45,7 @@ def make_batch(*batch: int, dtype: torch.dtype = torch.float32, seed: int = 0) -
 def build_loss(seed: int = 0, **options: Any) -> SPARLoss:
     """A small loss whose head, targets and scale are away from their start."""
     torch.manual_seed(seed)
-    options = {"hidden": [16, 16], **options}
+    options = {"hidden": [16, 16], "with_value": True, **options}
     loss = make_spar_loss(OBSERVATION, Bounded(-1, 1, (ACTION,)), **options)
     loss.residual_scale = torch.tensor([0.3, 0.5, 0.8])
     generator = torch.Generator().manual_seed(seed + 1)

@@ -13,9 +13,10 @@ from torchrl_spar.evaluation.policy_file import load_policy, save_policy
 from torchrl_spar.evaluation.reference_scores import normalized_score, reference_returns
 from torchrl_spar.evaluation.rollouts import environment_sizes, evaluate, make_env
 from torchrl_spar.objective import SPARLoss
-from torchrl_spar.residual import ResidualHead, ResidualVAE, SPARActor
+from torchrl_spar.residual import GaussianEncoder, ResidualHead, ResidualVAE, SPARActor
+from torchrl_spar.sharing import share_critics
 from torchrl_spar.training.health import HealthCheck, check_finite
-from torchrl_spar.training.pretrain import fit_anchor, fit_critics, fit_vae, measure_residual_scale
+from torchrl_spar.training.pretrain import fit_anchor, fit_critics, fit_vae, measure_residual_scale, pretrain
 from torchrl_spar.training.progress import Progress
 from torchrl_spar.training.sampling import BatchSampler, with_anchor_actions
 from torchrl_spar.training.stacked import StackedSPARLoss
@@ -25,6 +26,7 @@ __all__ = [
     "BackgroundEvaluator",
     "BatchSampler",
     "FrozenAnchor",
+    "GaussianEncoder",
     "HealthCheck",
     "InputError",
     "NonFiniteError",
@@ -53,9 +55,11 @@ __all__ = [
     "measure_residual_scale",
     "normal_share",
     "normalized_score",
+    "pretrain",
     "reference_returns",
     "returns_to_go",
     "save_policy",
+    "share_critics",
     "support_distance",
     "tangent_normal_split",
     "with_anchor_actions",

@@ -1,39 +1,44 @@
-"""Default networks from the sizes of a task: the anchor, and the whole loss around it."""
+"""Default networks from a data set or from sizes: the anchor, the policy, and the whole loss."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential
-from torchrl.data import TensorSpec
+from torchrl.data import Bounded, TensorSpec
 from torchrl.modules import TanhModule, ValueOperator
 
+from torchrl_spar.data.buffer import OfflineReplayBuffer
 from torchrl_spar.errors import InputError, check_options
 from torchrl_spar.networks import ObservationNorm, StateMLP
 from torchrl_spar.objective import SPARLoss
 from torchrl_spar.residual import GaussianEncoder, ResidualHead, ResidualVAE, SPARActor, action_bounds
 
 HIDDEN = (256, 256)
+STATE = ["observation", "anchor_action"]
 ObservationStats = tuple[torch.Tensor, torch.Tensor]
+Device = torch.device | str | None
 
 
 def make_anchor(
-    observation_dim: int,
-    action_spec: TensorSpec,
+    data: OfflineReplayBuffer | int,
+    action_spec: TensorSpec | None = None,
     *,
     observation_stats: ObservationStats | None = None,
     hidden: Sequence[int] = HIDDEN,
-    device: torch.device | str | None = None,
+    device: Device = None,
 ) -> TensorDictSequential:
     """A deterministic behaviour policy, untrained: an MLP and a tanh to the action bounds.
 
     Args:
-        observation_dim: size of the observation.
+        data: the data set, which gives sizes, bounds, observation statistics and device; or the size of the
+            observation, then with ``action_spec``.
         action_spec: bounded action spec ``[action_dim]``.
         observation_stats: mean and standard deviation ``[observation_dim]`` that standardise the
-            observation inside the network; none by default.
+            observation inside the network; without a data set none by default.
         hidden: widths of the hidden layers.
         device: where the weights live.
 
@@ -41,7 +46,7 @@ def make_anchor(
         A module ``observation -> action``; train it with :func:`~torchrl_spar.fit_anchor`.
 
     Raises:
-        InputError: if the spec is not bounded, or the statistics are not of the observation's size.
+        InputError: if sizes are missing, the spec is not bounded, or the statistics are not of the observation's size.
 
     Source: ours.
 
@@ -51,18 +56,14 @@ def make_anchor(
         >>> make_anchor(3, Bounded(-1, 1, (2,)))(observation=torch.zeros(5, 3)).shape
         torch.Size([5, 2])
     """
-    low, high = (bound.to(device) for bound in action_bounds(action_spec))
-    norm = _observation_norm(observation_dim, observation_stats, device)
-    network = StateMLP(norm, observation_dim, low.numel(), hidden=hidden, device=device)
-    squash = TanhModule(in_keys=["action"], low=low, high=high)
-    return TensorDictSequential(TensorDictModule(network, ["observation"], ["action"]), squash)
+    return _Networks.of(data, action_spec, observation_stats, hidden, device).anchor()
 
 
 def make_spar_loss(
-    observation_dim: int,
-    action_spec: TensorSpec,
+    data: OfflineReplayBuffer | int,
+    action_spec: TensorSpec | None = None,
     *,
-    device: torch.device | str | None = None,
+    device: Device = None,
     anchor: TensorDictModuleBase | None = None,
     observation_stats: ObservationStats | None = None,
     head: Literal["residual", "latent"] = "residual",
@@ -70,24 +71,28 @@ def make_spar_loss(
     hidden: Sequence[int] = HIDDEN,
     num_qvalue_nets: int = 4,
     gamma: float = 0.99,
+    value_mix: float = 0.0,
+    with_value: bool = False,
     loss_class: type[SPARLoss] = SPARLoss,
     **options: Any,
 ) -> SPARLoss:
     """:class:`~torchrl_spar.SPARLoss` with default networks for vector observations.
 
     Args:
-        observation_dim: size of the observation.
+        data: the data set, which gives sizes, bounds, observation statistics and device; or the size of the
+            observation, then with ``action_spec``.
         action_spec: bounded action spec ``[action_dim]``, e.g. ``env.action_spec``.
         device: where everything lives.
         anchor: a trained behaviour policy ``observation -> action``; an untrained one of
             :func:`make_anchor` by default.
-        observation_stats: mean and standard deviation ``[observation_dim]``, e.g. those of
-            :func:`~torchrl_spar.load_offline_dataset`; every network standardises by them.
+        observation_stats: mean and standard deviation ``[observation_dim]``; every network standardises by them.
         head: ``"residual"`` (head A) or ``"latent"`` (head B).
         latent_dim: size of the latent; ``2 * action_dim`` by default.
         hidden: widths of every network's hidden layers.
         num_qvalue_nets: number of critics, each with its own initialisation and LayerNorm.
         gamma: discount.
+        value_mix: see :class:`~torchrl_spar.SPARLoss`; where it is positive, there is a value network.
+        with_value: whether there is one in any case, such as for an IQLLoss that shares it.
         loss_class: a subclass of ``SPARLoss`` to build instead.
         **options: every keyword of :class:`~torchrl_spar.SPARLoss`.
 
@@ -95,7 +100,7 @@ def make_spar_loss(
         The loss; ``loss.actor`` is the policy to deploy, ``loss.anchor`` the frozen one.
 
     Raises:
-        InputError: for an unknown or impossible option.
+        InputError: for missing sizes, or an unknown or impossible option.
 
     Source: sizes and LayerNorm critics are ours.
 
@@ -112,62 +117,122 @@ def make_spar_loss(
         (latent_dim is None or latent_dim >= 1, "latent_dim", latent_dim, "at least 1"),
         (0 <= gamma <= 1, "gamma", gamma, "between 0 and 1"),
     )
-    low, high = action_bounds(action_spec)
-    action_dim = low.numel()
-    latent_dim = 2 * action_dim if latent_dim is None else latent_dim
-    state_dim = observation_dim + action_dim
-
-    def network(in_features: int, out_features: int, layer_norm: bool = False) -> StateMLP:
-        norm = _observation_norm(observation_dim, observation_stats, device)
-        return StateMLP(norm, in_features, out_features, hidden=hidden, layer_norm=layer_norm, device=device)
-
-    state = ["observation", "anchor_action"]
-    vae = ResidualVAE(
-        TensorDictModule(
-            GaussianEncoder(network(state_dim + action_dim, 2 * latent_dim)),
-            [*state, "residual"],
-            ["latent_loc", "latent_log_std"],
-        ),
-        TensorDictModule(network(state_dim + latent_dim, action_dim), [*state, "latent"], ["residual"]),
-    )
-    is_latent = head == "latent"
-    if anchor is None:
-        anchor = make_anchor(
-            observation_dim, action_spec, observation_stats=observation_stats, hidden=hidden, device=device
-        )
-    actor = SPARActor(
-        anchor,
-        ResidualHead(
-            network(state_dim, latent_dim if is_latent else action_dim), state, ["latent" if is_latent else "residual"]
-        ),
-        action_spec=action_spec,
-        decoder=vae.decoder if is_latent else None,
-    ).to(device)
-    qvalue = [
-        ValueOperator(network(state_dim, 1, layer_norm=True), in_keys=["observation", "action"])
-        for _ in range(num_qvalue_nets)
-    ]
-    value = ValueOperator(network(observation_dim, 1, layer_norm=True), in_keys=["observation"])
+    make = _Networks.of(data, action_spec, observation_stats, hidden, device, latent_dim)
+    vae = ResidualVAE(make.encoder(), make.decoder())
+    actor = make.actor(head, vae.decoder, anchor)
+    qvalue = [make.qvalue() for _ in range(num_qvalue_nets)]
+    # Drawn in any case, so that a seed's other numbers do not depend on whether there is one.
+    value = make.value()
+    options = {"num_qvalue_nets": num_qvalue_nets, "value_mix": value_mix, **options}
     try:
-        loss = loss_class(actor, qvalue, value, vae, num_qvalue_nets=num_qvalue_nets, **options)
+        loss = loss_class(actor, qvalue, vae, value if with_value or value_mix else None, **options)
     except TypeError as err:
         raise InputError(f"unknown option for SPARLoss: {err}") from None
     loss.make_value_estimator(gamma=gamma)
-    # What save_policy needs to rebuild the actor.
-    loss.architecture = {
-        "observation_dim": observation_dim, "low": low.tolist(), "high": high.tolist(),
-        "head": head, "latent_dim": latent_dim, "hidden": list(hidden),
-    }  # fmt: skip
-    return loss.to(device)
+    return loss.to(make.device)
 
 
-def _observation_norm(
-    observation_dim: int, stats: ObservationStats | None, device: torch.device | str | None
-) -> ObservationNorm:
-    loc, scale = stats or (torch.zeros(observation_dim), torch.ones(observation_dim))
-    if loc.shape != (observation_dim,) or scale.shape != (observation_dim,):
-        raise InputError(
-            f"observation_stats have shapes {tuple(loc.shape)} and {tuple(scale.shape)}; "
-            f"both must be [{observation_dim}]"
+def rebuild_actor(
+    *, observation_dim: int, low: list[float], high: list[float], head: str, latent_dim: int, hidden: list[int]
+) -> SPARActor:
+    """A default policy, untrained, from the facts in its ``architecture``; no random number is drawn.
+
+    Source: ours.
+
+    Examples:
+        >>> from torchrl_spar import make_spar_loss
+        >>> actor = make_spar_loss(3, Bounded(-1, 1, (2,))).actor
+        >>> rebuild_actor(**actor.architecture).load_state_dict(actor.state_dict())
+        <All keys matched successfully>
+    """
+    bounds = torch.tensor(low), torch.tensor(high)
+    spec = Bounded(*bounds, bounds[0].shape, dtype=bounds[0].dtype)
+    with torch.random.fork_rng(devices=[]):
+        make = _Networks.of(observation_dim, spec, None, hidden, None, latent_dim)
+        return make.actor(head, make.decoder() if head == "latent" else None, None)
+
+
+@dataclass
+class _Networks:
+    """The default networks of one task."""
+
+    observation_dim: int
+    action_spec: TensorSpec
+    stats: ObservationStats
+    hidden: Sequence[int]
+    device: Device
+    latent_dim: int
+    low: torch.Tensor
+    high: torch.Tensor
+
+    @classmethod
+    def of(
+        cls,
+        data: OfflineReplayBuffer | int,
+        action_spec: TensorSpec | None,
+        stats: ObservationStats | None,
+        hidden: Sequence[int],
+        device: Device,
+        latent_dim: int | None = None,
+    ) -> _Networks:
+        if isinstance(data, OfflineReplayBuffer):
+            loc, scale = data.observation_loc, data.observation_scale
+            size, stats, device = loc.numel(), stats or (loc, scale), device or loc.device
+            action_spec = data.action_spec if action_spec is None else action_spec
+        elif isinstance(data, int) and action_spec is not None:
+            size, stats = data, stats or (torch.zeros(data), torch.ones(data))
+        else:
+            raise InputError(
+                "give the data set, as load_offline_dataset returns it, or the observation's size and an action_spec; "
+                f"got {type(data).__name__} and action_spec={action_spec}"
+            )
+        if any(stat.shape != (size,) for stat in stats):
+            shapes = " and ".join(str(tuple(stat.shape)) for stat in stats)
+            raise InputError(f"observation_stats have shapes {shapes}; both must be [{size}]")
+        low, high = (bound.to(device) for bound in action_bounds(action_spec))
+        return cls(size, action_spec, stats, hidden, device, latent_dim or 2 * low.numel(), low, high)
+
+    @property
+    def action_dim(self) -> int:
+        return self.low.numel()
+
+    def body(self, inputs: int, outputs: int, *, layer_norm: bool = False) -> StateMLP:
+        """Reads the observation and `inputs` more numbers."""
+        norm = ObservationNorm(*(stat.to(self.device) for stat in self.stats))
+        size = self.observation_dim + inputs
+        return StateMLP(norm, size, outputs, hidden=self.hidden, layer_norm=layer_norm, device=self.device)
+
+    def anchor(self) -> TensorDictSequential:
+        squash = TanhModule(in_keys=["action"], low=self.low, high=self.high)
+        return TensorDictSequential(
+            TensorDictModule(self.body(0, self.action_dim), ["observation"], ["action"]), squash
         )
-    return ObservationNorm(loc.to(device), scale.to(device))
+
+    def encoder(self) -> TensorDictModule:
+        network = GaussianEncoder(self.body(2 * self.action_dim, 2 * self.latent_dim))
+        return TensorDictModule(network, [*STATE, "residual"], ["latent_loc", "latent_log_std"])
+
+    def decoder(self) -> TensorDictModule:
+        network = self.body(self.action_dim + self.latent_dim, self.action_dim)
+        return TensorDictModule(network, [*STATE, "latent"], ["residual"])
+
+    def actor(self, head: str, decoder: TensorDictModuleBase | None, anchor: TensorDictModuleBase | None) -> SPARActor:
+        """The policy; head B alone takes the decoder."""
+        is_latent = head == "latent"
+        anchor = self.anchor() if anchor is None else anchor
+        network = self.body(self.action_dim, self.latent_dim if is_latent else self.action_dim)
+        actor = SPARActor(
+            anchor, ResidualHead(network, STATE, ["latent" if is_latent else "residual"]),
+            action_spec=self.action_spec, decoder=decoder if is_latent else None,
+        ).to(self.device)  # fmt: skip
+        actor.architecture = {
+            "observation_dim": self.observation_dim, "low": self.low.tolist(), "high": self.high.tolist(),
+            "head": head, "latent_dim": self.latent_dim, "hidden": list(self.hidden),
+        }  # fmt: skip
+        return actor
+
+    def qvalue(self) -> ValueOperator:
+        return ValueOperator(self.body(self.action_dim, 1, layer_norm=True), in_keys=["observation", "action"])
+
+    def value(self) -> ValueOperator:
+        return ValueOperator(self.body(0, 1, layer_norm=True), in_keys=["observation"])

@@ -23,7 +23,7 @@ from torchrl_spar.residual import GaussianEncoder, ResidualHead, ResidualVAE, SP
 
 # OmegaConf's: to be given.
 MISSING: Any = "???"
-NETWORKS = ("actor_network", "qvalue_network", "value_network", "residual_vae")
+NETWORKS = ("actor_network", "qvalue_network", "residual_vae", "value_network")
 
 
 @dataclass
@@ -46,7 +46,6 @@ class SPARLossConfig:
         ...     actor_network=SPARActorConfig(
         ...         anchor=anchor, head=ResidualHeadConfig(network=mlp(5, 2)), low=[-1, -1], high=[1, 1]),
         ...     qvalue_network=module(mlp(5, 1), ["observation", "action"], ["state_action_value"]),
-        ...     value_network=module(mlp(3, 1), ["observation"], ["state_value"]),
         ...     residual_vae=ResidualVAEConfig(encoder_network=mlp(7, 8), decoder_network=mlp(9, 2)),
         ...     kappa=0.5, gamma=0.995)
         >>> from hydra.utils import instantiate
@@ -57,8 +56,8 @@ class SPARLossConfig:
 
     actor_network: Any = None
     qvalue_network: Any = None
-    value_network: Any = None
     residual_vae: Any = None
+    value_network: Any = None
     num_qvalue_nets: int = 4
     bound: str = "lcb"
     kappa: float = 1.0
@@ -78,8 +77,7 @@ class SPARLossConfig:
     temperature: float = 0.3
     lsi_coeff: float = 1.0
     trust_coeff: float = 1.0
-    latent_reg: float = 0.0
-    reduction: str = "mean"
+    reduction: str | None = None
     use_prioritized_weights: str | bool = "auto"
     gamma: float | None = None
     _target_: str = "torchrl_spar.configs._make_loss"
@@ -179,7 +177,7 @@ def dtype_of(name: str | None) -> torch.dtype | None:
 
 def _make_loss(*, gamma: float | None, candidate_dtype: str | None, **options: Any) -> SPARLoss:
     networks = {name: _built(options.pop(name)) for name in NETWORKS}
-    if missing := [name for name, network in networks.items() if network is None]:
+    if missing := [name for name, network in networks.items() if network is None and name != "value_network"]:
         raise InputError(f"loss: spar needs {', '.join(missing)}")
     actor = networks["actor_network"]
     if isinstance(actor, SPARActor) and actor.is_latent:

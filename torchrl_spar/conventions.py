@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -14,7 +15,7 @@ from torchrl.objectives.common import LossModule
 from torchrl.objectives.utils import ValueEstimators, dispatch_value_estimator
 from torchrl.objectives.value import ValueEstimatorBase
 
-from torchrl_spar.errors import InputError, check_options
+from torchrl_spar.errors import InputError, check_options, first_line
 from torchrl_spar.functional import call, call_ensemble
 from torchrl_spar.residual import ResidualVAE, SPARActor
 
@@ -25,12 +26,12 @@ class SPARLossBase(LossModule):
     Args:
         actor_network: see :class:`~torchrl_spar.SPARLoss`, as for the others.
         qvalue_network: the critics.
-        value_network: the state value.
         residual_vae: the conditional VAE.
+        value_network: the state value, or None.
 
     Keyword Args:
         num_qvalue_nets: number of critics.
-        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+        reduction: ``"mean"``, ``"sum"``, ``"none"`` or None, which means ``"mean"``.
         use_prioritized_weights: see TorchRL's losses.
 
     Raises:
@@ -103,30 +104,41 @@ class SPARLossBase(LossModule):
         self,
         actor_network: SPARActor,
         qvalue_network: TensorDictModuleBase | list[TensorDictModuleBase],
-        value_network: TensorDictModuleBase,
         residual_vae: ResidualVAE,
+        value_network: TensorDictModuleBase | None,
         *,
         num_qvalue_nets: int,
-        reduction: Literal["mean", "sum", "none"],
+        reduction: Literal["mean", "sum", "none"] | None,
         use_prioritized_weights: bool | Literal["auto"],
     ) -> None:
         super().__init__()
         if not isinstance(actor_network, SPARActor):
-            raise InputError(f"actor_network must be a SPARActor, not {type(actor_network).__name__}")
+            raise InputError(
+                f"actor_network must be a SPARActor, not {type(actor_network).__name__}: an actor of your own is the "
+                "anchor, as in make_spar_loss(data, anchor=actor) or SPARActor(actor, head, action_spec=...)"
+            )
+        if not isinstance(residual_vae, ResidualVAE):
+            raise InputError(f"residual_vae must be a ResidualVAE, not {type(residual_vae).__name__}")
         if actor_network.is_latent and actor_network.decoder is not residual_vae.decoder:
             raise InputError("actor_network: the decoder of a latent head (head B) must be residual_vae.decoder itself")
         check_options(
             (num_qvalue_nets >= 1, "num_qvalue_nets", num_qvalue_nets, "at least 1"),
-            (reduction in ("mean", "sum", "none"), "reduction", reduction, "'mean', 'sum' or 'none'"),
+            (reduction in (None, "mean", "sum", "none"), "reduction", reduction, "'mean', 'sum' or 'none'"),
         )
+        if isinstance(qvalue_network, list) and len(qvalue_network) != num_qvalue_nets:
+            raise InputError(
+                f"qvalue_network: a list of {len(qvalue_network)} critics, but num_qvalue_nets={num_qvalue_nets}"
+            )
         self._in_keys: list[NestedKey] | None = None
         self.convert_to_functional(residual_vae, "residual_vae")
         # Head B shares the decoder's parameters with the VAE; the target is then their common average.
         self.convert_to_functional(actor_network, "actor_network", create_target_params=True)
-        self.convert_to_functional(value_network, "value_network")
+        self.has_value = value_network is not None
+        if value_network is not None:
+            self.convert_to_functional(value_network, "value_network")
         self.convert_to_functional(qvalue_network, "qvalue_network", num_qvalue_nets, create_target_params=True)
         self.num_qvalue_nets = num_qvalue_nets
-        self.reduction = reduction
+        self.reduction = reduction or "mean"
         self.use_prioritized_weights = use_prioritized_weights
 
     # ------------------------------------------------------------------ policies
@@ -158,7 +170,7 @@ class SPARLossBase(LossModule):
     # ------------------------------------------------------------------ calls of the networks
 
     def network_params(self, name: str) -> TensorDictParams:
-        """The parameters of ``"actor_network"``, ``"qvalue_network"``, ``"value_network"`` or ``"residual_vae"``."""
+        """The parameters of ``"actor_network"``, ``"qvalue_network"``, ``"residual_vae"`` or ``"value_network"``."""
         return self._modules[f"{name}_params"]
 
     def target_params(self, name: str) -> TensorDictParams:
@@ -187,7 +199,7 @@ class SPARLossBase(LossModule):
         params = self.target_params("actor_network") if target else self.actor_network_params
         out = call(actor.head, params.get("head"), state, {})
         if not actor.is_latent:
-            return None, out[self.tensor_keys.residual]
+            return None, self._sized(out, self.tensor_keys.residual, "the head")
         latent = out[self.tensor_keys.latent]
         # The decoder is the VAE's own: the head's gradient passes through it and leaves it as it is.
         decoder = params if target else self.residual_vae_params
@@ -201,7 +213,8 @@ class SPARLossBase(LossModule):
     def _encode(self, state: TensorDictBase, residual: Tensor) -> tuple[Tensor, Tensor]:
         keys, entries = self.tensor_keys, {self.tensor_keys.residual: residual}
         out = call(self.residual_vae.encoder, self.residual_vae_params.get("encoder"), state, entries)
-        return out[keys.latent_loc], out[keys.latent_log_std]
+        loc = out[keys.latent_loc]
+        return loc, self._sized(out, keys.latent_log_std, "the encoder", loc.shape[-1])
 
     def _decode(
         self, state: TensorDictBase, latent: Tensor, params: TensorDictBase | None = None, *, frozen: bool = False
@@ -209,10 +222,11 @@ class SPARLossBase(LossModule):
         """The residual of a latent; latents with more leading dimensions repeat the state along them."""
         keys, params = self.tensor_keys, self.residual_vae_params if params is None else params
         out = call(self.residual_vae.decoder, params.get("decoder"), state, {keys.latent: latent}, frozen=frozen)
-        return out[keys.residual]
+        return self._sized(out, keys.residual, "the decoder")
 
     def _value(self, state: TensorDictBase) -> Tensor:
-        return call(self.value_network, self.value_network_params, state, {})[self.tensor_keys.value].squeeze(-1)
+        out = call(self.value_network, self.value_network_params, state, {})
+        return self._sized(out, self.tensor_keys.value, "the value network", 1).squeeze(-1)
 
     def _qvalue(
         self, state: TensorDictBase, action: Tensor, params: TensorDictBase, *, dtype: torch.dtype | None = None
@@ -221,7 +235,15 @@ class SPARLossBase(LossModule):
         keys = self.tensor_keys
         entries = {keys.action: action}
         out_key = keys.state_action_value
-        return call_ensemble(self.qvalue_network, params, state, entries, out_key=out_key, dtype=dtype).squeeze(-1)
+        values = call_ensemble(self.qvalue_network, params, state, entries, out_key=out_key, dtype=dtype)
+        return self._sized({out_key: values}, out_key, "a critic", 1).squeeze(-1)
+
+    def _sized(self, out: Mapping[NestedKey, Tensor], key: NestedKey, writer: str, size: int | None = None) -> Tensor:
+        """An output, of the action's size by default: another one would be repeated without a word."""
+        size = self.residual_scale.shape[-1] if size is None else size
+        if out[key].shape[-1] != size:
+            raise InputError(f"{writer} writes {key!r} of size {out[key].shape[-1]}; it must be {size}")
+        return out[key]
 
     # ------------------------------------------------------------------ TorchRL's conventions
 
@@ -248,7 +270,8 @@ class SPARLossBase(LossModule):
 
     def reset_parameters_recursive(self) -> None:
         """Draws new parameters for every network but the anchor, and copies them to the targets."""
-        for name in ("residual_vae", "actor_network", "value_network", "qvalue_network"):
+        value = ["value_network"] if self.has_value else []
+        for name in ("residual_vae", "actor_network", *value, "qvalue_network"):
             module, params = getattr(self, name), getattr(self, f"{name}_params").data
             # One member at a time: initialisers read the fan-in off the weight's shape.
             for member in params.unbind(0) if params.ndim else (params,):
@@ -289,11 +312,11 @@ class SPARLossBase(LossModule):
             # The anchor may read an action (a chunk's history, say), so its keys are listed whole.
             now = [
                 *self.actor_network.in_keys,
-                *self._state_keys(self.residual_vae, self.qvalue_network, self.value_network),
+                *self._state_keys(self.residual_vae, self.qvalue_network, *self._values),
             ]
             later = [*self.actor_network.in_keys, *self._state_keys(self.qvalue_network)]
             if self.value_mix > 0:
-                later += self._state_keys(self.value_network)
+                later += self._state_keys(*self._values)
             later += [keys.reward, keys.done, keys.terminated]
             self._in_keys = list(dict.fromkeys([keys.action, *now, *(under_next(key) for key in later)]))
         return self._in_keys
@@ -308,10 +331,47 @@ class SPARLossBase(LossModule):
         actor = self.actor_network
         return [actor.head] if actor.decoder is None else [actor.head, actor.decoder]
 
+    @property
+    def _values(self) -> list[TensorDictModuleBase]:
+        return [self.value_network] if self.has_value else []
+
+    def check_entries(self, tensordict: TensorDictBase) -> None:
+        """Raises an :class:`~torchrl_spar.InputError` that names the entries of a batch that the loss lacks."""
+        missing = [key for key in self._needed_keys(tensordict) if tensordict.get(key, None) is None]
+        if missing:
+            raise InputError(f"the batch lacks {missing}; if they have other names, tell the loss by set_keys")
+
+    @torch.no_grad()
+    def explain(self, tensordict: TensorDictBase) -> None:
+        """After a failure: raises an :class:`~torchrl_spar.InputError` if a network cannot take a row of this batch."""
+        self.check_entries(tensordict)
+        keys, row = self.tensor_keys, tensordict.reshape(-1)[:1]
+        action = self.residual_scale.shape[-1]
+        if row[keys.action].shape[-1] != action:
+            raise InputError(f"{keys.action!r} has size {row[keys.action].shape[-1]}; the policy's has {action}")
+
+        def attempt(name: str, module: TensorDictModuleBase, run: Callable[[], Any]) -> Any:
+            try:
+                return run()
+            except RuntimeError as err:
+                sizes = {key: tuple(row[key].shape[1:]) for key in module.in_keys if row.get(key, None) is not None}
+                raise InputError(f"{name} cannot take this batch, whose sizes are {sizes}: {first_line(err)}") from err
+
+        vae, head = self.residual_vae, self.actor_network.head
+        state = attempt("the anchor", self.actor_network.anchor, lambda: self._anchored(row))
+        residual = self._data_residual(row, state)
+        latent, _ = attempt("the encoder", vae.encoder, lambda: self._encode(state, residual))
+        attempt("the decoder", vae.decoder, lambda: self._decode(state, latent))
+        attempt("the head", head, lambda: self._rectify(state))
+        critics, params = self.qvalue_network, self.qvalue_network_params
+        attempt("a critic", critics, lambda: self._qvalue(state, row[keys.action], params))
+        for network in self._values:
+            attempt("the value network", network, lambda: self._value(row))
+
     def _needed_keys(self, tensordict: TensorDictBase) -> list[NestedKey]:
         """The in_keys, less what the anchor alone reads where its action is given."""
         keys = self.tensor_keys
-        others = self._state_keys(*self._rectifiers, self.residual_vae, self.qvalue_network, self.value_network)
+        others = self._state_keys(*self._rectifiers, self.residual_vae, self.qvalue_network, *self._values)
         anchors = {*self.actor_network.anchor.in_keys}.difference(others, [keys.action])
         spared: set[NestedKey] = set()
         if tensordict.get(keys.anchor_action, None) is not None:
@@ -323,6 +383,11 @@ class SPARLossBase(LossModule):
     def _forward_value_estimator_keys(self, **kwargs: Any) -> None:
         super()._forward_value_estimator_keys(**kwargs)
         self._in_keys = None
+
+    def _noise(self, tensordict: TensorDictBase, key: NestedKey, like: Tensor) -> Tensor:
+        """The batch's own noise, else standard normal noise of the shape of `like`."""
+        noise = tensordict.get(key, None)
+        return torch.randn_like(like) if noise is None else check_shape(noise, like.shape, key)
 
     def _valid(self, tensordict: TensorDictBase, like: Tensor) -> Tensor | None:
         """The padding mask in the shape of a per-position tensor, or None."""
@@ -349,6 +414,20 @@ def under_next(key: NestedKey) -> NestedKey:
         (('next', 'reward'), ('next', 'robot', 'reward'))
     """
     return ("next", *key) if isinstance(key, tuple) else ("next", key)
+
+
+def check_shape(noise: Tensor, shape: Sequence[int], key: NestedKey) -> Tensor:
+    """The noise itself; an :class:`~torchrl_spar.InputError` where it is not of this shape.
+
+    Examples:
+        >>> check_shape(torch.zeros(5, 2), (5, 3), "action_noise")
+        Traceback (most recent call last):
+            ...
+        torchrl_spar.errors.InputError: 'action_noise' has shape (5, 2); this loss needs (5, 3)
+    """
+    if noise.shape != torch.Size(shape):
+        raise InputError(f"{key!r} has shape {tuple(noise.shape)}; this loss needs {tuple(shape)}")
+    return noise
 
 
 def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:

@@ -1,7 +1,7 @@
 """Calls of a module with parameters it does not own: directly for this package's networks, else through tensordict.
 
 Binding parameters with ``to_module`` and passing tensordicts costs more than the work of a small network.
-A network with a method ``functional(params, *inputs)`` is called without either; hooks registered on it do not run.
+A network with ``functional(params, *inputs)`` is called without either, where that does the same (functional_of).
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import torch
 from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import TensorDictModule, TensorDictModuleBase
 from torch import Tensor
+
+from torchrl_spar.networks import functional_of
 
 
 def call(
@@ -94,7 +96,7 @@ def call_ensemble(
 def _direct(module: TensorDictModuleBase) -> Any:
     """The network's ``functional``, where calling it is all that the module would do."""
     plain = isinstance(module, TensorDictModule) and type(module).forward is TensorDictModule.forward
-    return getattr(module.module, "functional", None) if plain else None
+    return functional_of(module.module) if plain and not (module._forward_hooks or module._forward_pre_hooks) else None
 
 
 def _inputs(module: TensorDictModuleBase, state: TensorDictBase, entries: Mapping[NestedKey, Tensor]) -> list[Tensor]:

@@ -2,13 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torchrl.modules import MLP
+
+
+def functional_of(network: Any) -> Callable[..., Any] | None:
+    """``network.functional``, a call with other parameters, where it does what calling the network does; else None.
+
+    It does not where a subclass overrides ``forward`` alone, or where a hook is registered.
+
+    Source: ours.
+
+    Examples:
+        >>> functional_of(nn.Linear(3, 2)) is None
+        True
+    """
+    return network.functional if _is_its_forward(type(network)) and not _is_hooked(network) else None
+
+
+def _is_its_forward(kind: type) -> bool:
+    """Whether the class that defines ``forward`` defines ``functional``, too."""
+    first = next((cls for cls in kind.__mro__ if "forward" in vars(cls) or "functional" in vars(cls)), kind)
+    return "functional" in vars(first)
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    own = module.__dict__
+    return bool(own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own)
 
 
 class ObservationNorm(nn.Module):
@@ -37,6 +62,9 @@ class ObservationNorm(nn.Module):
     def forward(self, observation: torch.Tensor) -> torch.Tensor:
         """The standardised observation ``[*B, observation_dim]``."""
         return (observation - self.loc) / self.scale
+
+
+KNOWN = {ObservationNorm, MLP, nn.Linear, nn.LayerNorm, nn.ReLU}
 
 
 class StateMLP(nn.Module):
@@ -85,7 +113,14 @@ class StateMLP(nn.Module):
         """``[*B, out_features]`` of the raw observation ``[*B, observation_dim]`` and ``[*B, features]`` each."""
         return self.mlp(torch.cat((self.norm(observation), *inputs), -1))
 
-    def functional(
+    @property
+    def functional(self) -> Callable[..., torch.Tensor] | None:
+        """:meth:`call_with`, where norm and layers are those that it knows; None where one was replaced."""
+        parts = self.norm, self.mlp, *self.mlp
+        known = all(type(part) in KNOWN and not _is_hooked(part) for part in parts)
+        return self.call_with if known else None
+
+    def call_with(
         self,
         params: Mapping[str, Any],
         observation: torch.Tensor,
@@ -104,7 +139,7 @@ class StateMLP(nn.Module):
             >>> from tensordict import TensorDict
             >>> net = StateMLP(ObservationNorm(torch.zeros(3), torch.ones(3)), 3 + 2, 1, hidden=[8])
             >>> params = TensorDict.from_module(net).to_dict()
-            >>> net.functional(params, torch.zeros(5, 3), torch.zeros(7, 5, 2)).shape
+            >>> net.call_with(params, torch.zeros(5, 3), torch.zeros(7, 5, 2)).shape
             torch.Size([7, 5, 1])
         """
         norm, layers = params["norm"], params["mlp"]
@@ -122,11 +157,9 @@ class StateMLP(nn.Module):
                 out = F.linear(out.to(own["weight"].dtype), own["weight"], own["bias"])
             elif isinstance(layer, nn.LayerNorm):
                 out = F.layer_norm(out, layer.normalized_shape, own["weight"], own["bias"], layer.eps)
-            elif isinstance(layer, nn.ReLU):
+            else:
                 # In place: neither a linear layer nor a LayerNorm needs its output for its gradient.
                 out = F.relu_(out)
-            else:
-                out = layer(out)
         return out
 
 

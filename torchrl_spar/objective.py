@@ -28,12 +28,12 @@ from tensordict.nn import TensorDictModuleBase, dispatch
 from torch import Tensor
 from torchrl.objectives.utils import distance_loss
 
-from torchrl_spar.conventions import SPARLossBase, masked_mean, under_next
+from torchrl_spar.conventions import SPARLossBase, check_shape, masked_mean, under_next
 from torchrl_spar.ensemble import Bound, lower_bound, spread
 from torchrl_spar.errors import InputError, check_options
 from torchrl_spar.residual import ResidualVAE, SPARActor
 
-# exp(2.3) is about 10: no sample weighs more than ten average ones before normalisation.
+# The weights lie between exp(-5) and exp(2.3) = 10 before they are divided by their mean.
 TRUST_LOG_WEIGHT_RANGE = (-5.0, 2.3)
 TINY = 1e-8
 
@@ -56,8 +56,9 @@ class SPARLoss(SPARLossBase):
         qvalue_network: one critic, copied ``num_qvalue_nets`` times and drawn anew (TorchRL's
             rule), or a list of critics that keep their own initialisation. Reads the
             observation and the action, writes ``state_action_value`` ``[*B, 1]``.
-        value_network: reads the observation, writes ``state_value`` ``[*B, 1]``.
         residual_vae: the conditional VAE over residuals.
+        value_network: reads the observation, writes ``state_value`` ``[*B, 1]``; needed where ``value_mix`` is
+            positive. Where there is none, there is no ``loss_value``.
 
     Keyword Args:
         num_qvalue_nets: number of critics E (ours: 4).
@@ -88,13 +89,12 @@ class SPARLoss(SPARLossBase):
         lsi_coeff: weight of self-imitation, a buffer that can be scheduled (ours: 1). 0 leaves the term out for good
             (the ablation): a schedule starts above it.
         trust_coeff: lambda, the weight of the advantage-weighted fit to the data's own residuals; likewise (ours: 1).
-        latent_reg: head B only, weight of the pull of the latent to its prior (ours: 0).
-        reduction: ``"mean"``, ``"sum"`` or ``"none"`` (the batch's shape).
+        reduction: ``"mean"`` (also by None), ``"sum"`` or ``"none"`` (the batch's shape).
         use_prioritized_weights: see TorchRL's losses.
 
     Raises:
-        InputError: for an option out of range, or networks that do not fit together.
-        KeyError: when the batch lacks a key, which it names.
+        InputError: for an option out of range, networks that do not fit together, or a batch that lacks an entry or
+            has noise of another shape; it names the culprit.
 
     Source: the paper's parts (https://arxiv.org/abs/2605.27877) as far as each method says so; the rest is ours.
 
@@ -105,7 +105,7 @@ class SPARLoss(SPARLossBase):
         >>> from torchrl.objectives import SoftUpdate
         >>> from torchrl_spar import make_spar_loss
         >>> loss = make_spar_loss(3, Bounded(-1, 1, (2,)))
-        >>> updater = SoftUpdate(loss, tau=0.005)
+        >>> updater = SoftUpdate(loss, tau=0.01)
         >>> optimizer = torch.optim.Adam(loss.parameters(), lr=3e-4)
         >>> batch = TensorDict({
         ...     "observation": torch.randn(32, 3), "action": torch.rand(32, 2) * 2 - 1,
@@ -114,7 +114,7 @@ class SPARLoss(SPARLossBase):
         ...              "terminated": torch.zeros(32, 1, dtype=torch.bool)}}, [32])
         >>> losses = loss(batch)
         >>> sorted(key for key in losses.keys() if key.startswith("loss_"))
-        ['loss_vae', 'loss_qvalue', 'loss_actor', 'loss_value']
+        ['loss_actor', 'loss_qvalue', 'loss_vae']
         >>> sum(losses[key] for key in losses.keys() if key.startswith("loss_")).backward()
         >>> optimizer.step(); updater.step()
         >>> loss.actor(observation=torch.zeros(1, 3)).shape
@@ -135,8 +135,8 @@ class SPARLoss(SPARLossBase):
         self,
         actor_network: SPARActor,
         qvalue_network: TensorDictModuleBase | list[TensorDictModuleBase],
-        value_network: TensorDictModuleBase,
         residual_vae: ResidualVAE,
+        value_network: TensorDictModuleBase | None = None,
         *,
         num_qvalue_nets: int = 4,
         bound: Bound = "lcb",
@@ -157,12 +157,11 @@ class SPARLoss(SPARLossBase):
         temperature: float = 0.3,
         lsi_coeff: float = 1.0,
         trust_coeff: float = 1.0,
-        latent_reg: float = 0.0,
-        reduction: Literal["mean", "sum", "none"] = "mean",
+        reduction: Literal["mean", "sum", "none"] | None = None,
         use_prioritized_weights: bool | Literal["auto"] = "auto",
     ) -> None:
         super().__init__(
-            actor_network, qvalue_network, value_network, residual_vae, num_qvalue_nets=num_qvalue_nets,
+            actor_network, qvalue_network, residual_vae, value_network, num_qvalue_nets=num_qvalue_nets,
             reduction=reduction, use_prioritized_weights=use_prioritized_weights,
         )  # fmt: skip
         self.bound: Bound = bound
@@ -180,7 +179,6 @@ class SPARLoss(SPARLossBase):
         self.latent_bound = latent_bound
         self.candidate_dtype = candidate_dtype
         self.temperature = temperature
-        self.latent_reg = latent_reg
         self.has_lsi, self.has_trust = lsi_coeff > 0, trust_coeff > 0
         device = self._default_device
         self.register_coeff_buffer("reward_scale", float(reward_scale), device=device)
@@ -208,8 +206,7 @@ class SPARLoss(SPARLossBase):
         state = self._anchored(tensordict, self.residual_vae)
         residual = self._data_residual(tensordict, state)
         loc, log_std = self._encode(state, residual)
-        noise = tensordict.get(self.tensor_keys.latent_noise, None)
-        latent = loc + log_std.exp() * (torch.randn_like(loc) if noise is None else noise)
+        latent = loc + log_std.exp() * self._noise(tensordict, self.tensor_keys.latent_noise, loc)
         error = (self._decode(state, latent) - residual).pow(2).mean(-1)
         kl = (0.5 * (loc.pow(2) + (2 * log_std).exp() - 1) - log_std).mean(-1)
         mask = self._valid(tensordict, error)
@@ -233,7 +230,7 @@ class SPARLoss(SPARLossBase):
         """
         with torch.no_grad():
             keys = self.tensor_keys
-            next_value = self._next_value(tensordict["next"], tensordict.get(keys.action_noise, None))
+            next_value = self._next_value(tensordict)
             outcome = tensordict.select(*(under_next(key) for key in (keys.reward, keys.done, keys.terminated)))
             outcome.set(under_next(keys.reward), self.reward_scale * outcome[under_next(keys.reward)])
             outcome.set(under_next(keys.value), next_value.unsqueeze(-1))
@@ -244,14 +241,15 @@ class SPARLoss(SPARLossBase):
         loss, metadata = self.qvalue_regression(tensordict, target)
         return loss, metadata | {"next_state_value": masked_mean(next_value, self._valid(tensordict, target))}
 
-    def _next_value(self, following: TensorDictBase, noise: Tensor | None) -> Tensor:
+    def _next_value(self, tensordict: TensorDictBase) -> Tensor:
         """The bootstrapped value of the next state, ``[*B]``."""
+        following = tensordict["next"]
         if self.value_mix == 1:
             return self._value(following)
         state = self._anchored(following, *self._rectifiers, self.qvalue_network)
         action = self._compose(state.get(self.tensor_keys.anchor_action), self._rectify(state, target=True)[1])
         low, high = self.actor_network_params.get("low"), self.actor_network_params.get("high")
-        noise = torch.randn_like(action) if noise is None else noise
+        noise = self._noise(tensordict, self.tensor_keys.action_noise, action)
         noise = (noise * self.policy_noise).clamp(-self.noise_clip, self.noise_clip)
         action = (action + noise * (high - low) / 2).clamp(low, high)
         value = self._lower_bound(self._qvalue(state, action, self.target_params("qvalue_network")))
@@ -325,8 +323,6 @@ class SPARLoss(SPARLossBase):
             weight, diagnostics = self.trust_weight(tensordict, state, residual, mask)
             loss = loss + self.trust_coeff * weight * (residual - data_residual).pow(2).mean(-1)
             metadata.update(diagnostics)
-        if latent is not None and self.latent_reg:
-            loss = loss + self.latent_reg * latent.pow(2).mean(-1)
         size = masked_mean(residual.detach().pow(2).mean(-1), mask)
         data_size = masked_mean(data_residual.pow(2).mean(-1), mask)
         metadata["residual_ratio"] = (size / data_size.clamp_min(TINY)).sqrt()
@@ -360,7 +356,7 @@ class SPARLoss(SPARLossBase):
         mask: Tensor | None = None,
         noise: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """What the head should have said: the value-weighted mean of its candidates.
+        """Regression target of the head: the value-weighted mean of its candidates.
 
         The first candidate is the policy's own latent ``z_0``; the others are ``z_k = clamp(sigma eps_k)``,
         draws of the prior, or with ``candidates="policy"`` its neighbours ``clamp(z_0 + sigma eps_k)``. They are
@@ -379,7 +375,7 @@ class SPARLoss(SPARLossBase):
             residual: the policy's scaled residual ``[*B, action_dim]``.
             latent: head B's latent ``[*B, latent_dim]``; by default the encoder's mean for ``residual``.
             mask: valid positions ``[*B]``.
-            noise: standard normal ``[*B, K, latent_dim]``; drawn by default.
+            noise: standard normal ``[*B, K, latent_dim]``, the first candidate's unused; drawn by default.
 
         Returns:
             The target (residual, or latent where ``latent`` is given), without gradient,
@@ -393,7 +389,8 @@ class SPARLoss(SPARLossBase):
         if noise is None:
             noise = centre.new_empty(self.num_candidates - 1, *centre.shape).normal_()
         else:
-            noise = noise.movedim(-2, 0)[1:]
+            shape = (*centre.shape[:-1], self.num_candidates, centre.shape[-1])
+            noise = check_shape(noise, shape, self.tensor_keys.candidate_noise).movedim(-2, 0)[1:]
         drawn = self.latent_std * noise
         latents = torch.cat((centre.unsqueeze(0), drawn if self.candidates == "prior" else centre + drawn))
         latents = latents.clamp(-self.latent_bound, self.latent_bound)
@@ -456,16 +453,21 @@ class SPARLoss(SPARLossBase):
             A TensorDict of scalars (``loss_*`` of shape ``[*B]`` with ``reduction="none"``): the losses and the
             diagnostics of all terms, named in ``out_keys``.
         """
-        tensordict.select(*self._needed_keys(tensordict))  # a missing key is named here, before any work
-        batch = tensordict.clone(False)
-        # Every term needs the anchor's action: ask once.
-        batch.set(self.tensor_keys.anchor_action, self._anchored(batch).get(self.tensor_keys.anchor_action))
+        self.check_entries(tensordict)
+        batch, anchor_key = tensordict.clone(False), self.tensor_keys.anchor_action
         out: dict[str, Tensor] = {}
         terms = {"vae": self.vae_loss} if self.joint_vae else {}
-        terms |= {"value": self.value_loss, "qvalue": self.qvalue_loss, "actor": self.actor_loss}
-        for name, term in terms.items():
-            out[f"loss_{name}"], metadata = term(batch)
-            out |= metadata
+        terms |= {"value": self.value_loss} if self.has_value else {}
+        terms |= {"qvalue": self.qvalue_loss, "actor": self.actor_loss}
+        try:
+            # Every term needs the anchor's action: ask once.
+            batch.set(anchor_key, self._anchored(batch).get(anchor_key))
+            for name, term in terms.items():
+                out[f"loss_{name}"], metadata = term(batch)
+                out |= metadata
+        except RuntimeError:
+            self.explain(batch)
+            raise
         td_error = out.pop("td_error")
         if not tensordict.is_locked:
             tensordict.set(self.tensor_keys.priority, td_error)
@@ -489,7 +491,8 @@ class SPARLoss(SPARLossBase):
 
     def _list_out_keys(self) -> list[str]:
         fit = ["loss_vae", "reconstruction_error", "kl"] if self.joint_vae else []
-        value = ["loss_value", "loss_qvalue", "pred_value", "target_value", "next_state_value"]
+        value = ["loss_value"] if self.has_value else []
+        value += ["loss_qvalue", "pred_value", "target_value", "next_state_value"]
         trust = ["trust_advantage", "data_value_std"]
         return [
             *fit, *value, "loss_actor",
@@ -523,6 +526,5 @@ def _check_options(loss: SPARLoss, scale: float, lsi: float, trust: float) -> No
         (lsi >= 0, "lsi_coeff", lsi, "at least 0"),
         (trust >= 0, "trust_coeff", trust, "at least 0"),
         (lsi + trust > 0, "trust_coeff", trust, "positive where lsi_coeff is 0"),
-        (loss.latent_reg == 0 or (loss.latent_reg > 0 and loss.actor_network.is_latent), "latent_reg", loss.latent_reg,
-         "0, or positive with a latent head (head B)"),
-    )  # fmt: skip
+        (loss.has_value or loss.value_mix == 0, "value_mix", loss.value_mix, "0 without a value_network"),
+    )

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from tensordict import NestedKey, TensorDictBase
-from tensordict.nn import TensorDictModule, TensorDictModuleBase, dispatch
+from tensordict.nn import (
+    AddStateIndependentNormalScale,
+    NormalParamExtractor,
+    TensorDictModule,
+    TensorDictModuleBase,
+    dispatch,
+)
 from torch import nn
 from torchrl.data import Bounded, Composite, TensorSpec, Unbounded
 
 from torchrl_spar.anchor import FrozenAnchor
 from torchrl_spar.errors import InputError
+from torchrl_spar.networks import functional_of
 
 LOG_STD_RANGE = (-4.0, 4.0)
+# TorchRL's modules that write a mean and a standard deviation.
+SCALES = (NormalParamExtractor, AddStateIndependentNormalScale)
 
 
 class GaussianEncoder(nn.Module):
@@ -27,6 +36,7 @@ class GaussianEncoder(nn.Module):
 
     Examples:
         >>> import torch
+        >>> from torchrl_spar import GaussianEncoder
         >>> loc, log_std = GaussianEncoder(torch.nn.Linear(3, 8))(torch.zeros(5, 3))
         >>> loc.shape, log_std.shape
         (torch.Size([5, 4]), torch.Size([5, 4]))
@@ -41,10 +51,10 @@ class GaussianEncoder(nn.Module):
         return self._split(self.network(*inputs))
 
     @property
-    def functional(self) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
-        """``functional(params, *inputs)``, where the network has it: see ``StateMLP.functional``."""
-        network = cast(Any, self.network).functional
-        return lambda params, *inputs: self._split(network(params["network"], *inputs))
+    def functional(self) -> Callable[..., tuple[torch.Tensor, torch.Tensor]] | None:
+        """``functional(params, *inputs)`` where the network has it, see ``StateMLP.functional``; else None."""
+        network = functional_of(self.network)
+        return network and (lambda params, *inputs: self._split(network(params["network"], *inputs)))
 
     @staticmethod
     def _split(output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -60,6 +70,9 @@ class ResidualVAE(TensorDictModuleBase):
             latent, by default ``(observation, anchor_action, residual) -> (latent_loc, latent_log_std)``.
         decoder: ``g(s, a_b, z)``: by default ``(observation, anchor_action, latent) -> residual``.
         latent_key: where the latent ``[*B, latent_dim]`` lies.
+
+    Raises:
+        InputError: if the encoder does not write two entries, or a standard deviation instead of its logarithm.
 
     Source: that residuals are sampled in a latent space is the paper's; the VAE is ours.
 
@@ -79,6 +92,13 @@ class ResidualVAE(TensorDictModuleBase):
         self, encoder: TensorDictModuleBase, decoder: TensorDictModuleBase, *, latent_key: NestedKey = "latent"
     ) -> None:
         super().__init__()
+        if len(encoder.out_keys) < 2:
+            raise InputError(f"the encoder must write a mean and a log standard deviation, not {encoder.out_keys}")
+        if scales := [type(part).__name__ for part in encoder.modules() if isinstance(part, SCALES)]:
+            raise InputError(
+                f"the encoder ends in {scales[0]}, which gives a standard deviation; its logarithm belongs there: "
+                "put GaussianEncoder around the network instead"
+            )
         self.encoder = encoder
         self.decoder = decoder
         self.latent_key = latent_key
@@ -188,6 +208,8 @@ class SPARActor(TensorDictModuleBase):
     low: torch.Tensor
     high: torch.Tensor
     residual_scale: torch.Tensor
+    # Sizes of the default networks, from which save_policy's file is read again; None for others.
+    architecture: dict[str, Any] | None = None
 
     def __init__(
         self,

@@ -74,7 +74,8 @@ class ActionSpaceRun(SPARRun):
 class UnanchoredRun(SPARRun):
     """The whole action is the residual. There is no policy.pt, which holds default networks alone, and no figure."""
 
-    def make_anchor(self) -> TensorDictModuleBase:
+    @property
+    def anchor(self) -> TensorDictModuleBase:
         space = self.data.action_spec.space
         return TensorDictModule(MidRange(space.low, space.high), ["observation"], ["action"])
 

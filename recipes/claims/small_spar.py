@@ -18,11 +18,9 @@ from torchrl_spar import (
     SPARLoss,
     SPARUpdate,
     fit_anchor,
-    fit_critics,
-    fit_vae,
     load_offline_dataset,
     make_anchor,
-    make_spar_loss,
+    pretrain,
 )  # fmt: skip
 from torchrl_spar.functional import call_ensemble
 
@@ -33,25 +31,17 @@ def load_embedded(cfg: DictConfig) -> OfflineReplayBuffer:
 
 def clone_behaviour(cfg: DictConfig, data: OfflineReplayBuffer, **changes: Any) -> TensorDictModuleBase:
     """A cloned behaviour policy with the data's observation statistics; `changes` replace options of the phase."""
-    stats = (data.observation_loc, data.observation_scale)
-    actor = make_anchor(
-        data.observation_loc.numel(), data.action_spec, observation_stats=stats, hidden=list(cfg.spar.loss.hidden)
-    )
-    return fit_anchor(actor, data, **{**cfg.anchor, **changes})
+    return fit_anchor(make_anchor(data, hidden=cfg.spar.loss.hidden), data, **{**cfg.anchor, **changes})
 
 
 def fit_manifold(cfg: DictConfig, data: OfflineReplayBuffer, anchor: TensorDictModuleBase) -> SPARLoss:
     """The loss after the residual fit; its critics are untrained."""
-    loss = make_spar_loss(
-        data.observation_loc.numel(), data.action_spec, anchor=anchor,
-        observation_stats=(data.observation_loc, data.observation_scale), **cfg.spar.loss,
-    )  # fmt: skip
-    return fit_vae(loss, data, **cfg.vae)
+    return pretrain(data, anchor=anchor, vae=cfg.vae, critics=None, **cfg.spar.loss)[0]
 
 
 def prepare(cfg: DictConfig, data: OfflineReplayBuffer, anchor: TensorDictModuleBase) -> SPARLoss:
     """The loss after the residual fit and the critics' start."""
-    return fit_critics(fit_manifold(cfg, data, anchor), data, **cfg.critics)
+    return pretrain(data, anchor=anchor, vae=cfg.vae, critics=cfg.critics, **cfg.spar.loss)[0]
 
 
 def take_critics(loss: SPARLoss, other: SPARLoss) -> SPARLoss:

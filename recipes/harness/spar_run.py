@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -21,13 +21,9 @@ from torchrl_spar import (
     SPARLoss,
     SPARUpdate,
     StackedSPARLoss,
-    fit_anchor,
-    fit_critics,
-    fit_vae,
-    make_anchor,
     make_spar_loss,
+    pretrain,
     save_policy,
-    with_anchor_actions,
 )  # fmt: skip
 from torchrl_spar.configs import dtype_of
 
@@ -53,12 +49,13 @@ class SPARRun(Run):
     def policy(self) -> TensorDictModuleBase:  # type: ignore[override]
         return self.loss.actor
 
-    def make_anchor(self) -> TensorDictModuleBase:
-        """The behaviour policy, trained."""
-        return clone_behaviour(self)
+    @property
+    def anchor(self) -> Mapping[str, Any] | TensorDictModuleBase:
+        """How the behaviour policy is cloned, or one that needs no cloning."""
+        return self.cfg.anchor
 
     def pretrain(self) -> None:
-        self.loss, self.anchored_data = pretrain(self, self.make_anchor, self.loss_class)
+        self.loss, self.anchored_data = pretrain_spar(self, self.anchor, loss_class=self.loss_class)
         self.health = HealthCheck(self.loss, self.data)
 
     def record(self, phase: str, step: int, metrics: dict[str, Tensor]) -> None:
@@ -83,36 +80,30 @@ def log_columns(cfg: DictConfig, data: OfflineReplayBuffer, loss_class: type[SPA
 
 def loss_maker(cfg: DictConfig, data: OfflineReplayBuffer, loss_class: type[SPARLoss] = SPARLoss) -> partial[SPARLoss]:
     """`make_spar_loss` with everything but the anchor."""
-    options = {**cfg.spar.loss, "candidate_dtype": dtype_of(cfg.spar.loss.candidate_dtype)}
-    return partial(make_spar_loss, **sizes_of(data), loss_class=loss_class, **options)
+    return partial(make_spar_loss, data, loss_class=loss_class, **loss_options(cfg))
 
 
-def sizes_of(data: OfflineReplayBuffer) -> dict[str, Any]:
-    return {
-        "observation_dim": data.observation_loc.numel(), "action_spec": data.action_spec,
-        "observation_stats": (data.observation_loc, data.observation_scale), "device": data.observation_loc.device,
-    }  # fmt: skip
+def loss_options(cfg: DictConfig) -> dict[str, Any]:
+    return {**cfg.spar.loss, "candidate_dtype": dtype_of(cfg.spar.loss.candidate_dtype)}
 
 
-def clone_behaviour(run: Run) -> TensorDictModuleBase:
-    anchor = run.keep("anchor", make_anchor(**sizes_of(run.data), hidden=list(run.cfg.spar.loss.hidden)))
-    return fit_anchor(anchor, run.data, **run.cfg.anchor, report=run.phase("anchor"), progress=run.progress)
-
-
-def pretrain(
-    run: Run, make_anchor: Callable[[], TensorDictModuleBase], loss_class: type[SPARLoss] = SPARLoss
+def pretrain_spar(
+    run: Run, anchor: Mapping[str, Any] | TensorDictModuleBase, **options: Any
 ) -> tuple[SPARLoss, ReplayBuffer]:
-    """The anchor, evaluated too, the residuals' manifold, the critics' start; the data with the anchor's actions."""
-    cfg, data = run.cfg, run.data
+    """The library's `pretrain`, in checkpoints and logs, with the anchor's score; `options` are those of the loss."""
+
+    def keep(name: str, part: Any) -> Any:
+        part = run.keep(name, part)
+        if name == "loss":
+            run.scores.add_result("anchor", on_cpu(part.anchor), run.cfg.eval.final_episodes)
+        return part
+
     # Here, not earlier: all methods with an anchor have the same one for a seed.
     torch.manual_seed(run.seed)
-    loss = run.keep("loss", loss_maker(cfg, data, loss_class)(anchor=make_anchor()))
-    run.scores.add_result("anchor", on_cpu(loss.anchor), cfg.eval.final_episodes)
-    rows = with_anchor_actions(loss, data)
-    # With no steps they still measure the scales of residuals and rewards.
-    fit_vae(loss, rows, **cfg.vae, report=run.phase("vae"), progress=run.progress)
-    fit_critics(loss, rows, **cfg.critics, report=run.phase("critics"), progress=run.progress)
-    return loss, rows
+    return pretrain(
+        run.data, anchor=anchor, vae=run.cfg.vae, critics=run.cfg.critics, report=run.phase, progress=run.progress,
+        keep=keep, **loss_options(run.cfg), **options,
+    )  # fmt: skip
 
 
 def make_update(cfg: DictConfig, loss: SPARLoss | StackedSPARLoss, *, cudagraph: bool = False) -> SPARUpdate:

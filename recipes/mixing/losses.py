@@ -16,7 +16,7 @@ from torchrl.modules import MLP, TanhModule, ValueOperator
 from torchrl.objectives import BCLoss, CQLLoss, IQLLoss
 from torchrl.objectives.common import LossModule
 
-from torchrl_spar import InputError, ResidualHead, ResidualVAE, SPARActor, SPARLoss
+from torchrl_spar import InputError, ResidualHead, ResidualVAE, SPARActor, SPARLoss, share_critics
 
 # CQL's loss for its actor while it warms up by cloning; it would pull against the other one.
 LEFT_OUT = ("loss_actor_bc",)
@@ -45,9 +45,6 @@ class Mix:
             }
         else:
             terms = losses_of("spar", self.spar, batch)
-        # SPAR scales its rewards itself; shared critics need them in one unit.
-        batch["next"] = batch["next"].clone(False)
-        batch["next", "reward"] = batch["next", "reward"] * self.spar.reward_scale
         for name, loss in self.beside.items():
             terms |= losses_of(name, loss, batch)
         return terms
@@ -69,16 +66,6 @@ def losses_of(name: str, loss: LossModule, batch: TensorDictBase) -> dict[str, T
     return {f"{name}.{key}": out[key] for key in out.keys() if key.startswith("loss_") and key not in LEFT_OUT}
 
 
-def share(loss: LossModule, spar: SPARLoss, *names: str) -> LossModule:
-    """Has a loss train SPAR's own networks, and bootstrap from their targets, which SPAR's updater moves."""
-    for name in names:
-        setattr(loss, f"{name}_params", spar.network_params(name))
-        if (target := f"target_{name}_params") in loss._modules:
-            setattr(loss, target, spar.target_params(name))
-            loss._has_update_associated[name] = True  # SPAR's: else TorchRL warns
-    return loss
-
-
 def critics_like(spar: SPARLoss) -> list[TensorDictModule]:
     return [deepcopy(spar.qvalue_network) for _ in range(spar.num_qvalue_nets)]
 
@@ -92,7 +79,7 @@ def add_iql(mix: Mix, networks: Networks, *, temperature: float) -> None:
         deactivate_vmap=True,
     )  # fmt: skip
     loss.make_value_estimator(gamma=float(spar.value_estimator.gamma))
-    mix.beside["iql"] = share(loss, spar, "qvalue_network", "value_network")
+    mix.beside["iql"] = share_critics(spar, loss)
 
 
 def add_cql(mix: Mix, networks: Networks, *, min_q_weight: float, num_random: int) -> None:
@@ -105,7 +92,7 @@ def add_cql(mix: Mix, networks: Networks, *, min_q_weight: float, num_random: in
         min_q_weight=min_q_weight, num_random=num_random, deactivate_vmap=True,
     )  # fmt: skip
     loss.make_value_estimator(gamma=float(spar.value_estimator.gamma))
-    mix.beside["cql"] = share(loss, spar, "qvalue_network")
+    mix.beside["cql"] = share_critics(spar, loss)
 
 
 def add_encoder(mix: Mix, networks: Networks, *, features: int, **options: Any) -> None:
@@ -129,7 +116,7 @@ def add_encoder(mix: Mix, networks: Networks, *, features: int, **options: Any) 
     vae = ResidualVAE(deepcopy(spar.residual_vae.encoder), deepcopy(spar.residual_vae.decoder))
     loss = SPARLoss(
         SPARActor(spar.anchor, head, action_spec=networks.action_spec, residual_scale=spar.residual_scale), critics,
-        ValueOperator(body(features, 1, layer_norm=True), in_keys=["features"]), vae,
+        vae, ValueOperator(body(features, 1, layer_norm=True), in_keys=["features"]),
         **options,
     )  # fmt: skip
     loss.residual_vae_params.data.copy_(spar.residual_vae_params.data)

@@ -6,12 +6,11 @@ What it answers: whether SPAR's policy is better because of its critic, or becau
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
 from harness.run import Run
-from harness.spar_run import clone_behaviour, log_columns, make_update, pretrain
+from harness.spar_run import log_columns, make_update, pretrain_spar
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
@@ -51,11 +50,11 @@ class ExtractedPolicy(Rival):
 
     @property
     def columns(self) -> list[str]:
-        return [*log_columns(self.problem.cfg, self.problem.data), "loss_actor"]
+        return [*log_columns(self.problem.cfg, self.problem.data), "loss_value", "loss_actor"]
 
     def pretrain(self, run: Run) -> None:
         actor = self.policy
-        loss, self.data = pretrain(run, partial(clone_behaviour, run))
+        loss, self.data = pretrain_spar(run, run.cfg.anchor, with_value=True)
         self.spar = make_update(self.problem.cfg, loss)
         optimizer = adam(actor.parameters(), self.lr)
 

@@ -54,7 +54,7 @@ def test_one_encoder_before_everything():
     torch.manual_seed(0)
     encoder = encode()
     cloned = TensorDictSequential(encoder, TensorDictModule(nn.Linear(FEATURES, ACTION), ["observation"], ["action"]))
-    loss = make_spar_loss(FEATURES, SPEC, anchor=cloned, hidden=[8])
+    loss = make_spar_loss(FEATURES, SPEC, anchor=cloned, hidden=[8], with_value=True)
     # All entries at the root are images: the features are there only after the encoder.
     batch = make_images()
     before = loss.anchor(batch.clone())["action"]
@@ -108,7 +108,7 @@ def test_an_encoder_in_each_network():
     head = ResidualHead(PixelHead(), [*IN_KEYS, "anchor_action"], ["residual"])
     actor = SPARActor(network([], ACTION, ["action"]), head, action_spec=SPEC)
     critics = [network([("action", ACTION)], 1, ["state_action_value"]) for _ in range(2)]
-    loss = SPARLoss(actor, critics, network([], 1, ["state_value"]), vae, num_qvalue_nets=2, num_candidates=3)
+    loss = SPARLoss(actor, critics, vae, network([], 1, ["state_value"]), num_qvalue_nets=2, num_candidates=3)
     batch = make_images()
     losses = loss(batch)
     own = {

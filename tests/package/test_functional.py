@@ -13,6 +13,7 @@ from torchrl.data import Bounded
 from torchrl_spar import functional, make_spar_loss
 from torchrl_spar.functional import call, call_ensemble
 from torchrl_spar.networks import ObservationNorm, StateMLP
+from torchrl_spar.residual import GaussianEncoder
 
 
 def make_net(layer_norm=False):
@@ -28,7 +29,7 @@ def test_inputs_repeat_the_observation(layer_norm, lead, batch):
     net = make_net(layer_norm)
     observation, action = torch.randn(*batch, 3).double(), torch.randn(*batch, 2).double()
     latent = torch.randn(*lead, *batch, 4).double()
-    found = net.functional(TensorDict.from_module(net).to_dict(), observation, action, latent)
+    found = net.call_with(TensorDict.from_module(net).to_dict(), observation, action, latent)
     expected = net(observation.expand(*lead, *batch, 3), action.expand(*lead, *batch, 2), latent)
     torch.testing.assert_close(found, expected)
 
@@ -95,6 +96,87 @@ def test_a_module_with_its_own_forward_is_not_bypassed():
     params = TensorDict.from_module(single)
     expected = 2 * call(single, params, state, entries)["residual"]
     torch.testing.assert_close(call(doubled, params, state, entries)["residual"], expected)
+
+
+class Scaled(StateMLP):
+    def forward(self, *inputs):
+        return 3 + 2 * super().forward(*inputs)
+
+
+class ScaledEncoder(GaussianEncoder):
+    def forward(self, *inputs):
+        loc, log_std = super().forward(*inputs)
+        return loc + 1, log_std
+
+
+class Norm(ObservationNorm):
+    def forward(self, observation):
+        return super().forward(observation).clamp(-1, 1)
+
+
+class Both(Scaled):
+    """Overrides both, so its own ``functional`` counts again."""
+
+    def forward(self, *inputs):
+        return 2 * StateMLP.forward(self, *inputs)
+
+    @property
+    def functional(self):
+        return lambda params, *inputs: 2 * self.call_with(params, *inputs)
+
+
+def with_layer(net, layer):
+    net.mlp[1] = layer
+    return net
+
+
+def hooked(net):
+    net.mlp[0].register_forward_hook(lambda module, inputs, output: output + 1)
+    return net
+
+
+def with_own_norm(net):
+    net.norm = Norm(torch.halves(3), torch.ones(3)).double()
+    return net
+
+
+def with_own_forward(net):
+    net.forward = lambda *inputs: torch.cat(inputs, -1)[..., :2]
+    return net
+
+
+def of_class(net, kind):
+    net.__class__ = kind
+    return net
+
+
+@pytest.mark.parametrize("through", [lambda net: net, GaussianEncoder, ScaledEncoder], ids=["net", "encoder", "own"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda net: of_class(net, Scaled), lambda net: of_class(net, Both), with_own_norm, with_own_forward, hooked,
+        lambda net: with_layer(net, nn.PReLU().double()), lambda net: with_layer(net, nn.Tanh()),
+        lambda net: (nn.utils.parametrizations.weight_norm(net.mlp[2]), net)[1],
+    ],
+)  # fmt: skip
+def test_a_changed_network_is_called_as_it_is(change, through):
+    """What is trained is what is deployed, and what it is given are the parameters it is called with."""
+    net = through(change(make_net()))
+    keys = ["loc", "log_std"] if isinstance(net, GaussianEncoder) else ["out"]
+    module = TensorDictModule(net, ["observation", "action", "latent"], keys)
+    state = TensorDict({"observation": torch.randn(5, 3), "action": torch.randn(5, 2), "latent": torch.randn(5, 4)})
+    state = state.double().auto_batch_size_()
+    params = TensorDict.from_module(module)
+    found = call(module, params, state, {})
+    torch.testing.assert_close(found, {key: module(state.clone())[key] for key in keys})
+    halves = params.data.apply(lambda tensor: tensor / 2)
+    with halves.to_module(module):
+        expected = module(state.clone())
+    torch.testing.assert_close(call(module, halves, state, {}), {key: expected[key] for key in keys})
+    if len(keys) == 1:
+        both = torch.stack([params.data, halves])
+        values = call_ensemble(module, both, state, {}, out_key="out")
+        torch.testing.assert_close(values, torch.stack([found["out"], expected["out"]]))
 
 
 @pytest.mark.parametrize("own", [True, False])

@@ -67,9 +67,8 @@ def make_loss(decoder, slope, candidates="policy", residual=0.2):
     bounds = torch.full((D,), 100.0, dtype=torch.float64)
     actor = SPARActor(anchor, head, action_spec=Bounded(-bounds, bounds, (D,), dtype=torch.float64))
     critic = TensorDictModule(Linear(slope[None]), ["observation", "action"], ["state_action_value"])
-    value = TensorDictModule(Linear(torch.zeros(1, 1, dtype=torch.float64)), ["observation"], ["state_value"])
     return SPARLoss(
-        actor, [critic], value, ResidualVAE(encode, decode), num_qvalue_nets=1, candidates=candidates, latent_std=SIGMA,
+        actor, [critic], ResidualVAE(encode, decode), num_qvalue_nets=1, candidates=candidates, latent_std=SIGMA,
         latent_bound=100.0, temperature=TEMPERATURE, num_candidates=CANDIDATES,
     )  # fmt: skip
 

@@ -12,10 +12,12 @@ from helpers import make_batch, total
 from pairwise import pairwise
 from torchrl.objectives import HardUpdate, SoftUpdate
 
+from torchrl_spar import InputError
+
 OPTIONS = {
     "head": ["residual", "latent"], "bound": ["lcb", "min"], "candidates": ["prior", "policy"],
     "value_mix": [0.0, 0.5, 1.0], "joint_vae": [True, False], "lsi_coeff": [1.0, 0.0], "trust_coeff": [1.0, 0.0],
-    "latent_reg": [0.0, 0.3], "reduction": ["mean", "sum", "none"], "candidate_dtype": [None, torch.bfloat16],
+    "with_value": [True, False], "reduction": ["mean", "sum", "none"], "candidate_dtype": [None, torch.bfloat16],
     # of the batch and the call
     "shape": [(12,), (4, 3)], "mask": [False, True], "weights": [False, True],
     "dtype": [torch.float32, torch.float64],
@@ -31,9 +33,7 @@ MASK, WEIGHT = ("collector", "mask"), "priority_weight"
 
 
 def possible(row):
-    if row.get("lsi_coeff") == 0 and row.get("trust_coeff") == 0:
-        return False
-    return not (row.get("latent_reg") and row.get("head") == "residual")
+    return not (row.get("lsi_coeff") == 0 and row.get("trust_coeff") == 0)
 
 
 ROWS = pairwise(OPTIONS, possible)
@@ -102,7 +102,8 @@ def assert_same(left, right):
 def test_every_term_reaches_exactly_its_own_parameters(build, row):
     loss, batch = build()
     out = sums(run(loss, batch))
-    assert out.keys() == {name for name in OWN if name != "loss_vae" or row["joint_vae"]}
+    has = {"loss_vae": row["joint_vae"], "loss_value": row["with_value"] or row["value_mix"] > 0}
+    assert out.keys() == {name for name in OWN if has.get(name, True)}
     for term, value in out.items():
         network, part = OWN[term]
         params = loss.network_params(network)
@@ -160,11 +161,19 @@ def test_masked_positions_do_not_matter(build, row):
 
 def test_copies_give_the_same_numbers(build):
     loss, batch = build()
+    loss.make_value_estimator(gamma=0.9)
+    loss.to(batch["action"].dtype)
     fresh = build(seed=5)[0]
     assert not torch.equal(run(fresh, batch)["residual_ratio"], run(loss, batch)["residual_ratio"])
     fresh.load_state_dict(loss.state_dict())
-    for other in (fresh, deepcopy(loss), pickle.loads(pickle.dumps(loss))):
+    copies = fresh, deepcopy(loss), pickle.loads(pickle.dumps(loss))
+    for other in copies:
         assert_same((loss, batch), (other, batch))
+    expected = run(loss, batch)
+    for other in copies:  # which share nothing with it
+        for parameter in other.parameters():
+            parameter.data.zero_()
+    torch.testing.assert_close(run(loss, batch), expected)
 
 
 def test_in_keys_are_exactly_what_is_read(build):
@@ -173,7 +182,7 @@ def test_in_keys_are_exactly_what_is_read(build):
     assert_same((loss, batch), (loss, batch.select(*loss.in_keys, *optional)))
     expected = total(sums(run(loss, batch)))
     for key in loss.in_keys:
-        with pytest.raises(KeyError, match=key if isinstance(key, str) else key[-1]):
+        with pytest.raises(InputError, match=key if isinstance(key, str) else key[-1]):
             run(loss, batch.exclude(key))
         spoiled = batch.clone()
         spoiled[key] = ~spoiled[key] if spoiled[key].dtype == torch.bool else spoiled[key] + 10
@@ -188,7 +197,7 @@ def test_updaters_leave_the_frozen_parts_alone(build, kind):
     with torch.no_grad():
         for parameter in loss.parameters():
             parameter += torch.randn_like(parameter)
-    names = ("actor_network", "qvalue_network", "value_network", "residual_vae")
+    names = ["actor_network", "qvalue_network", "residual_vae", *(["value_network"] if loss.has_value else [])]
     sources = {name: loss.network_params(name).data.clone() for name in names}
     targets = {name: loss.target_params(name).data.clone() for name in names[:2]}
     trained = {name: {key for key, value in loss.network_params(name).items(True, True) if value.requires_grad}
@@ -213,10 +222,19 @@ def test_reset_leaves_the_anchor_and_what_was_measured(build):
     assert (after["anchor"] == before["anchor"]).all()
     for key in ("residual_scale", "low", "high"):
         assert torch.equal(after[key], before[key])
-    assert all(
-        not torch.equal(parameter, old[name]) for name, parameter in loss.named_parameters() if name.endswith("weight")
-        and parameter.std() > 0  # LayerNorm's are ones
-    )  # fmt: skip
+    for name, parameter in loss.named_parameters():
+        if name.endswith("weight") and parameter.ndim - ("qvalue" in name) == 2:
+            assert not torch.equal(parameter, old[name]), name
+            # PyTorch's own initialisation, whose bound is one over the root of the fan-in.
+            bound = parameter.shape[-1] ** -0.5
+            assert parameter.abs().max() <= bound and parameter.std() > (0.001 if "head" in name else 0.2) * bound
+    members = loss.qvalue_network_params["module", "mlp", "0", "weight"]
+    assert not torch.equal(members[0], members[1])
+    for name in ("actor_network", "qvalue_network"):
+        assert (loss.target_params(name).data == loss.network_params(name).data).all()
+    if not loss.actor_network.is_latent:
+        policy = loss.actor_network(batch.clone())["action"]
+        torch.testing.assert_close(policy, loss.anchor(batch.clone())["action"], atol=0.02, rtol=0)
     assert all(value.isfinite().all() for value in run(loss, batch).values())
 
 

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import os
 import pickle
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from helpers import ACTION, OBSERVATION
-from tensordict.nn import TensorDictModule
-from torch import nn
 from torchrl.data import Bounded
 
-from torchrl_spar import InputError, load_policy, make_spar_loss, save_policy
+from torchrl_spar import InputError, SPARLoss, load_policy, make_spar_loss, save_policy
+from torchrl_spar.networks import StateMLP
 
 
 @pytest.mark.parametrize("head", ["residual", "latent"])
@@ -81,11 +81,40 @@ def test_damaged_and_hostile_files_are_refused(make_loss, tmp_path, monkeypatch)
     assert not (tmp_path / "hostile-code-ran").exists()
 
 
-def test_own_networks_are_refused_and_nothing_is_left(tmp_path):
-    anchor = TensorDictModule(nn.Linear(OBSERVATION, ACTION), ["observation"], ["action"])
-    loss = make_spar_loss(OBSERVATION, Bounded(-1, 1, (ACTION,)), anchor=anchor)
-    with pytest.raises(InputError, match="state_dict"):
-        save_policy(loss, tmp_path / "policy.pt")
+def test_a_policy_that_is_loaded_saves_again_and_has_no_critics(make_loss, tmp_path, monkeypatch):
+    loss = make_loss()
+    save_policy(loss.actor, tmp_path / "policy.pt")
+    monkeypatch.setattr(SPARLoss, "__init__", lambda *_, **__: pytest.fail("a loss was built"))
+    policy, _ = load_policy(tmp_path / "policy.pt")
+    save_policy(policy, tmp_path / "again.pt")
+    again, _ = load_policy(tmp_path / "again.pt")
+    observation = torch.randn(7, OBSERVATION)
+    assert torch.equal(again(observation=observation), loss.actor(observation=observation))
+
+
+class Shifted(StateMLP):
+    def forward(self, *inputs):
+        return super().forward(*inputs) + 1
+
+
+def test_a_network_of_another_class_is_not_taken_for_the_default(make_loss, tmp_path):
+    """Same names and shapes of weights, another function."""
+    loss = make_loss()
+    policy = loss.actor
+    policy.head.module.__class__ = Shifted
+    save_policy(policy, tmp_path / "policy.pt")
+    with pytest.raises(InputError, match="networks of your own"):
+        load_policy(tmp_path / "policy.pt")
+    other = deepcopy(policy)
+    for tensor in other.state_dict().values():
+        tensor.zero_()
+    observation = torch.randn(7, OBSERVATION)
+    expected = policy(observation=observation)
+    loaded, _ = load_policy(tmp_path / "policy.pt", policy=other)
+    assert torch.equal(loaded(observation=observation), expected)
+
+
+def test_nothing_is_left_of_a_file_that_cannot_be_written(tmp_path):
     with pytest.raises(InputError, match="missing"):
         save_policy(make_spar_loss(OBSERVATION, Bounded(-1, 1, (ACTION,))), tmp_path / "missing" / "policy.pt")
     assert not os.listdir(tmp_path)

@@ -14,7 +14,7 @@ from torchrl.data import Bounded
 from torchrl.modules import NormalParamExtractor, ProbabilisticActor, TanhNormal, ValueOperator
 from torchrl.objectives import BCLoss, CQLLoss, IQLLoss, TD3BCLoss
 
-from torchrl_spar import FrozenAnchor, ResidualHead, ResidualVAE, SPARActor, SPARLoss, make_spar_loss
+from torchrl_spar import FrozenAnchor, InputError, ResidualHead, ResidualVAE, SPARActor, SPARLoss, make_spar_loss
 
 SPEC = Bounded(-1, 1, (ACTION,))
 
@@ -127,7 +127,7 @@ def small_loss(key) -> SPARLoss:
     )  # fmt: skip
     critic = TensorDictModule(Cat(OBSERVATION + ACTION, 1), [obs, act], [key("state_action_value")])
     value = TensorDictModule(nn.Linear(OBSERVATION, 1), [obs], [key("state_value")])
-    loss = SPARLoss(actor, critic, value, vae, value_mix=0.5, num_candidates=4)
+    loss = SPARLoss(actor, critic, vae, value, value_mix=0.5, num_candidates=4)
     loss.set_keys(**{field.name: key(field.default) for field in fields(SPARLoss._AcceptedKeys)})
     return loss
 
@@ -164,7 +164,7 @@ def test_with_every_key_nested_the_numbers_are_the_same():
         changed[nested(name)] *= torch.linspace(0.5, 2, 12).view(12, *[1] * (changed[nested(name)].ndim - 1))
         assert total(deep(changed)) != total(outs[1]), name
     for key in deep.in_keys:
-        with pytest.raises(KeyError, match=key[-1]):
+        with pytest.raises(InputError, match=key[-1]):
             deep(moved.exclude(key))
 
 
@@ -172,13 +172,13 @@ def test_with_every_key_nested_the_numbers_are_the_same():
 def test_what_the_value_network_alone_reads_is_asked_for_where_it_is_read(value_mix):
     parts = make_spar_loss(OBSERVATION, SPEC, hidden=[8])
     value = ValueOperator(nn.Linear(2, 1), in_keys=["privileged"])
-    loss = SPARLoss(parts.actor_network, parts.qvalue_network, value, parts.residual_vae, value_mix=value_mix)
+    loss = SPARLoss(parts.actor_network, parts.qvalue_network, parts.residual_vae, value, value_mix=value_mix)
     batch = make_batch(12).set("privileged", torch.randn(12, 2))
     batch["next", "privileged"] = torch.randn(12, 2)
     assert ("privileged" in loss.in_keys, ("next", "privileged") in loss.in_keys) == (True, value_mix > 0)
     loss(batch.select(*loss.in_keys))
     for key in ["privileged", *([("next", "privileged")] if value_mix else [])]:
-        with pytest.raises(KeyError, match="privileged"):
+        with pytest.raises(InputError, match="privileged"):
             loss(batch.exclude(key))
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchrl.modules import TanhModule
 
 from torchrl_spar.anchor import FrozenAnchor
-from torchrl_spar.networks import StateMLP
+from torchrl_spar.networks import StateMLP, functional_of
 from torchrl_spar.residual import SPARActor
 
 Entries = dict[NestedKey, Tensor]
@@ -114,11 +114,11 @@ def _squash(module: TanhModule) -> Stage | None:
 def _network(module: TensorDictModule) -> Stage | None:
     """A network that can be called with its parameters as a dict."""
     network, keys = module.module, module.in_keys
-    if type(network) is not StateMLP:
+    if type(network) is not StateMLP or (functional := functional_of(network)) is None:
         return None
     params = TensorDict.from_module(network).to_dict()
 
     def run(entries: Entries) -> None:
-        entries[module.out_keys[0]] = network.functional(params, *(entries[key] for key in keys))
+        entries[module.out_keys[0]] = functional(params, *(entries[key] for key in keys))
 
     return run

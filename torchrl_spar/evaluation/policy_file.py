@@ -1,4 +1,4 @@
-"""A policy in a file: its weights and the facts to rebuild it, never code."""
+"""A policy in a file: its weights and, of default networks, the sizes to rebuild it; never code."""
 
 from __future__ import annotations
 
@@ -9,30 +9,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torchrl.data import Bounded
+from tensordict.nn import TensorDictModuleBase
 
-from torchrl_spar.build import make_spar_loss
+from torchrl_spar.build import rebuild_actor
 from torchrl_spar.errors import InputError, first_line
 from torchrl_spar.objective import SPARLoss
-from torchrl_spar.residual import SPARActor
 
 FORMAT = "torchrl_spar.evaluation.policy_file.1"
 
 
-def save_policy(loss: SPARLoss, path: str | os.PathLike[str], **facts: Any) -> None:
-    """Writes the deployable policy of a loss made by :func:`~torchrl_spar.make_spar_loss`.
+def save_policy(policy: SPARLoss | TensorDictModuleBase, path: str | os.PathLike[str], **facts: Any) -> None:
+    """Writes a policy to deploy.
 
     The file appears whole or not at all. It holds tensors, numbers and strings only, the
     observation statistics included: a loaded policy takes raw observations.
 
     Args:
-        loss: its :attr:`~torchrl_spar.SPARLoss.actor` is saved.
+        policy: any actor, or a loss, whose :attr:`~torchrl_spar.SPARLoss.actor` is saved.
         path: the file.
         **facts: plain values kept beside the weights, e.g. ``env="Hopper-v5"``.
 
     Raises:
-        InputError: if the loss has networks of your own (save its ``state_dict`` instead), a fact is no plain
-            value, or the file cannot be written.
+        InputError: if a fact is no plain value, or the file cannot be written.
 
     Source: ours.
 
@@ -48,19 +46,13 @@ def save_policy(loss: SPARLoss, path: str | os.PathLike[str], **facts: Any) -> N
         >>> torch.equal(policy(observation=x), loss.actor(observation=x)), facts
         (True, {'env': 'Toy-v0'})
     """
+    policy = policy.actor if isinstance(policy, SPARLoss) else policy
     content = {
         "format": FORMAT,
-        "architecture": getattr(loss, "architecture", None),
-        "state_dict": {name: tensor.cpu() for name, tensor in loss.actor.state_dict().items()},
+        "architecture": policy.architecture if _is_default(policy) else None,
+        "state_dict": {name: tensor.cpu() for name, tensor in policy.state_dict().items()},
         "facts": facts,
     }
-    try:
-        _rebuild(content)
-    except (RuntimeError, TypeError) as err:
-        raise InputError(
-            "save_policy knows the default networks of make_spar_loss only; "
-            f"save loss.actor.state_dict() for your own ({first_line(err)})"
-        ) from None
     for name, value in facts.items():
         if not _is_plain(value):
             raise InputError(
@@ -80,19 +72,24 @@ def save_policy(loss: SPARLoss, path: str | os.PathLike[str], **facts: Any) -> N
 
 
 def load_policy(
-    path: str | os.PathLike[str], *, device: torch.device | str | None = None
-) -> tuple[SPARActor, dict[str, Any]]:
+    path: str | os.PathLike[str],
+    *,
+    policy: TensorDictModuleBase | None = None,
+    device: torch.device | str | None = None,
+) -> tuple[TensorDictModuleBase, dict[str, Any]]:
     """Reads a policy; never executes code from the file.
 
     Args:
         path: a file written by :func:`save_policy`.
+        policy: an actor of the same structure, whose weights are replaced; needed where the saved one has networks of
+            your own. The default networks of :func:`~torchrl_spar.make_spar_loss` are built anew.
         device: where the policy lives; the CPU by default.
 
     Returns:
         The policy, raw ``observation -> action``, and the facts saved with it.
 
     Raises:
-        InputError: if the file is missing, damaged or something else.
+        InputError: if the file is missing, damaged or something else, or needs a ``policy`` of another structure.
 
     Source: ours.
 
@@ -113,19 +110,37 @@ def load_policy(
         content = torch.load(path, map_location=device or "cpu", weights_only=True)
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise InputError(f"{path}: not a policy written by torchrl_spar ({FORMAT})")
-        return _rebuild(content).to(device or "cpu"), content["facts"]
+        architecture, weights = content["architecture"], content["state_dict"]
+        if policy is None and architecture is None:
+            raise InputError(
+                f"{path}: holds networks of your own, which only your code can build: give load_policy an actor of "
+                "the same structure as policy=..."
+            )
+        if policy is None:
+            policy = rebuild_actor(**architecture).to(weights["residual_scale"].dtype)
+        elif misfits := _misfits(policy, weights):
+            raise InputError(f"{path}: does not fit the policy that was given: {', '.join(misfits)}")
+        policy.load_state_dict(weights)
+        return policy.to(device or "cpu"), content["facts"]
     except (RuntimeError, TypeError, KeyError, AttributeError, EOFError, OSError, pickle.UnpicklingError) as err:
         raise InputError(f"{path}: damaged, or not a policy file: {first_line(err)}") from None
 
 
-def _rebuild(content: dict[str, Any]) -> SPARActor:
-    architecture = dict(content["architecture"])
-    low, high = (torch.tensor(architecture.pop(name)) for name in ("low", "high"))
-    with torch.random.fork_rng(devices=[]):  # the weights that are drawn here are not used
-        loss = make_spar_loss(action_spec=Bounded(low, high, low.shape, dtype=low.dtype), **architecture)
-    policy = loss.actor.to(content["state_dict"]["residual_scale"].dtype)
-    policy.load_state_dict(content["state_dict"])
-    return policy
+def _is_default(policy: TensorDictModuleBase) -> bool:
+    """Whether the networks are those that its architecture describes."""
+    architecture = getattr(policy, "architecture", None)
+    if architecture is None:
+        return False
+    default = rebuild_actor(**architecture)
+    kinds, own = ([(name, type(part)) for name, part in actor.named_modules()] for actor in (default, policy))
+    return kinds == own and not _misfits(default, policy.state_dict())
+
+
+def _misfits(policy: TensorDictModuleBase, weights: dict[str, torch.Tensor]) -> list[str]:
+    """Names of entries that are missing on one side, or of another shape."""
+    own = {name: tensor.shape for name, tensor in policy.state_dict().items()}
+    given = {name: tensor.shape for name, tensor in weights.items()}
+    return [name for name in {**own, **given} if own.get(name) != given.get(name)]
 
 
 def _is_plain(value: Any) -> bool:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
-from torchrl.data import ReplayBuffer
+from torchrl.data import ReplayBuffer, TensorDictReplayBuffer
 from torchrl.objectives import BCLoss
 
+from torchrl_spar.build import make_anchor, make_spar_loss
+from torchrl_spar.data.buffer import OfflineReplayBuffer
 from torchrl_spar.data.returns import returns_to_go
 from torchrl_spar.errors import InputError, check_options
 from torchrl_spar.objective import SPARLoss
@@ -25,6 +29,71 @@ Report = Callable[[int, dict[str, Tensor]], None]
 Term = Callable[[TensorDictBase], tuple[Tensor, dict[str, Tensor]]]
 # In half action ranges: a dimension the anchor reproduces exactly still gets a usable scale.
 RESIDUAL_SCALE_FLOOR = 1e-2
+NO_OPTIONS: Mapping[str, Any] = MappingProxyType({})
+
+
+def pretrain(
+    data: OfflineReplayBuffer,
+    *,
+    anchor: TensorDictModuleBase | Mapping[str, Any] = NO_OPTIONS,
+    vae: Mapping[str, Any] = NO_OPTIONS,
+    critics: Mapping[str, Any] | None = NO_OPTIONS,
+    report: Callable[[str], Report | None] | None = None,
+    progress: Progress | None = None,
+    keep: Callable[[str, Any], Any] = lambda name, part: part,
+    **options: Any,
+) -> tuple[SPARLoss, TensorDictReplayBuffer]:
+    """All that comes before the improvement: clones the anchor, fits the VAE to its residuals, starts the critics.
+
+    The numbers are those of :func:`make_anchor`, :func:`fit_anchor`, :func:`make_spar_loss`,
+    :func:`with_anchor_actions`, :func:`fit_vae` and :func:`fit_critics`, called in this order.
+
+    Args:
+        data: the data set, as :func:`~torchrl_spar.load_offline_dataset` returns it.
+        anchor: options of :func:`fit_anchor`; or a behaviour policy that is trained already, which is not cloned.
+        vae: options of :func:`fit_vae`.
+        critics: options of :func:`fit_critics`; None leaves the critics as they are.
+        report: ``report(phase)``, with phase ``"anchor"``, ``"vae"`` or ``"critics"``, gives the ``report`` of its fit.
+        progress: where to resume, see :class:`~torchrl_spar.Progress`.
+        keep: called as ``keep(name, part)`` with the new ``"anchor"`` and ``"loss"`` before they are trained, and
+            returns them: the place to load a checkpoint.
+        **options: of :func:`~torchrl_spar.make_spar_loss`; ``joint_vae`` is False by default: the VAE is trained here.
+
+    Returns:
+        The loss, and the data with the anchor's actions, see :func:`~torchrl_spar.with_anchor_actions`.
+
+    Raises:
+        InputError: for an unknown or impossible option, or data that lacks an entry.
+        NonFiniteError: within 100 steps of a loss or parameter that is NaN or infinite.
+
+    Source: the order of the phases is ours.
+
+    Examples:
+        >>> import torch
+        >>> from tensordict import TensorDict
+        >>> from torchrl_spar import SPARUpdate, load_offline_dataset, pretrain
+        >>> step = {"reward": torch.randn(8, 1), "terminated": torch.arange(8).unsqueeze(-1) == 7}
+        >>> data = TensorDict({"observation": torch.randn(8, 3), "action": torch.full((8, 2), 0.5),
+        ...                    "next": {"observation": torch.randn(8, 3), **step}}, [8])
+        >>> few = {"steps": 2}
+        >>> loss, rows = pretrain(load_offline_dataset(data, batch_size=4), anchor=few, vae=few, critics=few)
+        >>> "loss_qvalue" in SPARUpdate(loss)(rows.sample())
+        True
+    """
+    progress = progress or Progress()
+
+    def part(name: str, phase: Mapping[str, Any]) -> dict[str, Any]:
+        return {**phase, "progress": progress, "report": report and report(name)}
+
+    if not isinstance(anchor, TensorDictModuleBase):
+        sizes = {name: options[name] for name in ("hidden", "device") if name in options}
+        anchor = fit_anchor(keep("anchor", make_anchor(data, **sizes)), data, **part("anchor", anchor))
+    loss = keep("loss", make_spar_loss(data, anchor=anchor, **{"joint_vae": False, **options}))
+    rows = with_anchor_actions(loss, data)
+    fit_vae(loss, rows, **part("vae", vae))
+    if critics is not None:
+        fit_critics(loss, rows, **part("critics", critics))
+    return loss, rows
 
 
 def fit_anchor(
@@ -46,7 +115,7 @@ def fit_anchor(
         steps: gradient steps.
         lr: initial learning rate of Adam.
         report: called as ``report(step, {"loss_bc": ...})`` after every step.
-        progress: where to go on, see :class:`~torchrl_spar.Progress`.
+        progress: where to resume, see :class:`~torchrl_spar.Progress`.
 
     Returns:
         The same actor, to be given to :func:`~torchrl_spar.make_spar_loss` as the anchor.
@@ -66,7 +135,7 @@ def fit_anchor(
         >>> data = TensorDict({"observation": torch.randn(8, 3), "action": torch.full((8, 2), 0.5),
         ...                    "next": {"observation": torch.randn(8, 3), **step}}, [8])
         >>> buffer = load_offline_dataset(data, batch_size=8)
-        >>> actor = fit_anchor(make_anchor(3, Bounded(-1, 1, (2,))), buffer, steps=200)
+        >>> actor = fit_anchor(make_anchor(buffer), buffer, steps=200)
         >>> bool((actor(data.select("observation"))["action"] - 0.5).abs().max() < 0.1)
         True
     """
@@ -100,7 +169,7 @@ def fit_vae(
         steps: gradient steps.
         lr: initial learning rate of Adam, falling to zero along a cosine.
         report: called as ``report(step, metrics)`` after every step.
-        progress: where to go on, see :class:`~torchrl_spar.Progress`.
+        progress: where to resume, see :class:`~torchrl_spar.Progress`.
 
     Returns:
         The same loss.
@@ -119,15 +188,16 @@ def fit_vae(
         >>> step = {"reward": torch.zeros(8, 1), "terminated": torch.zeros(8, 1, dtype=torch.bool)}
         >>> data = TensorDict({"observation": torch.randn(8, 3), "action": torch.full((8, 2), 0.5),
         ...                    "next": {"observation": torch.randn(8, 3), **step}}, [8])
-        >>> loss = make_spar_loss(3, Bounded(-1, 1, (2,)), joint_vae=False)
-        >>> fit_vae(loss, load_offline_dataset(data, batch_size=8), steps=1).residual_scale.shape
+        >>> buffer = load_offline_dataset(data, batch_size=8)
+        >>> fit_vae(make_spar_loss(buffer, joint_vae=False), buffer, steps=1).residual_scale.shape
         torch.Size([2])
     """
     loss.residual_scale = measure_residual_scale(loss, replay_buffer)
     params, sample = loss.residual_vae_params, replay_buffer.sample
     # Head B's target holds the decoder, too.
     finish = loss.sync_targets
-    _fit("loss_vae", loss.vae_loss, params, sample, steps, lr, progress or Progress(), report, finish=finish)
+    term = partial(_explained, loss, loss.vae_loss)
+    _fit("loss_vae", term, params, sample, steps, lr, progress or Progress(), report, finish=finish)
     return loss
 
 
@@ -155,7 +225,7 @@ def fit_critics(
         steps: gradient steps.
         lr: initial learning rate of Adam, falling to zero along a cosine.
         report: called as ``report(step, metrics)`` after every step of the critics.
-        progress: where to go on, see :class:`~torchrl_spar.Progress`.
+        progress: where to resume, see :class:`~torchrl_spar.Progress`.
 
     Returns:
         The same loss.
@@ -177,7 +247,7 @@ def fit_critics(
         >>> data = TensorDict({"observation": torch.randn(8, 3), "action": torch.full((8, 2), 0.5),
         ...                    "next": {"observation": torch.randn(8, 3), **step}}, [8])
         >>> buffer = load_offline_dataset(data, batch_size=8)
-        >>> loss = fit_critics(make_spar_loss(3, Bounded(-1, 1, (2,))), buffer, steps=1)
+        >>> loss = fit_critics(make_spar_loss(buffer), buffer, steps=1)
         >>> bool(loss.reward_scale != 1)
         True
     """
@@ -210,6 +280,15 @@ def fit_critics(
     if loss.value_mix > 0:
         _fit("loss_value", loss.value_loss, loss.value_network_params, sample, steps, lr, progress)
     return loss
+
+
+def _explained(loss: SPARLoss, term: Term, batch: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
+    """The term; an error names the network that cannot take the batch."""
+    try:
+        return term(batch)
+    except RuntimeError:
+        loss.explain(batch)
+        raise
 
 
 def _return_spread(returns: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ class SPARUpdate:
         loss: the loss, trained in place, or a :class:`~torchrl_spar.StackedSPARLoss` of several seeds.
         qvalue_lr: learning rate of the critics and the value network (ours: 5e-4).
         actor_lr: learning rate of the head and, if it is trained jointly, the VAE (ours: 1e-3).
-        target_rate: Polyak rate of all targets, the deployed head included (ours: 0.005).
+        target_rate: Polyak rate of all targets, the deployed head included (ours: 0.01).
         policy_interval: updates of the critics for one of the head (ours: 2, after TD3).
         decay_steps: updates over which both learning rates fall to zero along a cosine; never by default.
         compile: whether losses and gradients go through ``torch.compile``: a minute to start, then faster.
@@ -71,7 +71,7 @@ class SPARUpdate:
         *,
         qvalue_lr: float = 5e-4,
         actor_lr: float = 1e-3,
-        target_rate: float = 0.005,
+        target_rate: float = 0.01,
         policy_interval: int = 2,
         decay_steps: int | None = None,
         compile: bool = False,
