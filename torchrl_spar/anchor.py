@@ -20,14 +20,14 @@ class FrozenAnchor(TensorDictModuleBase):
     optimiser or target updater finds them, and they are saved in the state dict under the
     actor's own names. Resets leave them alone and the module stays in eval mode.
 
-    The actor is asked under ``ExplorationType.DETERMINISTIC``: a probabilistic one answers with its mode, TorchRL's
-    ``DiffusionActor`` denoises from a zero latent without noise (repeatable, but no sample of its prior). One that
-    draws noise all the same is no anchor: the residual of an action would be another in every update.
-    :func:`~torchrl_spar.with_anchor_actions` refuses it; let it denoise from a fixed latent.
+    The actor runs under ``ExplorationType.DETERMINISTIC``: a probabilistic one gives its mode, and TorchRL's
+    ``DiffusionActor`` denoises from a zero latent without noise (repeatable, but no sample of its prior). An actor
+    that still draws noise cannot be an anchor, because the residual of an action would change in every update.
+    :func:`~torchrl_spar.with_anchor_actions` refuses it; have it denoise from a fixed latent.
 
-    A recurrent actor (TorchRL's ``LSTMModule``) hands its state on under ``"next"``, so it is played like any
-    other. Trained on, a batch must hold what it reads of its state at the root and under ``"next"``, as TorchRL's
-    collectors record it, or the actions themselves: run it along each episode ``[1, T + 1]`` and store
+    A recurrent actor (TorchRL's ``LSTMModule``) writes its next state under ``"next"``, so collectors run it like
+    any other. For training, a batch must hold the recurrent state at the root and under ``"next"``, as TorchRL's
+    collectors record it, or the anchor's actions: run the actor along each episode ``[1, T + 1]`` and store
     ``"anchor_action"`` and ``("next", "anchor_action")``.
 
     Args:
@@ -58,7 +58,7 @@ class FrozenAnchor(TensorDictModuleBase):
         if action_key not in actor.out_keys:
             raise InputError(f"the anchor must write {action_key!r}; its out_keys are {actor.out_keys}")
         self.in_keys = list(actor.in_keys)
-        # What comes back at the next step.
+        # Recurrent state, read again at the next step.
         self.state_keys = [("next", *_path(key)) for key in actor.in_keys if ("next", *_path(key)) in actor.out_keys]
         self.out_keys = [action_key, *self.state_keys]
         self.action_key = action_key

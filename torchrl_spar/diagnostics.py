@@ -1,4 +1,4 @@
-"""Measures of where a policy update points and where its actions lie; nothing here is trained."""
+"""Measures of where a policy update points and how far its actions are from the data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The error a user's own mistake ends in, and that of a training that has failed."""
+"""Errors for bad input and for a failed training."""
 
 from __future__ import annotations
 

@@ -76,18 +76,18 @@ class SPARLoss(SPARLossBase):
             on every data set; :func:`~torchrl_spar.fit_critics` sets it. All values are in scaled units.
         kl_coeff: beta, the weight of the KL in the fit (ours: 0.1).
         joint_vae: whether ``forward`` adds ``loss_vae``. Set it to ``False`` when the VAE was
-            trained before by :func:`~torchrl_spar.fit_vae` and is to stay.
+            trained before, by :func:`~torchrl_spar.fit_vae`, and is to stay as it is.
         num_candidates: candidates K for each state, the policy's own included (ours: 8).
-        candidates: centre of the candidates in the latent: ``"prior"``, its origin, so that they are drawn
-            anew from the residuals that the data supports, or ``"policy"``, the policy's own latent (ours: prior).
+        candidates: centre of the candidates in the latent space: ``"prior"``, the origin, so that they are drawn
+            from the residuals that the data supports, or ``"policy"``, the policy's own latent (ours: prior).
         latent_std: sigma, the spread of the candidates in the latent (ours: 1, that of the prior).
         latent_bound: candidates are clamped to +- this (ours: 2).
         candidate_dtype: what the hidden layers of the default critics compute in while they score
             candidates, such as ``torch.bfloat16``; by default the parameters' own type. Weights and
             gradients are not touched.
         temperature: tau of the candidates' weights; small is greedy (ours: 0.3).
-        lsi_coeff: weight of self-imitation, a buffer that can be scheduled (ours: 1). 0 leaves the term out for good
-            (the ablation): a schedule starts above it.
+        lsi_coeff: weight of self-imitation, a buffer that can be scheduled (ours: 1). 0 removes the term for good,
+            for the ablation; a schedule must start above 0.
         trust_coeff: lambda, the weight of the advantage-weighted fit to the data's own residuals; likewise (ours: 1).
         reduction: ``"mean"`` (also by None), ``"sum"`` or ``"none"`` (the batch's shape).
         use_prioritized_weights: see TorchRL's losses.

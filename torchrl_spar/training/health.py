@@ -1,4 +1,4 @@
-"""Whether a training's numbers can be trusted: finite, values within their bound, residuals within the data's."""
+"""Checks of a running training: finite numbers, values within their bound, residuals like the data's."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from torchrl.data import ReplayBuffer
 from torchrl_spar.errors import NonFiniteError
 from torchrl_spar.objective import SPARLoss
 
-# Steps between two looks of the fits and of SPARUpdate: NaN stays, so that a look at each would tell no more.
+# Steps between two checks of the fits and of SPARUpdate. NaN stays, so checking each step would find no more.
 CHECK_INTERVAL = 100
-# Looks in a row before a warning: the metrics are those of a single batch.
+# Checks in a row that must fail before a warning: the metrics are those of a single batch.
 PATIENCE = 5
 # Of the policy's residual to the data's: above it policies were seen to leave the data.
 RESIDUAL_RATIO_LIMIT = 0.7
@@ -62,13 +62,13 @@ def check_finite(step: int, losses: Mapping[str, Tensor], parameters: Mapping[st
 
 
 class HealthCheck:
-    """Warns when SPAR's critics diverge or its residual collapses, and names the remedy; to be called with the metrics.
+    """Warns when SPAR's critics diverge or its policy leaves the data, and names the remedy. Call it with the metrics.
 
     * No policy's value leaves ``[r_min, r_max] / (1 - gamma)`` (with zero in the interval, for what ends). Means of
       the critics (``pred_value``) beyond it, by a tenth of its width, are divergence.
     * ``residual_ratio`` above 0.7 is how policies that left the data were seen to look.
 
-    One batch tells little: it warns once of each, when five looks in a row found it.
+    One batch tells little, so it warns when five checks in a row fail, once for each problem.
 
     Args:
         loss: of which ``gamma`` and ``reward_scale`` are read now: after :func:`~torchrl_spar.fit_critics`.
@@ -99,7 +99,7 @@ class HealthCheck:
         self._found: dict[str, int] = {}
 
     def __call__(self, step: int, metrics: Mapping[str, Tensor]) -> None:
-        """Looks at the ``pred_value`` and ``residual_ratio`` of one batch (scalars), where they are given."""
+        """Checks ``pred_value`` and ``residual_ratio`` of one batch (scalars), where they are given."""
         if (value := metrics.get("pred_value")) is not None:
             low, high = self.value_range
             # A tenth of a unit for data without rewards.
@@ -121,7 +121,7 @@ class HealthCheck:
 
     def _judge(self, text: str, name: str, found: bool) -> None:
         before = self._found.get(name, 0)
-        if before == PATIENCE:  # it was said
+        if before == PATIENCE:  # warned already
             return
         self._found[name] = before + 1 if found else 0
         if self._found[name] == PATIENCE:

@@ -1,4 +1,4 @@
-"""What comes before the main phase: clone the anchor, fit the VAE, start the critics."""
+"""Pre-training: clone the anchor, fit the VAE, warm-start the critics."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def pretrain(
     keep: Callable[[str, Any], Any] = lambda name, part: part,
     **options: Any,
 ) -> tuple[SPARLoss, TensorDictReplayBuffer]:
-    """All that comes before the improvement: clones the anchor, fits the VAE to its residuals, starts the critics.
+    """Pre-training in three phases: clones the anchor, fits the VAE to its residuals, warm-starts the critics.
 
     The numbers are those of :func:`make_anchor`, :func:`fit_anchor`, :func:`make_spar_loss`,
     :func:`with_anchor_actions`, :func:`fit_vae` and :func:`fit_critics`, called in this order.
@@ -210,7 +210,7 @@ def fit_critics(
     report: Report | None = None,
     progress: Progress | None = None,
 ) -> SPARLoss:
-    """Starts the critics from the behaviour's own value: regression on the data's returns-to-go.
+    """Warm-starts the critics by regression on the data's returns-to-go, the behaviour's own value.
 
     Bootstrapping from zero takes about ``1 / (target_rate (1 - gamma))`` updates to see as far as
     ``gamma`` does. Until then the values are short-sighted, and a policy that follows them can end
@@ -218,10 +218,10 @@ def fit_critics(
     returns-to-go, too; where they are all the same, to one over their size.
 
     Args:
-        loss: its critics, their targets and, if it is used, the value network are trained in place.
+        loss: its critics and, where ``value_mix`` is positive, its value network are trained in place; the critics'
+            targets become equal to them.
         replay_buffer: the data, in order; episodes are told apart by ``("next", "done")`` and,
-            if there is one, ``"episode"``. Returns that it holds as ``"return_to_go"`` ``[N, 1]`` are taken as they
-            are.
+            if there is one, ``"episode"``. If it holds ``"return_to_go"`` ``[N, 1]``, these returns are used.
         steps: gradient steps.
         lr: initial learning rate of Adam, falling to zero along a cosine.
         report: called as ``report(step, metrics)`` after every step of the critics.

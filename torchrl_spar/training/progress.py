@@ -1,4 +1,4 @@
-"""Where the fits before the improvement are, to go on after a stop."""
+"""The state of pre-training, for an exact resume."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ from torchrl_spar.errors import InputError
 class Progress:
     """Steps, optimisers and learning rates of one training's fits, for an exact resume.
 
-    Give one object to :func:`~torchrl_spar.fit_anchor`, :func:`~torchrl_spar.fit_vae` and
-    :func:`~torchrl_spar.fit_critics` of one training. Its ``state_dict``, saved with the networks' and torch's random
-    state, and loaded into a new one with them, lets the same calls go on where it was saved, on a CPU with the same
-    bits. A fit that was finished then is not made again. A fit of another number of steps than the loaded one's is
-    an :class:`~torchrl_spar.InputError`.
+    Give one object to :func:`~torchrl_spar.pretrain`, or to its fits called one by one. Save its ``state_dict`` with
+    the networks' and torch's random state. After all three are loaded into new objects, the same calls resume where
+    they were saved, on a CPU bit for bit; finished fits are skipped. A fit with another number of steps than the
+    loaded one's raises an :class:`~torchrl_spar.InputError`.
 
     Args:
         on_step: called after every step, when everything is consistent: the place to save.
@@ -67,7 +66,7 @@ class Progress:
         optimizer: torch.optim.Optimizer,
         schedule: torch.optim.lr_scheduler.LRScheduler,
     ) -> int:
-        """Takes over a fit, gives optimiser and schedule the loaded state, and returns the steps made already.
+        """Begins a fit: loads the state of its optimiser and schedule, and returns the steps already made.
 
         Args:
             name: of its loss, such as ``"loss_bc"``.
@@ -100,5 +99,5 @@ class Progress:
         return parts
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes a :meth:`state_dict`; optimisers get theirs when their fit begins."""
+        """Loads a :meth:`state_dict`; optimisers get theirs when their fit begins."""
         self._parts = {name: dict(part) for name, part in state.items()}

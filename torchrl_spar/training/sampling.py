@@ -85,8 +85,8 @@ def _check_anchor(anchor: TensorDictModuleBase, state: TensorDictBase, action_ke
 class BatchSampler(Iterator[TensorDictBase]):
     """Endless blocks of uniform batches, each with its noise, from one generator.
 
-    One gather for a whole block costs less than one for each batch, and a run that draws from a generator of its
-    own is the same whatever runs beside it.
+    One gather for a whole block costs less than one for each batch. The generator is the sampler's own, so a run
+    does not depend on what else draws random numbers in the process.
 
     Args:
         loss: the loss to be trained; decides what is read and how much noise a batch needs.
@@ -135,9 +135,9 @@ class BatchSampler(Iterator[TensorDictBase]):
         return block
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """The generator's state: the blocks that follow are the same again once it is loaded."""
+        """The generator's state; loading it repeats the blocks that follow."""
         return {"generator": self.generator.get_state()}
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Takes a :meth:`state_dict`."""
+        """Loads a :meth:`state_dict`."""
         self.generator.set_state(state["generator"].cpu())

@@ -29,10 +29,9 @@ _OPTIMIZERS = ("critic_optimizer", "actor_optimizer")
 class SPARUpdate:
     """One gradient update of SPAR: critics every time, the head every ``policy_interval`` times.
 
-    All terms are taken at the same parameters, so the numbers are those of the plain loop: sum of
-    the losses, ``torch.optim.Adam``, TorchRL's ``SoftUpdate``. The value network is left alone where
-    nothing bootstraps from it (``value_mix=0``), and the VAE unless the loss was built with
-    ``joint_vae=True``.
+    All terms are computed at the same parameters, so the numbers are those of the plain loop: sum of
+    the losses, ``torch.optim.Adam``, TorchRL's ``SoftUpdate``. A value network is trained only where
+    targets bootstrap from it (``value_mix > 0``), the VAE only with ``joint_vae=True``.
 
     Args:
         loss: the loss, trained in place, or a :class:`~torchrl_spar.StackedSPARLoss` of several seeds.
@@ -40,7 +39,7 @@ class SPARUpdate:
         actor_lr: learning rate of the head and, if it is trained jointly, the VAE (ours: 1e-3).
         target_rate: Polyak rate of all targets, the deployed head included (ours: 0.01).
         policy_interval: updates of the critics for one of the head (ours: 2, after TD3).
-        decay_steps: updates over which both learning rates fall to zero along a cosine; never by default.
+        decay_steps: updates over which both learning rates fall to zero along a cosine; constant rates by default.
         compile: whether losses and gradients go through ``torch.compile``: a minute to start, then faster.
         cudagraph: whether updates are captured as a CUDA graph and replayed; batches must keep their
             shape, and the next call overwrites the metrics.
@@ -182,9 +181,9 @@ class SPARUpdate:
         return {"steps": self.steps, **{name: getattr(self, name).state_dict() for name in _OPTIMIZERS}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes a :meth:`state_dict`; with the loss's and the sampler's the updates go on with the same bits.
+        """Loads a :meth:`state_dict`; restoring loss and sampler as well makes the resume bit-exact.
 
-        The learning rates are this update's own, and so is ``cudagraph``.
+        Learning rates and ``cudagraph`` stay those of this object.
         """
         for name in _OPTIMIZERS:
             optimizer = getattr(self, name)
