@@ -94,7 +94,8 @@ def load_policy(
     Source: ours.
 
     Examples:
-        >>> import pathlib, tempfile
+        >>> import pathlib, tempfile, torch
+        >>> from torchrl.data import Bounded
         >>> from torchrl_spar import load_policy, make_spar_loss, save_policy
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     path = pathlib.Path(folder) / "policy.pt"
