@@ -17,11 +17,12 @@ import torch
 from helpers import build_loss, compose_recipe
 
 import torchrl_spar
-from torchrl_spar.configs import register_configs
 
 pytest.importorskip("hydra")
 from claim import NAMES as CLAIMS
 from hydra.core.override_parser.overrides_parser import OverridesParser
+
+from torchrl_spar.configs import register_configs
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES, RESULTS = ROOT / "recipes", ROOT / "recipes" / "results"
@@ -171,6 +172,7 @@ def test_the_recipes_readme_names_every_script():
     assert scripts and not [name for name in scripts if f"({name})" not in text]
 
 
+@pytest.mark.slow
 def test_the_results_are_the_committed_runs(tmp_path):
     readme = (RESULTS / "README.md").read_text()
     # With SPAR's own runs of these data sets.
