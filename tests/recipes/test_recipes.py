@@ -7,7 +7,6 @@ import json
 import math
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -464,26 +463,3 @@ def test_report_gives_mean_and_spread_over_seeds(tmp_path):
     assert_one_line(report(tmp_path, tmp_path), "broken.json")
     (tmp_path / "empty").mkdir()
     assert_one_line(report(tmp_path / "empty", tmp_path), "empty")
-
-
-def test_every_table_of_the_readme_has_a_rule_below_its_header():
-    lines = (RECIPES.parent / "README.md").read_text().splitlines()
-    rules = [below for above, line, below in zip(lines, lines[1:], lines[2:]) if line[:1] == "|" and above[:1] != "|"]
-    assert len(rules) > 5 and all(re.fullmatch(r"\|( *-+ *\|)+", rule) for rule in rules)
-
-
-def test_readme_shows_the_committed_results(tmp_path):
-    readme = (RECIPES.parent / "README.md").read_text()
-    # With SPAR's own runs of these data sets.
-    beside = (("compare", "", 11), ("ablations", "*/spar", 3), (f"ablations/{DATASET}", f"{DATASET}/spar", 17))
-    for name, pattern, count in beside:
-        shown = (RECIPES / "results" / name / "report.md").read_text()
-        rows = [line for line in shown.splitlines() if line.startswith("| ") and "[" in line]
-        assert len(rows) >= count and all(row in readme for row in rows)
-        # The report is of the committed runs.
-        copy = tmp_path / name.replace("/", "-")
-        shutil.copytree(RECIPES / "results" / name, copy)
-        spar = map(str, (RECIPES / "results" / "compare").glob(pattern)) if pattern else ()
-        command = [sys.executable, str(RECIPES / "report.py"), str(copy), *spar]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-        assert done.stdout == shown, done.stderr
