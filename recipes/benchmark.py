@@ -36,8 +36,8 @@ from benchmarks.updates import (
     torchrl_td3bc,
 )
 from benchmarks.windows import measure_rates, median_ratio
+from harness.launch import best_device, run_recipe
 from harness.output import write_json
-from harness.recipe import best_device, run_recipe
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table

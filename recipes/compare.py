@@ -13,7 +13,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +23,15 @@ import ablations
 import spar_d4rl
 import torch
 from harness.checkpoints import Checkpoints
-from harness.recipe import RECIPES, run_recipe
-from harness.run import Run, block_length, dataset_name, improve, of_one_run
-from harness.run_directory import run_directory, started
+from harness.directory import run_directory, started
+from harness.launch import RECIPES, run_recipe
+from harness.run import MainPhase, Run, block_length, closing_all, dataset_name, of_one_run
 from harness.spar_run import SPARRun
 from harness.stopping import stop, stop_with_parent
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from rivals import BUILDERS
-from rivals.base import Problem, Rival
+from rivals.base import Problem
 
 from torchrl_spar import InputError, check_finite
 
@@ -73,34 +72,26 @@ class RivalRun(Run):
 
 
 def train(cfg: DictConfig, seed: int, out: Path, run_class: type[RivalRun] = RivalRun) -> None:
+    """Trains a rival."""
     torch.set_num_threads(cfg.threads)
     cfg = of_one_run(cfg, seed, out)
-    with started([cfg], wait=True) as checkpoints:
+    runs: list[RivalRun] = []
+    with started([cfg], wait=True) as checkpoints, closing_all(runs):
         if checkpoints is None:
             return
-        run: RivalRun | None = None
-        try:
-            with stop.at_once(False):
-                run = run_class(cfg, checkpoints)
-                run.rival.pretrain(run)
-                run.keep("rival", run.rival)
-                run.finish(updates_per_second=improve([run], run.method, block_maker(run.rival, block_length(cfg))))
-        finally:
-            if run is not None:
-                run.close()
-
-
-def block_maker(rival: Rival, length: int) -> Callable[[], dict[str, torch.Tensor]]:
-    """Makes so many updates; returns the last value of whatever they log."""
-    metrics: dict[str, torch.Tensor] = {}
-
-    def make_block() -> dict[str, torch.Tensor]:
-        for _ in range(length):
-            metrics.update(rival(rival.data.sample()))
-        check_finite(rival.updates, {name: x for name, x in metrics.items() if name in rival.trained}, rival.trained)
-        return metrics
-
-    return make_block
+        with stop.at_once(False):
+            run = run_class(cfg, checkpoints)
+            runs.append(run)
+            rival = run.rival
+            rival.pretrain(run)
+            run.keep("rival", rival)
+            phase, metrics = MainPhase([run], run.method), dict[str, torch.Tensor]()
+            for step in phase.steps():
+                for _ in range(block_length(cfg)):
+                    metrics |= rival(rival.data.sample())
+                check_finite(step, {name: metrics[name] for name in metrics.keys() & rival.trained}, rival.trained)
+                phase.after(step, metrics)
+            run.finish(updates_per_second=phase.updates_per_second)
 
 
 def method_options(method: DictConfig, dataset: str) -> dict[str, Any]:

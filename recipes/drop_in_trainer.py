@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness.evaluations import RESULT_SEED
+from harness.directory import check_options
+from harness.launch import best_device, describe, run_recipe, summarize
 from harness.output import check_unused, save_config
-from harness.recipe import best_device, describe, run_recipe, summarize
 from harness.run import Phase, dataset_name, load
-from harness.run_directory import check_options
+from harness.scores import RESULT_SEED
 from omegaconf import DictConfig
 from tensordict import TensorDict, TensorDictBase
 from torch.optim.lr_scheduler import CosineAnnealingLR

@@ -17,7 +17,7 @@ from typing import Any
 import imageio.v3 as imageio
 import numpy as np
 import torch
-from harness.recipe import best_device, choose_environment, describe, run_recipe, summarize
+from harness.launch import best_device, choose_environment, describe, run_recipe, summarize
 from omegaconf import DictConfig
 
 from torchrl_spar import InputError, SPARActor, environment_sizes, evaluate, load_policy, make_env

@@ -23,8 +23,8 @@ from typing import Any
 
 import torch
 from harness.checkpoints import named_error
+from harness.launch import run_recipe
 from harness.output import check_unused
-from harness.recipe import run_recipe
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table

@@ -21,7 +21,7 @@ import h5py
 import numpy as np
 import torch
 from behaviours import Behaviour, sac, waypoints
-from harness.recipe import ARGUMENTS, best_device, run_recipe
+from harness.launch import ARGUMENTS, best_device, run_recipe
 from omegaconf import DictConfig
 from tqdm import tqdm
 

@@ -19,10 +19,10 @@ from statistics import mean
 from typing import Any
 
 import torch
+from harness.launch import RECIPES, run_recipe
 from harness.output import check_unused, write_json
-from harness.recipe import RECIPES, run_recipe
 from harness.run import EMBEDDED
-from mixing import losses as mixes
+from mixing import joint_loss as mixes
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table

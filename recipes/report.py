@@ -69,8 +69,8 @@ def table(runs: list[Run]) -> str:
 def compare(runs: list[Run], folder: Path) -> str:
     """The report of several methods; written into the folder with its figures."""
     # Only here: the table above needs neither rliable nor matplotlib.
-    from harness.comparison_figures import plot_all
-    from harness.statistics import REPETITIONS, Comparison
+    from reporting.figures import plot_all
+    from reporting.statistics import REPETITIONS, Comparison
 
     comparison = Comparison(runs)
     episodes = "/".join(sorted({str(run["episodes"]) for run in runs}))

@@ -15,9 +15,9 @@ from typing import Any
 
 import compare
 import spar_d4rl
-from harness.recipe import run_recipe
+from harness.directory import run_directory
+from harness.launch import run_recipe
 from harness.run import dataset_name
-from harness.run_directory import run_directory
 from harness.spar_run import SPARRun
 from omegaconf import DictConfig
 from online.curves import report

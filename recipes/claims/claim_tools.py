@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from harness.launch import run_recipe
 from harness.output import check_unused, write_json
-from harness.recipe import run_recipe
 from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image

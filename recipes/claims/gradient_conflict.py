@@ -15,7 +15,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
-from harness.figures import BLUE, GREY, VERMILION
+from harness.plots import BLUE, GREY, VERMILION
 from matplotlib.figure import Figure
 from omegaconf import DictConfig
 from tensordict import TensorDictBase

@@ -13,7 +13,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
-from harness.figures import BLUE, GREEN, GREY, VERMILION
+from harness.plots import BLUE, GREEN, GREY, VERMILION
 from matplotlib.figure import Figure
 from omegaconf import DictConfig
 from tensordict.nn import TensorDictModule, TensorDictModuleBase

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from harness.recipe import RECIPES
+from harness.launch import RECIPES
 from harness.run import EMBEDDED
 from omegaconf import DictConfig
 from tensordict import TensorDictBase

@@ -13,8 +13,8 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
-from harness.figures import BLUE, GREY, ORANGE
-from harness.recipe import summarize
+from harness.launch import summarize
+from harness.plots import BLUE, GREY, ORANGE
 from matplotlib.figure import Figure
 from omegaconf import DictConfig
 

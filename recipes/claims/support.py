@@ -16,7 +16,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
-from harness.figures import BLUE, GREEN, GREY, ORANGE, PURPLE, VERMILION
+from harness.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, VERMILION
 from matplotlib.figure import Figure
 from omegaconf import DictConfig
 from rivals.batches import add_next_actions

@@ -13,9 +13,10 @@ from torch import Tensor
 from torchrl.data import ReplayBuffer
 
 from harness.checkpoints import Checkpoints
-from harness.figures import plot_learning_curve
-from harness.run import Run, on_cpu
+from harness.plots import plot_learning_curve
+from harness.run import Run, block_length, on_cpu
 from torchrl_spar import (
+    BatchSampler,
     HealthCheck,
     OfflineReplayBuffer,
     SPARLoss,
@@ -57,6 +58,11 @@ class SPARRun(Run):
     def pretrain(self) -> None:
         self.loss, self.anchored_data = pretrain_spar(self, self.anchor, loss_class=self.loss_class)
         self.health = HealthCheck(self.loss, self.data)
+
+    def make_sampler(self) -> BatchSampler:
+        """Blocks of batches for the main phase, each with the noise of its updates."""
+        sampler = BatchSampler(self.loss, self.anchored_data, length=block_length(self.cfg), seed=self.seed)
+        return self.keep("sampler", sampler)
 
     def record(self, phase: str, step: int, metrics: dict[str, Tensor]) -> None:
         super().record(phase, step, metrics)

@@ -22,8 +22,8 @@ from torchrl_spar import InputError, evaluate, load_policy
 pytest.importorskip("hydra")
 import gymnasium
 import h5py
+from harness.launch import check_seeds
 from harness.option_checks import RANGES, check_config
-from harness.recipe import check_seeds
 from omegaconf import OmegaConf
 from PIL import Image
 

@@ -14,9 +14,8 @@ from pathlib import Path
 
 import kill_test
 import pytest
-from harness import checkpoints
-from harness import evaluations as scores
-from harness import run_directory as sweep
+from harness import checkpoints, scores
+from harness import directory as sweep
 from harness.checkpoints import Checkpoints
 from harness.stopping import Stopped, stop
 from kill_test import DATA, TINY, outcome, start_run

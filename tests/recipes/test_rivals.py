@@ -25,10 +25,10 @@ from torchrl_spar import InputError, load_offline_dataset
 pytest.importorskip("hydra")
 import compare
 import report
-from harness import run_directory as sweep
-from harness import statistics as comparison
+from harness import directory as sweep
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
+from reporting import statistics as comparison
 from rivals import BUILDERS
 from rivals.base import Problem
 from rivals.batches import add_next_actions, keep_best_episodes, transform_rewards

@@ -12,9 +12,9 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from harness.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, VERMILION
 
-from harness.figures import BLUE, GREEN, GREY, ORANGE, PURPLE, VERMILION
-from harness.statistics import REFERENCE, Comparison, Interval, label
+from reporting.statistics import REFERENCE, Comparison, Interval, label
 
 # One of Okabe and Ito's colours a family, dashes for its variants: also told apart by colour-blind readers.
 STYLES = {

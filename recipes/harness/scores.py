@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from tensordict.nn import TensorDictModuleBase
 
+from harness.launch import summarize
 from harness.output import MetricLog, write_text
-from harness.recipe import summarize
 from harness.stopping import stop
 from torchrl_spar import BackgroundEvaluator, evaluate
 

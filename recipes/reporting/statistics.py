@@ -8,9 +8,9 @@ from statistics import mean, stdev
 from typing import Any
 
 import numpy as np
+from harness.output import data_score
 from rliable import library, metrics
 
-from harness.output import data_score
 from torchrl_spar import InputError
 
 Run = dict[str, Any]
