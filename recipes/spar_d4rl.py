@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from harness import spar_options  # noqa: F401 - registers the options
 from harness.directory import started
 from harness.launch import best_device, run_recipe
 from harness.run import MainPhase, closing_all, of_one_run

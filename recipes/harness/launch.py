@@ -13,10 +13,12 @@ from typing import Any
 import hydra
 import torch
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import CompactHydraException
+from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
+from harness.options import OPTIONS, checked, explain, print_help
 from harness.stopping import Stopped, stop
 
 if "MUJOCO_GL" in os.environ:
@@ -25,7 +27,6 @@ if "MUJOCO_GL" in os.environ:
     except Exception as err:
         sys.exit(f"error: MUJOCO_GL={os.environ['MUJOCO_GL']}: MuJoCo cannot be loaded with it ({err}); unset it")
 
-from harness.option_checks import check_config
 from torchrl_spar import InputError, evaluate, normalized_score
 from torchrl_spar.errors import first_line
 
@@ -36,21 +37,20 @@ RESERVED = {"id", "render_mode", *inspect.signature(evaluate).parameters}
 ARGUMENTS = tuple(sys.argv[1:])
 
 
-def run_recipe(main: Callable[[DictConfig], None], config_name: str) -> None:
+def run_recipe(main: Callable[[DictConfig], None], name: str) -> None:
     """Runs `main` under Hydra; an `InputError` ends in one line and an exit code, in a sweep after the other runs."""
-    OmegaConf.register_new_resolver("recipe_dir", lambda name: str(RECIPES / name), replace=True)
+    if {"--help", "-h"} & {*sys.argv} and name in OPTIONS:
+        print_help(name, inspect.getdoc(sys.modules["__main__"]) or "")
+        return
 
     def guarded(cfg: DictConfig) -> None:
         try:
-            for name in OmegaConf.missing_keys(cfg):
-                raise InputError(f"{name}: must be given, as {name}=...")
-            check_seeds(cfg)
-            check_config(cfg, hydra.compose(config_name))
-            main(cfg)
+            plain = checked(cfg, name)
+            check_seeds(plain)
+            main(plain)
         except InputError as err:
             if HydraConfig.get().mode == RunMode.MULTIRUN:
-                # Hydra keeps it until all runs are done, then prints it without a traceback.
-                raise CompactHydraException(f"error: {err}") from None
+                raise  # which Hydra keeps until all runs are done
             print(f"error: {err}", file=sys.stderr)
             sys.exit(2)
         except Stopped as err:
@@ -63,26 +63,22 @@ def run_recipe(main: Callable[[DictConfig], None], config_name: str) -> None:
     # Each recipe owns its output: Hydra's log files are not used, and what --multirun notes lies aside.
     sys.argv += ["hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none"]
     sys.argv += ["hydra.sweep.dir=outputs/multirun", "hydra.sweep.subdir=."]
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here instead of being printed
     try:
         with stop.handled():
-            hydra.main(version_base=None, config_path=str(RECIPES / "config"), config_name=config_name)(guarded)()
+            hydra.main(version_base=None, config_path=str(RECIPES / "config"), config_name=name)(guarded)()
+    except (InputError, HydraException, OmegaConfBaseException) as err:
+        print(f"error: {err if isinstance(err, InputError) else explain(err, name)}", file=sys.stderr)
+        sys.exit(2)
     except Stopped as err:  # between runs, or where there is nothing to go on with
         print(err, file=sys.stderr)
         sys.exit(128 + err.signum)
 
 
 def check_seeds(cfg: DictConfig) -> None:
-    """Refuses what is no seed, before anything is trained with it."""
-    if not _is_seed(seed := cfg.get("seed", 0)):
-        raise InputError(f"seed={seed}: must be a whole number from 0 on")
-    if (seeds := cfg.get("seeds")) is None:
-        return
-    if not isinstance(seeds, ListConfig) or not seeds or not all(map(_is_seed, seeds)) or len({*seeds}) < len(seeds):
+    """Refuses a list of seeds that is empty or names one twice."""
+    if (seeds := cfg.get("seeds")) is not None and (not seeds or min(seeds) < 0 or len({*seeds}) < len(seeds)):
         raise InputError(f"seeds={seeds}: must be a list of different whole numbers from 0 on, such as [0,1,2]")
-
-
-def _is_seed(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def best_device(name: str | None) -> torch.device:

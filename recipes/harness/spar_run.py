@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import torch
@@ -18,16 +17,22 @@ from harness.run import Run, block_length, on_cpu
 from torchrl_spar import (
     BatchSampler,
     HealthCheck,
-    OfflineReplayBuffer,
+    InputError,
     SPARLoss,
     SPARUpdate,
     StackedSPARLoss,
-    make_spar_loss,
     pretrain,
     save_policy,
 )  # fmt: skip
 from torchrl_spar.configs import dtype_of
+from torchrl_spar.training.compiling import check_compiler
 
+# The metrics of SPAR's phases.
+COLUMNS = (
+    "loss_bc", "loss_vae", "reconstruction_error", "kl", "loss_value", "loss_qvalue", "pred_value", "target_value",
+    "next_state_value", "loss_actor", "effective_sample_size", "candidate_diversity", "lsi_advantage",
+    "candidate_value_std", "trust_advantage", "data_value_std", "residual_ratio",
+)  # fmt: skip
 # The method's name without compare.py, which gives one.
 NAMES = {"residual": "spar", "latent": "spar_latent"}
 
@@ -40,7 +45,8 @@ class SPARRun(Run):
 
     def __init__(self, cfg: DictConfig, checkpoints: Checkpoints, line: int = 0) -> None:
         super().__init__(cfg, checkpoints, line)
-        self.open(log_columns(self.cfg, self.data, self.loss_class))
+        check_options(cfg, self.device)
+        self.open(COLUMNS)
 
     @property
     def method(self) -> str:
@@ -77,16 +83,13 @@ class SPARRun(Run):
         plot_learning_curve(self.out / "learning_curve.png", results["curve"], results)
 
 
-def log_columns(cfg: DictConfig, data: OfflineReplayBuffer, loss_class: type[SPARLoss] = SPARLoss) -> list[str]:
-    """What SPAR's phases log; a wrong option ends here."""
-    loss = loss_maker(cfg, data, loss_class)()
-    make_update(cfg, loss)
-    return ["loss_bc", "loss_vae", "reconstruction_error", "kl", *loss.out_keys]
-
-
-def loss_maker(cfg: DictConfig, data: OfflineReplayBuffer, loss_class: type[SPARLoss] = SPARLoss) -> partial[SPARLoss]:
-    """`make_spar_loss` with everything but the anchor."""
-    return partial(make_spar_loss, data, loss_class=loss_class, **loss_options(cfg))
+def check_options(cfg: DictConfig, device: torch.device) -> None:
+    """What else would fail after the pre-training only."""
+    dtype_of(cfg.spar.loss.candidate_dtype)
+    if cfg.spar.compile:
+        check_compiler(device)
+    if cfg.spar.loss.lsi_coeff == cfg.spar.loss.trust_coeff == 0:
+        raise InputError("spar.loss.trust_coeff=0: must be positive where spar.loss.lsi_coeff is 0")
 
 
 def loss_options(cfg: DictConfig) -> dict[str, Any]:

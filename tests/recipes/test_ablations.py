@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ACTION, OBSERVATION, compose_recipe, make_batch
+from helpers import ACTION, OBSERVATION, SMALL, compose_recipe, make_batch, run
 from tensordict import TensorDict
 from torchrl.data import Bounded
 
@@ -20,7 +20,6 @@ from ablations.value_gradient import ALPHA, ValueGradientLoss
 from harness.directory import flatten
 from omegaconf import OmegaConf
 from reporting import statistics as comparison
-from test_recipes import SMALL, run
 
 CONFIG = Path(__file__).resolve().parents[2] / "recipes" / "config"
 NAMES = sorted(path.stem for path in (CONFIG / "method" / "ablation").glob("*.yaml"))

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import make_batch
+from helpers import compose_recipe, make_batch
 from tensordict import TensorDict
 from torchrl.objectives import TD3BCLoss
 
@@ -26,7 +26,6 @@ pytest.importorskip("hydra")
 import compare
 import report
 from harness import directory as sweep
-from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from reporting import statistics as comparison
 from rivals import BUILDERS
@@ -41,8 +40,7 @@ HIDDEN = [32, 32]
 
 
 def configure(*overrides):
-    with initialize_config_dir(str(RECIPES / "config"), version_base=None):
-        return compose("compare", [f"spar.loss.hidden={HIDDEN}", "batch_size=64", *overrides])
+    return compose_recipe("compare", f"spar.loss.hidden={HIDDEN}", "batch_size=64", *overrides)
 
 
 @pytest.fixture(scope="module")
