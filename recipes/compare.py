@@ -27,13 +27,14 @@ from harness import spar_options
 from harness.checkpoints import Checkpoints
 from harness.directory import run_directory, started
 from harness.launch import RECIPES, run_recipe
+from harness.method_options import method_options
 from harness.options import option, recipe_options, unknown_option
 from harness.run import MainPhase, Run, block_length, closing_all, dataset_name, of_one_run
 from harness.spar_options import Eval
 from harness.spar_run import SPARRun
 from harness.stopping import stop, stop_with_parent
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from rivals import BUILDERS
 from rivals.base import Problem
 
@@ -122,15 +123,6 @@ def train(cfg: DictConfig, seed: int, out: Path, run_class: type[RivalRun] = Riv
                 check_finite(step, {name: metrics[name] for name in metrics.keys() & rival.trained}, rival.trained)
                 phase.after(step, metrics)
             run.finish(updates_per_second=phase.updates_per_second)
-
-
-def method_options(method: DictConfig, dataset: str) -> dict[str, Any]:
-    """A method's options on a data set: its own, then those of every task that the data set's name contains."""
-    words = "-".join(re.findall(r"[a-z0-9]+", dataset.lower()))
-    tasks = [task for task in method.get("tasks") or {} if f"-{task}-" in f"-{words}-"]
-    merged = OmegaConf.merge(method, *(method.tasks[task] for task in sorted(tasks, key=len)))
-    options: Any = OmegaConf.to_container(merged, resolve=True)
-    return {name: value for name, value in options.items() if name not in ("name", "algorithm", "tasks")}
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -160,7 +161,7 @@ class Run:
             "updates": cfg.spar.updates, **self.scores.results, "data": self.data_scores,
             "episodes": cfg.eval.final_episodes, "updates_per_second": updates_per_second,
             "wall_seconds": self.checkpoints.seconds,
-            "versions": {name: version(name) for name in VERSIONED},
+            "versions": {name: version(name) for name in VERSIONED}, "commit": commit(),
             "curve": self.scores.curve,
         }  # fmt: skip
         self.go_on(results)
@@ -276,6 +277,15 @@ class MainPhase:
             for run in self.runs:
                 run.scores.collect()
         self.report.show(self.runs[0].scores.curve)
+
+
+def commit() -> str | None:
+    """Of the code, marked where files differ from it; None outside of a checkout."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, cwd=RECIPES, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def show(results: dict[str, Any], out: Path) -> None:

@@ -21,11 +21,10 @@ NAMES = {
     "spar_iql": "SPAR's critic, IQL's policy", "spar": "SPAR (head A)", "spar_latent": "SPAR (head B)",
     # recipes/config/method/ablation
     "no_lsi": "no LSI: the trust term alone", "no_trust": "no trust term: LSI alone",
-    "policy_candidates": "candidates around the policy, half the spread",
     "uniform_weights": "candidates weigh the same",
     "greedy_weights": "the best candidate alone", "action_space": "candidates in action space",
     "value_gradient": "value gradient for LSI", "candidates_4": "4 candidates", "candidates_16": "16 candidates",
-    "narrow": "half the spread", "lsi_3": "LSI weighs 3", "trust_3": "trust weighs 3",
+    "narrow": "half the spread", "trust_3": "trust weighs 3",
     "mean_of_critics": "mean of the critics", "min_of_critics": "minimum of the critics", "two_critics": "two critics",
     "in_sample_value": "in-sample expectile value", "no_value_start": "no start from the returns",
     "no_anchor": "no anchor", "bf16_candidates": "candidates scored in bfloat16",
@@ -141,6 +140,10 @@ class Comparison:
                 found[method] = steps, np.array([[row["normalized"] for row in curve] for curve in curves])
         return found
 
+    def anchors(self, dataset: str) -> list[float]:
+        """The scores of SPAR's anchors."""
+        return [run["anchor"]["normalized"] for run in self._of(REFERENCE, dataset)]
+
     def below_anchor(self) -> tuple[list[str], int]:
         """SPAR's runs that end more than MARGIN points below their own anchor, and the number of its runs."""
         runs = [(dataset, run) for dataset in self.datasets for run in self._of(REFERENCE, dataset)]
@@ -152,18 +155,21 @@ class Comparison:
         return below, len(runs)
 
     def markdown(self) -> str:
-        """One table of scores and statistics, a row a method, and what it leaves out."""
+        """One table of scores and, of several data sets, statistics, a row a method, and what it leaves out."""
+        several = len(self.datasets) > 1
         title = f"P({label(REFERENCE)} is better)"
-        lines = [_row("method", *self.datasets, "IQM", title), _row(*["---"] * (len(self.datasets) + 3))]
+        lines = [_row("method", *self.datasets, *(["IQM", title] if several else []))]
+        lines.append(_row(*["---"] * lines[0].count(" | "), "---"))
+        empty = ["", ""] if several else []
         runs = [[run for method in self.methods for run in self._of(method, dataset)] for dataset in self.datasets]
-        lines.append(_row("the data", *map(data_score, runs), "", ""))
-        anchors = [[run["anchor"]["normalized"] for run in self._of(REFERENCE, dataset)] for dataset in self.datasets]
+        lines.append(_row("the data", *map(data_score, runs), *empty))
+        anchors = [self.anchors(dataset) for dataset in self.datasets]
         if any(anchors):
-            lines.append(_row("SPAR's anchor", *map(_spread, anchors), "", ""))
-        means, improvements = self.interquartile_means(), self.improvements()
+            lines.append(_row("SPAR's anchor", *map(_spread, anchors), *empty))
+        means, improvements = (self.interquartile_means(), self.improvements()) if several else ({}, {})
         for method in self.methods:
             scores = [[score_of(run) for run in self._of(method, dataset)] for dataset in self.datasets]
-            statistics = (str(means.get(method, "-")), str(improvements.get(method, "-")))
+            statistics = [str(means.get(method, "-")), str(improvements.get(method, "-"))] if several else []
             lines.append(_row(label(method), *map(_spread, scores), *statistics))
         below, count = self.below_anchor()
         if count:
@@ -172,9 +178,18 @@ class Comparison:
                 "",
                 f"SPAR ends more than {MARGIN:.0f} points below its anchor in {len(below)} of {count} runs{listed}.",
             ]
-        if left_out := self.left_out():
+        if several and (left_out := self.left_out()):
             lines += ["", f"Not in IQM and P, for want of the seed on every data set: {'; '.join(left_out)}."]
         return "\n".join(lines)
+
+    def best(self, count: int) -> list[str]:
+        """The methods other than SPAR's own with the highest scores, each data set counting the same."""
+        means = {
+            method: mean(mean(map(score_of, self._of(method, dataset))) for dataset in self.datasets)
+            for method in self.methods
+            if not method.startswith(REFERENCE) and all(self._of(method, dataset) for dataset in self.datasets)
+        }
+        return sorted(means, key=lambda method: -means[method])[:count]
 
     def _of(self, method: str, dataset: str) -> list[Run]:
         return list(self.runs[method, dataset].values()) if (method, dataset) in self.runs else []
