@@ -1,4 +1,4 @@
-"""Presets: they compose, alone and as a list, and hold nothing that spar_d4rl.yaml does not have."""
+"""Presets: they compose, alone and as a list, and hold nothing that the recipe does not have."""
 
 from pathlib import Path
 
