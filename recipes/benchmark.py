@@ -12,6 +12,7 @@ import resource
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -36,13 +37,38 @@ from benchmarks.updates import (
     torchrl_td3bc,
 )
 from benchmarks.windows import measure_rates, median_ratio
+from harness.launch import best_device, run_recipe
+from harness.options import option, recipe_options
 from harness.output import write_json
-from harness.recipe import best_device, run_recipe
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
 from torchrl_spar import InputError, SPARLoss, environment_sizes, make_spar_loss
+
+
+@recipe_options("benchmark")
+@dataclass
+class Options:
+    device: str | None = option(None, "cpu, cuda, ...; null: cuda if there is one, else cpu.")
+    threads: int = option(1, "Torch threads (one is fastest for small networks).", least=1)
+    rounds: int = option(7, "Windows of each contender, taken in turn.", least=1)
+    window: float = option(1.0, "Length of a window in seconds (CPU time; wall time on a GPU).", above=0)
+    out: str = option("outputs/benchmark.json", "Where the JSON goes.")
+    hidden: list[int] = option([256, 256], "Widths of the hidden layers of every network.", least=1)
+    batch_size: int = option(256, "Transitions in a batch.", least=1)
+    num_candidates: int = option(8, "Candidates of each state.", least=2)
+    num_qvalue_nets: int = option(4, "Number of critics.", least=1)
+    seeds: list[int] | None = option(
+        [2], "Numbers of runs trained at once as one stack, beside a single one; null: none. On a GPU: seeds=[8,32]."
+    )
+    compile: bool = option(
+        False, "Also the update through torch.compile (a minute to compile; needs a C++ compiler, on a GPU Triton)."
+    )
+    load_steps: int = option(
+        1_000_000, "Steps of the Minari set that is written and read; 0 leaves loading out.", least=0
+    )
+    env: str | None = option("Hopper-v5", "Gymnasium environment of the evaluation; null leaves evaluation out.")
 
 
 def main(cfg: DictConfig) -> None:

@@ -1,7 +1,7 @@
 """One claim of the paper, measured: graded findings as JSON, and a figure.
 
 python recipes/claim.py drift               # also gradient_conflict, search_space, suboptimal_anchors, support
-python recipes/claim.py drift seed=1        # options: config/claims/<name>.yaml
+python recipes/claim.py drift seed=1        # --help lists the options
 """
 
 from __future__ import annotations

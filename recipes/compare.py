@@ -13,7 +13,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import re
-from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,20 +23,41 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 import ablations
 import spar_d4rl
 import torch
+from harness import spar_options
 from harness.checkpoints import Checkpoints
-from harness.recipe import RECIPES, run_recipe
-from harness.run import Run, block_length, dataset_name, improve, of_one_run
-from harness.run_directory import run_directory, started
+from harness.directory import run_directory, started
+from harness.launch import RECIPES, run_recipe
+from harness.method_options import method_options
+from harness.options import option, recipe_options, unknown_option
+from harness.run import MainPhase, Run, block_length, closing_all, dataset_name, of_one_run
+from harness.spar_options import Eval
 from harness.spar_run import SPARRun
 from harness.stopping import stop, stop_with_parent
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from rivals import BUILDERS
-from rivals.base import Problem, Rival
+from rivals.base import Problem
 
 from torchrl_spar import InputError, check_finite
 
 SPAR_RUNS: dict[str, type[SPARRun]] = {"spar": SPARRun, **ablations.RUNS}
+
+
+@recipe_options("compare", stored_as="compare_options")
+@dataclass
+class Options(spar_options.Options):
+    """All methods share SPAR's options but those of its loss, of which they read `hidden` and `gamma`."""
+
+    method: dict[str, Any] = option({}, "A method's own options; the methods are the files of config/method/.")
+    runs: str = option(
+        "outputs/compare",
+        "Directory of all runs, <runs>/<data set>/<method>/seed<seed>. A finished run in it is not repeated.",
+    )
+    out: str | None = option(None, "Set by the recipe.")
+    resume: bool = option(True, "The same command resumes.")
+    # In line: the runs take all cores, and joblib's processes cannot start another.
+    eval: Eval = option(Eval(background=False), "Evaluations.")
+    defaults: list[Any] = field(default_factory=list)  # those of config/compare.yaml
 
 
 def main(cfg: DictConfig) -> None:
@@ -54,6 +75,8 @@ def main(cfg: DictConfig) -> None:
 def start(cfg: DictConfig, seed: int, out: Path) -> None:
     """One run of any method."""
     if run_class := SPAR_RUNS.get(cfg.method.algorithm):
+        if unknown := method_options(cfg.method, ""):
+            raise InputError(f"method.{next(iter(unknown))}: {cfg.method.name} has no options of its own, but spar.*")
         spar_d4rl.train(cfg, [seed], [out], run_class=run_class, wait=True)
     else:
         train(cfg, seed, out)
@@ -67,49 +90,39 @@ class RivalRun(Run):
         torch.manual_seed(self.seed)
         build, self.options = BUILDERS[cfg.method.algorithm], method_options(cfg.method, dataset_name(cfg))
         self.problem = Problem(self.data, self.cfg, self.device)
-        self.rival = build(self.problem, **self.options)
+        try:
+            self.rival = build(self.problem, **self.options)
+        except TypeError as err:
+            unknown = re.search(r"unexpected keyword argument '(\w+)'", str(err))
+            if unknown is None or unknown[1] not in self.options:
+                raise
+            known = [f"method.{name}" for name in self.options.keys() - {unknown[1]}]
+            raise InputError(unknown_option(f"method.{unknown[1]}", known)) from None
         self.policy = self.rival.policy
         self.open(self.rival.columns)
 
 
 def train(cfg: DictConfig, seed: int, out: Path, run_class: type[RivalRun] = RivalRun) -> None:
+    """Trains a rival."""
     torch.set_num_threads(cfg.threads)
     cfg = of_one_run(cfg, seed, out)
-    with started([cfg], wait=True) as checkpoints:
+    runs: list[RivalRun] = []
+    with started([cfg], wait=True) as checkpoints, closing_all(runs):
         if checkpoints is None:
             return
-        run: RivalRun | None = None
-        try:
-            with stop.at_once(False):
-                run = run_class(cfg, checkpoints)
-                run.rival.pretrain(run)
-                run.keep("rival", run.rival)
-                run.finish(updates_per_second=improve([run], run.method, block_maker(run.rival, block_length(cfg))))
-        finally:
-            if run is not None:
-                run.close()
-
-
-def block_maker(rival: Rival, length: int) -> Callable[[], dict[str, torch.Tensor]]:
-    """Makes so many updates; returns the last value of whatever they log."""
-    metrics: dict[str, torch.Tensor] = {}
-
-    def make_block() -> dict[str, torch.Tensor]:
-        for _ in range(length):
-            metrics.update(rival(rival.data.sample()))
-        check_finite(rival.updates, {name: x for name, x in metrics.items() if name in rival.trained}, rival.trained)
-        return metrics
-
-    return make_block
-
-
-def method_options(method: DictConfig, dataset: str) -> dict[str, Any]:
-    """A method's options on a data set: its own, then those of every task that the data set's name contains."""
-    words = "-".join(re.findall(r"[a-z0-9]+", dataset.lower()))
-    tasks = [task for task in method.tasks or {} if f"-{task}-" in f"-{words}-"]
-    merged = OmegaConf.merge(method, *(method.tasks[task] for task in sorted(tasks, key=len)))
-    options: Any = OmegaConf.to_container(merged, resolve=True)
-    return {name: value for name, value in options.items() if name not in ("name", "algorithm", "tasks")}
+        with stop.at_once(False):
+            run = run_class(cfg, checkpoints)
+            runs.append(run)
+            rival = run.rival
+            rival.pretrain(run)
+            run.keep("rival", rival)
+            phase, metrics = MainPhase([run], run.method), dict[str, torch.Tensor]()
+            for step in phase.steps():
+                for _ in range(block_length(cfg)):
+                    metrics |= rival(rival.data.sample())
+                check_finite(step, {name: metrics[name] for name in metrics.keys() & rival.trained}, rival.trained)
+                phase.after(step, metrics)
+            run.finish(updates_per_second=phase.updates_per_second)
 
 
 if __name__ == "__main__":

@@ -10,15 +10,18 @@ the loop.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from harness.evaluations import RESULT_SEED
+from harness.directory import check_options
+from harness.launch import best_device, describe, run_recipe, summarize
+from harness.options import option, recipe_options
 from harness.output import check_unused, save_config
-from harness.recipe import best_device, describe, run_recipe, summarize
 from harness.run import Phase, dataset_name, load
-from harness.run_directory import check_options
+from harness.scores import RESULT_SEED
+from harness.spar_options import Loss, SharedOptions
 from omegaconf import DictConfig
 from tensordict import TensorDict, TensorDictBase
 from torch.optim.lr_scheduler import CosineAnnealingLR
@@ -43,6 +46,34 @@ from torchrl_spar import (
     pretrain,
     save_policy,
 )
+
+
+@dataclass
+class TrainerOptions:
+    updates: int = option(24_000, "Updates of everything in all.", least=1)
+    round: int = option(
+        100, "Updates in a round of the Trainer, which logs their mean and shows one step of its bar.", least=1
+    )
+    lr: float = option(5e-4, "Initial learning rate of Adam, of all networks (cosine to zero).", least=0)
+    target_rate: float = option(0.01, "Polyak rate of all targets, the deployed head included.", least=0, most=1)
+    log_interval: int = option(199, "A number is logged when more than this many updates have passed.", least=0)
+    save_interval: int = option(
+        1_999,
+        "A checkpoint is written when more than this many updates have passed, and at the end; two are kept.",
+        least=0,
+    )
+
+
+@recipe_options("drop_in_trainer")
+@dataclass
+class Options(SharedOptions):
+    out: str = option(
+        "outputs/drop_in_trainer/${now:%Y-%m-%d_%H-%M-%S}",
+        "Output directory: csv logs and checkpoints; a used one is refused without resume=true.",
+    )
+    loss: Loss = option(Loss(), "Options of the loss.")
+    trainer: TrainerOptions = option(TrainerOptions(), "TorchRL's Trainer.")
+    episodes: int = option(20, "Episodes of the evaluation of anchor and policy.", least=1)
 
 
 class NothingCollected(BaseCollector):

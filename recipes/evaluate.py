@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from contextlib import closing
+from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
@@ -17,7 +18,8 @@ from typing import Any
 import imageio.v3 as imageio
 import numpy as np
 import torch
-from harness.recipe import best_device, choose_environment, describe, run_recipe, summarize
+from harness.launch import best_device, choose_environment, describe, run_recipe, summarize
+from harness.options import option, recipe_options
 from omegaconf import DictConfig
 
 from torchrl_spar import InputError, SPARActor, environment_sizes, evaluate, load_policy, make_env
@@ -73,6 +75,24 @@ def film(policy: SPARActor, env: str, seed: int, path: Path, **env_kwargs: Any) 
         raise InputError(f"video={path}: cannot be rendered here: {err} (a server needs MUJOCO_GL=egl)") from err
     finally:
         partial.unlink(missing_ok=True)
+
+
+@recipe_options("evaluate")
+@dataclass
+class Options:
+    policy: str = option("???", "Policy file written by recipes/spar_d4rl.py.")
+    env: str | None = option(None, "Gymnasium environment; null: the one the policy was trained for.")
+    env_kwargs: Any = option(
+        None,
+        "Arguments of gymnasium.make beside those the policy was trained for, e.g. env_kwargs={continuing_task:false}.",
+    )
+    episodes: int = option(20, "Number of episodes.", least=1)
+    seed: int = option(0, "Seed of the first episode; each next one adds 1.", least=0)
+    device: str | None = option(None, "cpu, cuda, ...; null: cuda if there is one, else cpu.")
+    video: str | None = option(
+        None, "Also film the first episode into this file (.gif, or .mp4 where imageio's ffmpeg plugin is installed)."
+    )
+    threads: int = option(1, "Torch threads (one is fastest for small networks).", least=1)
 
 
 def main(cfg: DictConfig) -> None:

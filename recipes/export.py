@@ -15,6 +15,7 @@ import shutil
 import timeit
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,8 +24,9 @@ from typing import Any
 
 import torch
 from harness.checkpoints import named_error
+from harness.launch import run_recipe
+from harness.options import option, recipe_options
 from harness.output import check_unused
-from harness.recipe import run_recipe
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
@@ -117,6 +119,18 @@ def compare(policy: SPARActor, norm: ObservationNorm, calls: dict[str, Act]) -> 
         seconds = median(timeit.repeat(partial(act, one), number=1, repeat=TIMED_CALLS))
         table.add_row(name, f"{1e3 * seconds:.3f}", f"{(act(observation) - expected).abs().max():.1e}")
     return table
+
+
+@recipe_options("export")
+@dataclass
+class Options:
+    policy: str = option("???", "File written by save_policy, e.g. policy.pt of a run.")
+    out: str = option("outputs/export/${now:%Y-%m-%d_%H-%M-%S}", "Directory of the files; a used one is refused.")
+    formats: list[str] = option(
+        ["pt2", "onnx"],
+        'pt2: torch.export\'s, for plain torch; onnx: for onnxruntime and others (needs the extra "export").',
+    )
+    threads: int = option(1, "Threads of the calls that are timed.", least=1)
 
 
 def main(cfg: DictConfig) -> None:

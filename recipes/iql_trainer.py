@@ -10,7 +10,7 @@ anchor is not cloned before, so the policy is no better for it. The whole method
 from __future__ import annotations
 
 import torch
-from harness.recipe import run_recipe
+from harness.launch import run_recipe
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 

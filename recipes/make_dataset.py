@@ -13,6 +13,7 @@ import os
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ import h5py
 import numpy as np
 import torch
 from behaviours import Behaviour, sac, waypoints
-from harness.recipe import ARGUMENTS, best_device, run_recipe
+from harness.launch import ARGUMENTS, RECIPES, best_device, run_recipe
+from harness.options import option, recipe_options
 from omegaconf import DictConfig
 from tqdm import tqdm
 
@@ -162,6 +164,56 @@ def require_vector(name: str) -> None:
     with closing(make_env(name)) as env:
         if len(env.observation_space.shape or ()) != 1:
             raise InputError(f"env={name}: its observations are no plain vectors, which SAC learns from here")
+
+
+@dataclass
+class Train:
+    """SAC. Its paper (https://arxiv.org/abs/1812.05905) gives batch size, discount and target rate; smaller networks
+    and the higher learning rate are ours, for speed on a CPU.
+    """
+
+    max_steps: int = option(400_000, "Give up after so many environment steps.", least=1)
+    frames_per_batch: int = option(200, "Environment steps between two rounds of updates.", least=1)
+    init_random_frames: int = option(5_000, "Uniformly random actions at the start.", least=0)
+    updates_per_step: float = option(1.0, "Gradient updates for each environment step.", least=0)
+    batch_size: int = option(256, "Transitions in a batch.", least=1)
+    hidden: list[int] = option([128, 128], "Widths of the hidden layers.", least=1)
+    lr: float = option(1e-3, "Learning rate.", least=0)
+    gamma: float = option(0.99, "Discount.", least=0, most=1)
+    target_rate: float = option(0.005, "Polyak rate of the target critics.", least=0, most=1)
+
+
+@dataclass
+class Waypoints:
+    """The controller of PointMaze. D4RL's has gains of 10 and 1 and noise of 0.5; ours is slower, so that something is
+    left to improve.
+    """
+
+    position_gain: float = option(2.0, "Force for each metre to the next waypoint.")
+    velocity_gain: float = option(1.0, "Force against each metre a second.")
+    noise: float = option(0.5, "Standard deviation of the noise on the force, which is clipped to -1 to 1.", least=0)
+
+
+@recipe_options("make_dataset")
+@dataclass
+class Options:
+    env: str = option(
+        "Hopper-v5",
+        "Gymnasium environment to learn and record. In PointMaze a controller (waypoints) is recorded, elsewhere SAC "
+        "(train, level).",
+    )
+    dataset: str = option("torchrl-spar/hopper/medium-v0", "Minari id of the data set that is written.")
+    root: str = option(str(RECIPES / "data"), "Minari root that it is written under; a set there is never overwritten.")
+    steps: int = option(92_000, "Steps to record; the last episode is finished, so a few more are written.", least=0)
+    level: float = option(
+        25.0, "D4RL-normalised score at which the behaviour policy stops learning (its own stochastic episodes)."
+    )
+    level_episodes: int = option(20, "Number of latest episodes the score is averaged over.", least=1)
+    seed: int = option(0, "Seed of the networks, the environment and the recording.", least=0)
+    device: str | None = option(None, "Device of policy and learner; null: cuda if there is one, else cpu.")
+    threads: int = option(1, "Torch threads (one is fastest for small networks).", least=1)
+    train: Train = option(Train(), "The behaviour policy.")
+    waypoints: Waypoints = option(Waypoints(), "The controller of PointMaze.")
 
 
 def main(cfg: DictConfig) -> None:

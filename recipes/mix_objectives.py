@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -19,10 +20,12 @@ from statistics import mean
 from typing import Any
 
 import torch
+from harness.launch import RECIPES, run_recipe
+from harness.options import option, recipe_options
 from harness.output import check_unused, write_json
-from harness.recipe import RECIPES, run_recipe
 from harness.run import EMBEDDED
-from mixing import losses as mixes
+from harness.spar_options import Loss, Phase
+from mixing import joint_loss as mixes
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
@@ -49,9 +52,67 @@ ENV = "Hopper-v5"
 BLOCK = 100
 
 
+@dataclass
+class IQL:
+    temperature: float = option(
+        3.0, "Factor on the advantage, in SPAR's scaled rewards, in the weights of IQL's own actor (IQL's paper: 3)."
+    )
+
+
+@dataclass
+class CQL:
+    min_q_weight: float = option(
+        0.1, "Weight of the conservative penalty: CORL's 10 on Hopper's rewards is about this on scaled ones.", least=0
+    )
+    num_random: int = option(
+        3, "Actions of each kind that are sampled for it (TorchRL: 10; it is most of the cost).", least=1
+    )
+
+
+@dataclass
+class Spar:
+    updates: int = option(4_000, "Updates of everything, the head included.", least=1)
+    qvalue_lr: float = option(5e-4, "Learning rate (cosine to zero) of all that is trained but the head.", least=0)
+    actor_lr: float = option(1e-3, "Learning rate (cosine to zero) of the head.", least=0)
+    target_rate: float = option(0.01, "Polyak rate of all targets, the deployed head included.", least=0, most=1)
+    # As many critics as TorchRL's CQLLoss has.
+    loss: Loss = option(Loss(num_qvalue_nets=2), "Options of the loss.")
+
+
+@dataclass
+class Eval:
+    interval: int = option(500, "Updates between two evaluations.", least=1)
+    episodes: int = option(5, "Episodes of each.", least=1)
+    final_episodes: int = option(20, "Episodes of the last one, and of the anchor's.", least=1)
+
+
+@recipe_options("mix_objectives")
+@dataclass
+class Options:
+    """Steps of the phases are fewer than in spar_d4rl.py."""
+
+    out: str = option("outputs/mix_objectives/${now:%Y-%m-%d_%H-%M-%S}", "Output directory; a used one is refused.")
+    mix: Any = option(
+        ["none", "iql", "cql", "encoder", "aux"],
+        "What is trained, one after the other from the same anchor and VAE: none, iql, cql, encoder, aux.",
+    )
+    seeds: list[int] = option([0], "Independent runs, each with its own anchor and VAE.")
+    threads: int = option(1, "Torch threads (one is fastest for small networks).", least=1)
+    batch_size: int = option(128, "Transitions in a batch, in every phase.", least=1)
+    features: int = option(64, "Size of the shared encoder's output, for encoder and aux.", least=1)
+    iql: IQL = option(IQL(), "For iql.")
+    cql: CQL = option(CQL(), "For cql.")
+    anchor: Phase = option(Phase(5_000), "The behaviour policy.")
+    vae: Phase = option(Phase(5_000), "The residuals' VAE.")
+    critics: Phase = option(Phase(1_000), "The critics' warm start.")
+    spar: Spar = option(Spar(), "The main phase.")
+    eval: Eval = option(Eval(), "Evaluations.")
+
+
 def adders(cfg: DictConfig) -> dict[str, Callable[[mixes.Mix, Networks], None] | None]:
     """What each mix adds to SPAR."""
-    options = {name: value for name, value in cfg.spar.loss.items() if name != "hidden"}
+    of_the_networks = ("hidden", "head", "latent_dim", "gamma")
+    options = {name: value for name, value in cfg.spar.loss.items() if name not in of_the_networks}
     return {
         "none": None,
         "iql": partial(mixes.add_iql, **cfg.iql),

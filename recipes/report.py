@@ -1,47 +1,24 @@
 """Markdown tables of finished runs, and of several methods their statistics and figures.
 
-python recipes/report.py recipes/results/development/default    # SPAR alone: prints one row a data set
+python recipes/report.py recipes/results/development@spar    # SPAR alone: prints one row a data set
 python recipes/report.py outputs/compare      # several methods: prints report.md and writes it there with figures
-python recipes/report.py outputs/ablations outputs/compare/*/spar    # runs of several folders; written into the first
+python recipes/report.py outputs/ablations outputs/compare@spar    # and one method's runs on the same data sets
+python recipes/report.py outputs/compare table=runs.jsonl    # collects the finished runs into a table, one line each
+
+Folders hold results of fresh runs, or tables.
 """
 
 from __future__ import annotations
 
-import json
 import sys
 from collections import Counter, defaultdict
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
 
 from harness.output import data_score, write_text
+from reporting.runs import Run, read_runs, write_table
 
 from torchrl_spar import InputError
-
-Run = dict[str, Any]
-
-
-def read_runs(folder: Path) -> list[Run]:
-    """Every results file of spar_d4rl.py and compare.py below a folder."""
-    runs = []
-    for path in sorted(folder.rglob("*.json")):
-        try:
-            result = json.loads(path.read_text())
-            if "claim" in result or "matmul_gflops" in result:  # of recipes/claims and benchmark.py: no scores
-                continue
-            names = ("policy",) if "policy" in result else ("anchor", "spar")
-            scores = [result[name]["normalized"] for name in names]
-            result["dataset"], result["seed"], result["data"]["normalized"]
-        except (ValueError, KeyError, TypeError) as err:
-            raise InputError(
-                f"{path}: not a results file of spar_d4rl.py or compare.py ({err!r}); move it elsewhere"
-            ) from None
-        if None in scores:
-            raise InputError(f"{path}: {result['env']} has no normalised score; move it elsewhere")
-        runs.append(result)
-    if not runs:
-        raise InputError(f"{folder}: holds no results file (*.json)")
-    return runs
 
 
 def table(runs: list[Run]) -> str:
@@ -66,42 +43,61 @@ def table(runs: list[Run]) -> str:
     return "\n".join(lines)
 
 
-def compare(runs: list[Run], folder: Path) -> str:
+def compare(runs: list[Run], source: Path) -> str:
     """The report of several methods; written into the folder with its figures."""
     # Only here: the table above needs neither rliable nor matplotlib.
-    from harness.comparison_figures import plot_all
-    from harness.statistics import REPETITIONS, Comparison
+    from reporting.figures import plot_all
+    from reporting.statistics import REPETITIONS, Comparison
 
+    folder = source if source.is_dir() else source.parent
     comparison = Comparison(runs)
     episodes = "/".join(sorted({str(run["episodes"]) for run in runs}))
-    report = "\n\n".join(
-        [
-            f"Normalised scores (D4RL's formula) of the last checkpoint, {episodes} episodes: mean +- sample standard\n"
-            "deviation over seeds (number of seeds). IQM: interquartile mean over all runs, with 95 % stratified\n"
-            f"bootstrap intervals ({REPETITIONS} repetitions, rliable). Bands (with many methods only SPAR's): one\n"
-            "standard deviation of the learning curves, the 95 % interval of the performance profiles.",
-            comparison.markdown(),
-            *(f"![{Path(name).stem.replace('_', ' ')}]({name})" for name in plot_all(comparison, folder)),
-        ]
+    text = (
+        f"Normalised scores (D4RL's formula) of the last checkpoint, {episodes} episodes: mean +- sample standard\n"
+        "deviation over seeds (number of seeds)."
     )
+    if len(comparison.datasets) > 1:
+        text += (
+            " IQM: interquartile mean over all runs, with 95 % stratified\n"
+            f"bootstrap intervals ({REPETITIONS} repetitions, rliable)."
+        )
+    text += " Bands: one standard deviation of the learning\ncurves, the 95 % interval of the performance profiles."
+    figures = [f"![{Path(name).stem.replace('_', ' ')}]({name})" for name in plot_all(comparison, folder)]
+    report = "\n\n".join([text, comparison.markdown(), *figures])
     write_text(folder / "report.md", report + "\n")
     return report
 
 
-def main(*folders: Path) -> None:
-    runs = [run for folder in folders for run in read_runs(folder)]
+def main(*sources: Path) -> None:
+    runs = read_runs(sources[0])
+    datasets = {run["dataset"] for run in runs}
+    runs += [run for source in sources[1:] for run in read_runs(source) if run["dataset"] in datasets]
+    if unscored := [run for run in runs if None in _scores(run)]:
+        raise InputError(f"{sources[0]}: {unscored[0]['env']} has no normalised score; move its runs elsewhere")
     counts = Counter((run.get("method", "spar"), run["dataset"], run["seed"]) for run in runs)
     if twice := [f"{method} on {dataset} with seed {seed}" for (method, dataset, seed), n in counts.items() if n > 1]:
         raise InputError(f"there twice: {'; '.join(twice)}; remove one of them")
+    if len(budgets := {int(run.get("updates", 0)) for run in runs}) > 1:
+        raise InputError(
+            f"runs of {' and '.join(map(str, sorted(budgets)))} updates are not comparable; report them apart"
+        )
     alone = all("spar" in run and run.get("method", "spar") == "spar" for run in runs)
-    print(table(runs) if alone else compare(runs, folders[0]))
+    print(table(runs) if alone else compare(runs, sources[0]))
+
+
+def _scores(run: Run) -> list[float | None]:
+    return [run[name]["normalized"] for name in ("policy", "anchor", "spar") if name in run]
 
 
 if __name__ == "__main__":
-    folders = [Path(name) for name in sys.argv[1:]]
-    if not folders or not all(folder.is_dir() for folder in folders):
-        sys.exit("error: usage: python recipes/report.py FOLDER..., folders with results.json files")
+    given = [argument for argument in sys.argv[1:] if not argument.startswith("table=")]
+    tables = [Path(argument.removeprefix("table=")) for argument in sys.argv[1:] if argument.startswith("table=")]
+    if not given or not all(Path(name.partition("@")[0]).exists() for name in given) or len(tables) > 1:
+        sys.exit("error: usage: python recipes/report.py FOLDER[@METHOD]... [table=FILE]: folders with runs or tables")
     try:
-        main(*folders)
+        if tables:
+            print(f"{write_table(tables[0], [*map(Path, given)])} runs in {tables[0]}")
+        else:
+            main(*map(Path, given))
     except InputError as err:
         sys.exit(f"error: {err}")

@@ -18,15 +18,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness.recipe import best_device, run_recipe
-from harness.run import block_length, improve, of_one_run
-from harness.run_directory import started
+from harness import spar_options  # noqa: F401 - registers the options
+from harness.directory import started
+from harness.launch import best_device, run_recipe
+from harness.run import MainPhase, closing_all, of_one_run
 from harness.spar_run import SPARRun, make_update
 from harness.stopping import stop
 from omegaconf import DictConfig
 from tqdm import tqdm
 
-from torchrl_spar import BatchSampler, StackedSPARLoss
+from torchrl_spar import StackedSPARLoss
 from torchrl_spar.evaluation.background import end_with_parent, without_ctrl_c
 
 
@@ -64,42 +65,28 @@ def train(
     run_class: type[SPARRun] = SPARRun,
     wait: bool = False,
 ) -> None:
-    """Independent runs of all seeds, the main phase as one program; with `wait` after whoever is at them."""
+    """Trains all seeds; `wait` blocks until another process releases their directories."""
     torch.set_num_threads(cfg.threads)
     cfgs = [of_one_run(cfg, seed, out) for seed, out in zip(seeds, outs)]
     runs: list[SPARRun] = []
-    with started(cfgs, wait=wait) as checkpoints:
+    with started(cfgs, wait=wait) as checkpoints, closing_all(runs):
         if checkpoints is None:
             return
-        try:
-            with stop.at_once(False):
-                for cfg in cfgs:
-                    runs.append(run_class(cfg, checkpoints, line))
-                    runs[-1].pretrain()
-                rate = update_together(runs)
-                for run in runs:
-                    run.finish(updates_per_second=rate)
-        finally:
+        with stop.at_once(False):
+            for cfg in cfgs:
+                runs.append(run_class(cfg, checkpoints, line))
+                runs[-1].pretrain()
+            # The main phase, of several seeds as one program.
+            stack = StackedSPARLoss([run.loss for run in runs]) if len(runs) > 1 else None
+            samplers = [run.make_sampler() for run in runs]
+            update = make_update(cfg, stack or runs[0].loss, cudagraph=runs[0].device.type == "cuda")
+            checkpoints.add("update", update)
+            phase = MainPhase(runs, "spar", stack.copy_back if stack else lambda: None)
+            for step in phase.steps():
+                blocks = [next(sampler) for sampler in samplers]
+                phase.after(step, update.run(torch.stack(blocks, 1) if stack else blocks[0]))
             for run in runs:
-                run.close()
-
-
-def update_together(runs: Sequence[SPARRun]) -> float:
-    """The main phase; returns the updates per second of each run."""
-    cfg, losses = runs[0].cfg, [run.loss for run in runs]
-    samplers = [
-        run.keep("sampler", BatchSampler(run.loss, run.anchored_data, length=block_length(cfg), seed=run.seed))
-        for run in runs
-    ]
-    stack = StackedSPARLoss(losses) if len(runs) > 1 else None
-    update = make_update(cfg, losses[0] if stack is None else stack, cudagraph=runs[0].device.type == "cuda")
-    runs[0].checkpoints.add("update", update)
-
-    def make_block() -> dict[str, torch.Tensor]:
-        blocks = [next(sampler) for sampler in samplers]
-        return update.run(blocks[0] if stack is None else torch.stack(blocks, 1))
-
-    return improve(runs, "spar", make_block) if stack is None else improve(runs, "spar", make_block, stack.copy_back)
+                run.finish(updates_per_second=phase.updates_per_second)
 
 
 if __name__ == "__main__":

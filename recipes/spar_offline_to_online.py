@@ -10,14 +10,16 @@ a kill: finished runs are not repeated, a run's offline phase goes on from its c
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import compare
 import spar_d4rl
-from harness.recipe import run_recipe
+from harness.directory import run_directory
+from harness.launch import run_recipe
+from harness.options import option, recipe_options
 from harness.run import dataset_name
-from harness.run_directory import run_directory
 from harness.spar_run import SPARRun
 from omegaconf import DictConfig
 from online.curves import report
@@ -25,6 +27,61 @@ from online.phase import check, count_updates, go_online
 from online.td3 import warm_start
 
 from torchrl_spar import InputError, SPARUpdate
+
+
+@dataclass
+class CollectorOptions:
+    """What steps the environments, on the CPU; the policy runs on `device`."""
+
+    backend: str = option("direct", "TorchRL's: direct (this process), process (workers here) or ray (started here).")
+    workers: int = option(2, "Workers, each with an environment; without effect with direct.", least=1)
+    frames_per_batch: int = option(
+        100, "Environment steps of all workers together between two rounds of updates.", least=1
+    )
+
+
+@dataclass
+class OfflineShare:
+    start: float = option(0.95, "At the first step. 0.999 for both is the data alone: the control.")
+    end: float = option(0.5, "At the last step.")
+
+
+@dataclass
+class OnlineRates:
+    """Lower than offline, so that the policy sets out from where it is; learning rates fall to zero along a cosine."""
+
+    qvalue_lr: float = option(1e-4, "Learning rate of the critics.", least=0)
+    actor_lr: float = option(1e-4, "Learning rate of the head.", least=0)
+    target_rate: float = option(0.002, "Polyak rate of all targets.", least=0, most=1)
+
+
+@dataclass
+class Online:
+    steps: int = option(10_000, "Environment steps.", least=0)
+    first_update: int = option(1_000, "Environment steps before the first update, by the offline policy.", least=0)
+    updates_per_step: float = option(1.0, "Updates of the critics for each environment step.", least=0)
+    offline_share: OfflineShare = option(
+        OfflineShare(),
+        "Share of a batch that comes from the data set, on a line over the steps. High at first, for the first "
+        "transitions are of a few episodes.",
+    )
+    exploration_noise: float = option(0.1, "Gaussian noise on the actions, in half action ranges.", least=0)
+    spar: OnlineRates = option(OnlineRates(), "SPAR's rates; TD3's are in config/method/td3_bc.yaml.")
+    eval_interval: int = option(1_000, "Environment steps between two evaluations, without exploration.", least=1)
+    eval_episodes: int = option(20, "Episodes of an evaluation.", least=1)
+
+
+@recipe_options("spar_offline_to_online", stored_as="spar_offline_to_online_options")
+@dataclass
+class Options(compare.Options):
+    """The offline phase has the options of compare.py; method is spar or td3_bc, whose online phase is TD3."""
+
+    runs: str = option(
+        "outputs/online",
+        "Directory of all runs, <runs>/<data set>/<method>/seed<seed>. A finished run in it is not repeated.",
+    )
+    collector: CollectorOptions = option(CollectorOptions(), "What steps the environments.")
+    online: Online = option(Online(), "The online phase.")
 
 
 class OnlineSPAR(SPARRun):

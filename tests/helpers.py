@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +16,14 @@ from torchrl.data import Bounded
 from torchrl_spar import SPARLoss, make_spar_loss
 
 OBSERVATION, ACTION = 5, 3
+RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "datasets"
+
+# A run of the main job in seconds.
+SMALL = ["preset=smoke", "anchor.steps=5", "vae.steps=5", "spar.updates=4", "eval.interval=2", "eval.final_episodes=2"]
+SMALL += ["spar.loss.hidden=[8]", "logger.interval=2", "cache=null"]
+# A second process costs seconds to start.
+TINY = [*SMALL, "eval.background=false"]
 
 torch.set_num_threads(1)
 
@@ -62,8 +73,27 @@ def total(losses: TensorDict) -> torch.Tensor:
 
 
 def compose_recipe(name: str, *overrides: str) -> Any:
-    """A recipe's configuration, without starting the recipe."""
+    """A recipe's configuration, checked, without starting the recipe."""
+    from harness.options import checked
     from hydra import compose, initialize_config_dir
 
-    with initialize_config_dir(str(Path(__file__).resolve().parents[1] / "recipes" / "config"), version_base=None):
-        return compose(name, list(overrides))
+    importlib.import_module(name.replace("/", "."))  # which registers its options
+    with initialize_config_dir(str(RECIPES / "config"), version_base=None):
+        return checked(compose(name, list(overrides)), name)
+
+
+def run(script: str, *overrides: Any, cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    """A recipe as a user runs it."""
+    command = [sys.executable, str(RECIPES / f"{script}.py"), *map(str, overrides)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MINARI_DATASETS_PATH": str(cwd / "minari"), **variables}
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, env=environment)
+
+
+def assert_one_line(done: subprocess.CompletedProcess[str], *words: str) -> None:
+    """That a recipe ended in one line that has these words."""
+    assert done.returncode != 0
+    assert "Traceback" not in done.stderr
+    message = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert len(message) == 1, done.stderr
+    for word in words:
+        assert word in message[0]

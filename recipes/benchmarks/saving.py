@@ -9,7 +9,7 @@ from statistics import median
 from typing import Any
 
 from harness.checkpoints import Checkpoints
-from omegaconf import OmegaConf
+from harness.spar_options import CheckpointOptions
 
 from torchrl_spar import BatchSampler, OfflineReplayBuffer, SPARLoss, SPARUpdate
 
@@ -21,7 +21,7 @@ def measure_saving(loss: SPARLoss, data: OfflineReplayBuffer, *, rounds: int) ->
         ``seconds`` (wall, median) of one checkpoint, its ``bytes``, the default ``interval`` of the main job
         in seconds, and ``share_of_run``: the part of a run's time that goes into checkpoints.
     """
-    interval = OmegaConf.load(Path(__file__).parents[1] / "config" / "spar_d4rl.yaml").checkpoint.seconds
+    interval = CheckpointOptions().seconds
     update = SPARUpdate(loss)
     update(data.sample())  # Adam's state is not there before
     parts: dict[str, Any] = {"loss": loss, "update": update, "sampler": BatchSampler(loss, data, length=1, seed=0)}

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from harness.launch import run_recipe
 from harness.output import check_unused, write_json
-from harness.recipe import run_recipe
 from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
@@ -36,7 +36,7 @@ def finding(statement: str, holds: str | bool, **numbers: Any) -> dict[str, Any]
 def run_claim(
     name: str, measure: Callable[[DictConfig], dict[str, Any]], draw: Callable[[dict[str, Any]], Figure]
 ) -> None:
-    """Runs a claim under Hydra with the options of config/claims/<name>.yaml; writes <name>.json and <name>.png.
+    """Runs a claim under Hydra with its module's Options; writes <name>.json and <name>.png.
 
     Args:
         name: of the claim.

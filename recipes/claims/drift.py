@@ -9,9 +9,11 @@ python recipes/claim.py drift
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from harness.options import option, recipe_options
 from omegaconf import DictConfig
 from tensordict import TensorDict
 from torch import Tensor, nn
@@ -50,6 +52,70 @@ from torchrl_spar import normal_share
 
 # Candidates from which the closed form is asked for.
 MANY = 256
+
+
+@dataclass
+class ClosedForm:
+    """An affine manifold, a linear Q."""
+
+    states: int = option(2048, "States.", least=1)
+    candidates: list[int] = option([8, 32, 128, 256, 512], "Numbers of candidates.", least=2)
+    temperatures: list[float] = option([0.3, 1.0, 2.0], "Temperatures.", above=0)
+    latent_std: float = option(0.3, "Spread of the candidates.", above=0)
+
+
+@dataclass
+class FirstUpdate:
+    """From points on the manifold, and the curvature bias of its target."""
+
+    states: int = option(1024, "States.", least=1)
+    latent_stds: list[float] = option([0.0625, 0.125, 0.25, 0.5], "Spreads of the candidates.", above=0)
+
+
+@dataclass
+class Train:
+    """Of a small network with every method."""
+
+    steps: int = option(400, "Gradient steps.", least=0)
+    batch_size: int = option(128, "States in a batch.", least=1)
+    lr: float = option(3e-3, "Learning rate.", least=0)
+    hidden: list[int] = option([32], "Widths of the hidden layers.", least=1)
+    interval: int = option(25, "Steps between two points of the curves.", least=1)
+
+
+@dataclass
+class Noisy:
+    """The same training with noisy critics, for the methods that stay near the manifold."""
+
+    draws: int = option(3, "Independent draws of the critics' noise.", least=1)
+    num_qvalue_nets: int = option(4, "Critics, each with noise of its own.", least=1)
+    std: float = option(0.3, "Standard deviation of a critic's noise over actions.", least=0)
+    frequency: float = option(6.0, "That of its wave vectors; the slope of the noise is the product of both.", least=0)
+
+
+@dataclass
+class LSI:
+    """Latent Self-Imitation as a step from where the policy is; "as shipped" draws its candidates from the prior."""
+
+    num_candidates: int = option(8, "Candidates.", least=2)
+    candidates: str = option("policy", "Their centre.", choices=("policy", "prior"))
+    latent_std: float = option(0.5, "Their spread.", above=0)
+    temperature: float = option(0.3, "Of their weights.", above=0)
+
+
+@recipe_options("claims/drift")
+@dataclass
+class Options:
+    out: str = option("outputs/claims/drift", "Output directory; a used one is refused.")
+    seed: int = option(0, "Seed of networks, states and candidates; the critics' noise has seeds of its own.", least=0)
+    threads: int = option(1, "Torch threads (one is fastest for small networks).", least=1)
+    spread: float = option(0.5, "Standard deviation of the behaviour's latents.", least=0)
+    steepness: float = option(5.0, "Slope of Q off the manifold; along it, it is |goal - latent|, about 1.")
+    closed_form: ClosedForm = option(ClosedForm(), "The closed form.")
+    first_update: FirstUpdate = option(FirstUpdate(), "The first update.")
+    train: Train = option(Train(), "The training.")
+    noisy: Noisy = option(Noisy(), "Noisy critics.")
+    lsi: LSI = option(LSI(), "Latent Self-Imitation.")
 
 
 def closed_form(cfg: DictConfig, steepness: float) -> dict[str, Any]:

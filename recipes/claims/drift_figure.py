@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import matplotlib.pyplot as plt
-from harness.figures import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION, YELLOW
+from harness.plots import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION, YELLOW
 from matplotlib.figure import Figure
 
 from claims.drift_methods import AWR, DPG, IN_ACTIONS, LSI_A, LSI_B, SHIPPED, TD3BC, THROUGH

@@ -11,11 +11,13 @@ python recipes/claim.py gradient_conflict
 from __future__ import annotations
 
 from copy import deepcopy
+from dataclasses import dataclass
 from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
-from harness.figures import BLUE, GREY, VERMILION
+from harness.options import option, recipe_options
+from harness.plots import BLUE, GREY, VERMILION
 from matplotlib.figure import Figure
 from omegaconf import DictConfig
 from tensordict import TensorDictBase
@@ -23,6 +25,7 @@ from torch import Tensor
 
 from claims.claim_tools import finding, grade
 from claims.small_spar import (
+    SmallOptions,
     clone_behaviour,
     fixed_rows,
     head_parameters,
@@ -65,6 +68,16 @@ def part_of_residual_loss(loss: SPARLoss, batch: TensorDictBase, *, lsi: float, 
 def cosines(loss: SPARLoss, batch: TensorDictBase) -> dict[str, float]:
     values, params = terms(loss, batch), head_parameters(loss)
     return {f"{a}/{b}": gradient_cosine(values[a], values[b], params).item() for a in IMPROVE for b in FIT}
+
+
+@recipe_options("claims/gradient_conflict")
+@dataclass
+class Options(SmallOptions):
+    out: str = option("outputs/claims/gradient_conflict", "Output directory; a used one is refused.")
+    seeds: list[int] = option([0, 1, 2], "Independent runs, each with its own anchor, VAE and critics.")
+    interval: int = option(100, "Updates between two measurements.", least=1)
+    rows: int = option(4_096, "Rows of the batch the gradients are taken on, the same throughout a run.", least=1)
+    alpha: float = option(2.5, "Weight of the value gradient beside the fit, as TD3+BC's: alpha Q / mean |Q|.", least=0)
 
 
 def follow(cfg: DictConfig, loss: SPARLoss, data: OfflineReplayBuffer, rows: TensorDictBase, kind: str) -> dict:

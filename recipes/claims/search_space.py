@@ -9,11 +9,13 @@ python recipes/claim.py search_space
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
-from harness.figures import BLUE, GREEN, GREY, VERMILION
+from harness.options import option, recipe_options
+from harness.plots import BLUE, GREEN, GREY, VERMILION
 from matplotlib.figure import Figure
 from omegaconf import DictConfig
 from tensordict.nn import TensorDictModule, TensorDictModuleBase
@@ -21,6 +23,7 @@ from torch import Tensor
 
 from claims.claim_tools import finding, grade
 from claims.small_spar import (
+    SmallOptions,
     clone_behaviour,
     fit_manifold,
     fixed_rows,
@@ -40,6 +43,15 @@ STYLE = {
     "data, from mid-range": (GREEN, "--"),
     "unanchored, from mid-range": (VERMILION, "--"),
 }
+
+
+@recipe_options("claims/search_space")
+@dataclass
+class Options(SmallOptions):
+    out: str = option("outputs/claims/search_space", "Output directory; a used one is refused.")
+    seeds: list[int] = option([0, 1, 2], "Independent runs.")
+    rows: int = option(8_192, "States on which actions are compared.", least=1)
+    bins: int = option(40, "Bins of the histograms.", least=1)
 
 
 def train_head(cfg: DictConfig, data: OfflineReplayBuffer, anchor: TensorDictModuleBase, critics: SPARLoss) -> SPARLoss:

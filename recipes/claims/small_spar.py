@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from harness.recipe import RECIPES
+from harness.launch import RECIPES
+from harness.options import option
 from harness.run import EMBEDDED
+from harness.spar_options import Loss, Phase
 from omegaconf import DictConfig
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
@@ -23,6 +26,28 @@ from torchrl_spar import (
     pretrain,
 )  # fmt: skip
 from torchrl_spar.functional import call_ensemble
+
+
+@dataclass
+class SmallSpar:
+    updates: int = option(1_500, "Updates of the critics.", least=1)
+    qvalue_lr: float = option(5e-4, "Learning rate of the critics.", least=0)
+    actor_lr: float = option(1e-3, "Learning rate of the head.", least=0)
+    target_rate: float = option(0.01, "Polyak rate of all targets.", least=0, most=1)
+    policy_interval: int = option(2, "Updates of the critics for one of the head.", least=1)
+    loss: Loss = option(Loss(hidden=[64, 64]), "Options of the loss.")
+
+
+@dataclass
+class SmallOptions:
+    """What the claims on real data share: the embedded Hopper data and a small SPAR, minutes on one CPU core."""
+
+    threads: int = option(1, "Torch threads (one is fastest for small networks).", least=1)
+    batch_size: int = option(128, "Transitions in a batch, in every phase.", least=1)
+    anchor: Phase = option(Phase(1_000), "The behaviour policy.")
+    vae: Phase = option(Phase(1_000), "The residuals' VAE.")
+    critics: Phase = option(Phase(1_000), "The critics' warm start.")
+    spar: SmallSpar = option(SmallSpar(), "The main phase.")
 
 
 def load_embedded(cfg: DictConfig) -> OfflineReplayBuffer:

@@ -9,17 +9,29 @@ python recipes/claim.py suboptimal_anchors
 from __future__ import annotations
 
 from copy import deepcopy
+from dataclasses import dataclass
 from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
-from harness.figures import BLUE, GREY, ORANGE
-from harness.recipe import summarize
+from harness.launch import summarize
+from harness.options import option, recipe_options
+from harness.plots import BLUE, GREY, ORANGE
+from harness.spar_options import Phase
 from matplotlib.figure import Figure
 from omegaconf import DictConfig
 
 from claims.claim_tools import finding
-from claims.small_spar import clone_behaviour, fit_manifold, improve, load_embedded, make_update, take_critics
+from claims.small_spar import (
+    SmallOptions,
+    SmallSpar,
+    clone_behaviour,
+    fit_manifold,
+    improve,
+    load_embedded,
+    make_update,
+    take_critics,
+)
 from torchrl_spar import OfflineReplayBuffer, evaluate, fit_critics, load_offline_dataset
 
 WHITE = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
@@ -32,6 +44,26 @@ def some_episodes(data: OfflineReplayBuffer, share: float) -> OfflineReplayBuffe
     chosen = torch.randperm(count)[: max(1, round(share * count))]
     kept = rows[torch.isin(rows["episode"], chosen)]
     return load_offline_dataset(kept, batch_size=data.batch_size, action_spec=data.action_spec)
+
+
+@recipe_options("claims/suboptimal_anchors")
+@dataclass
+class Options(SmallOptions):
+    """Longer than the other claims: at 3,000 updates and a VAE of 1,000 steps weak anchors are not left yet."""
+
+    out: str = option("outputs/claims/suboptimal_anchors", "Output directory; a used one is refused.")
+    seed: int = option(0, "Seed of everything but the evaluation's episodes.", least=0)
+    shares: list[float] = option(
+        [0.01, 0.1],
+        "Shares of the anchor's steps and, apart from that, of its episodes; the full anchor comes in anyway.",
+        above=0,
+        most=1,
+    )
+    env: str = option("Hopper-v5", "Environment of the evaluations.")
+    episodes: int = option(10, "Episodes of an evaluation.", least=1)
+    eval_seed: int = option(20_000, "Seed of their first episode.", least=0)
+    vae: Phase = option(Phase(3_000), "The residuals' VAE.")
+    spar: SmallSpar = option(SmallSpar(updates=4_500), "The main phase.")
 
 
 def measure(cfg: DictConfig) -> dict[str, Any]:

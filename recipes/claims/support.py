@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import math
 from copy import deepcopy
+from dataclasses import dataclass
 from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
-from harness.figures import BLUE, GREEN, GREY, ORANGE, PURPLE, VERMILION
+from harness.options import option, recipe_options
+from harness.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, VERMILION
 from matplotlib.figure import Figure
 from omegaconf import DictConfig
 from rivals.batches import add_next_actions
@@ -28,12 +30,48 @@ from torchrl.modules import MLP
 from torchrl.objectives import SoftUpdate, TD3BCLoss
 
 from claims.claim_tools import finding, grade
-from claims.small_spar import clone_behaviour, improve, load_embedded, make_update, prepare
+from claims.small_spar import SmallOptions, clone_behaviour, improve, load_embedded, make_update, prepare
 from torchrl_spar import OfflineReplayBuffer, SPARLoss, load_offline_dataset, support_distance
 from torchrl_spar.networks import ObservationNorm
 
 TD3BC, REBRAC, CONTROL = "TD3+BC", "ReBRAC", "TD3+BC, larger alpha"
 STYLE = {"data (held out)": GREY, "anchor": GREEN, "SPAR": BLUE, TD3BC: VERMILION, REBRAC: ORANGE, CONTROL: PURPLE}
+
+
+@dataclass
+class Penalties:
+    """ReBRAC's on hopper-medium (https://arxiv.org/abs/2305.09836)."""
+
+    actor_penalty: float = option(0.01, "Of the actor.", least=0)
+    critic_penalty: float = option(0.01, "Of the critics.", least=0)
+
+
+@dataclass
+class Density:
+    """The density model p(a | s), trained on its own: a mixture of Gaussians."""
+
+    steps: int = option(1_500, "Gradient steps.", least=0)
+    lr: float = option(1e-3, "Learning rate.", least=0)
+    components: int = option(8, "Gaussians.", least=1)
+    hidden: list[int] = option([64, 64], "Widths of the hidden layers.", least=1)
+
+
+@recipe_options("claims/support")
+@dataclass
+class Options(SmallOptions):
+    out: str = option("outputs/claims/support", "Output directory; a used one is refused.")
+    seeds: list[int] = option([0, 1, 2], "Independent runs.")
+    held_out: float = option(
+        0.2, "Share of the episodes held out: distances are taken on their states, to the others.", above=0, most=1
+    )
+    rows: int = option(2_000, "Held-out states.", least=1)
+    neighbours: int = option(5, "Nearest neighbours.", least=1)
+    num_qvalue_nets: int = option(2, "Critics of the rivals.", least=1)
+    alphas: list[float] = option(
+        [2.5, 100.0], "TD3+BC's alpha (https://arxiv.org/abs/2106.06860), and a larger one as a control.", least=0
+    )
+    rebrac: Penalties = option(Penalties(), "ReBRAC's penalties.")
+    density: Density = option(Density(), "The density model.")
 
 
 class ActionDensity(nn.Module):

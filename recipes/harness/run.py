@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import subprocess
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -20,10 +22,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from harness.checkpoints import Checkpoints, P
-from harness.evaluations import Scores
+from harness.launch import RECIPES, best_device, choose_environment, summarize
 from harness.loggers import make_logger
 from harness.output import MetricLog, save_config, write_json
-from harness.recipe import RECIPES, best_device, choose_environment, summarize
+from harness.scores import Scores
 from torchrl_spar import InputError, OfflineReplayBuffer, Progress, environment_sizes, load_offline_dataset
 
 EMBEDDED = "torchrl-spar/hopper/medium-v0"
@@ -159,7 +161,7 @@ class Run:
             "updates": cfg.spar.updates, **self.scores.results, "data": self.data_scores,
             "episodes": cfg.eval.final_episodes, "updates_per_second": updates_per_second,
             "wall_seconds": self.checkpoints.seconds,
-            "versions": {name: version(name) for name in VERSIONED},
+            "versions": {name: version(name) for name in VERSIONED}, "commit": commit(),
             "curve": self.scores.curve,
         }  # fmt: skip
         self.go_on(results)
@@ -181,6 +183,16 @@ class Run:
         """Ends what runs beside."""
         self.scores.close()
         self.log.close()
+
+
+@contextmanager
+def closing_all(runs: Sequence[Run]) -> Iterator[None]:
+    """Closes, in the end, all runs that the list holds by then."""
+    try:
+        yield
+    finally:
+        for run in runs:
+            run.close()
 
 
 def on_cpu(policy: TensorDictModuleBase) -> TensorDictModuleBase:
@@ -208,55 +220,72 @@ class Position:
         self.step, self.seconds = state["step"], state["seconds"]
 
 
-def improve(
-    runs: Sequence[Run],
-    name: str,
-    make_block: Callable[[], dict[str, Tensor]],
-    synchronize: Callable[[], None] = lambda: None,
-) -> float:
-    """The main phase, evaluated and logged; goes on where the runs' checkpoint was made.
+class MainPhase:
+    """What surrounds the updates of the main phase: evaluations, logs, checkpoints. Goes on from the runs' checkpoint.
 
     Args:
         runs: with one configuration and the same checkpoints.
         name: of the phase in the logs.
-        make_block: makes `block_length` updates of all runs and returns what is to be logged.
-        synchronize: called before the policies are evaluated, or saved.
+        synchronize: called before the policies are evaluated or saved.
 
-    Returns:
-        Updates per second of each run, evaluations in line included.
+    Examples::
+
+        phase = MainPhase(runs, "spar")
+        for step in phase.steps():  # the last update of each block
+            phase.after(step, make_updates(block_length(cfg)))
     """
-    cfg, line, checkpoints = runs[0].cfg, runs[0].line, runs[0].checkpoints
-    interval, length, total = cfg.eval.interval, block_length(cfg), cfg.spar.updates
-    phase = Phase(name, total, runs, cfg.logger.interval, line)
-    checkpoints.before_save = synchronize
-    position = checkpoints.add("position", Position())
-    start = time.perf_counter() - position.seconds
 
-    def collect() -> None:
-        with checkpoints.interruptible():
-            for run in runs:
-                run.scores.collect()
-        phase.show(runs[0].scores.curve)
+    def __init__(self, runs: Sequence[Run], name: str, synchronize: Callable[[], None] = lambda: None) -> None:
+        self.runs, self.cfg, self.checkpoints = runs, runs[0].cfg, runs[0].checkpoints
+        self.total, self.synchronize = self.cfg.spar.updates, synchronize
+        self.report = Phase(name, self.total, runs, self.cfg.logger.interval, runs[0].line)
+        self.position = self.checkpoints.add("position", Position())
+        self.start = time.perf_counter() - self.position.seconds
+        self.checkpoints.before_save = synchronize
 
-    for run in runs:
-        run.evaluate_again()
-        if position.step == 0 and not run.scores.has(0):
-            run.evaluate(0)
-    collect()
-    for step in range(position.step + length, total + 1, length):
-        metrics = make_block()
-        phase(step, metrics)
-        is_due = step % interval == 0 or step == total
+    def steps(self) -> Iterator[int]:
+        """The number of updates at the end of each block that is still to be made."""
+        for run in self.runs:
+            run.evaluate_again()
+            if self.position.step == 0 and not run.scores.has(0):
+                run.evaluate(0)
+        self._collect_scores()
+        length = block_length(self.cfg)
+        yield from range(self.position.step + length, self.total + 1, length)
+        self.checkpoints.save()
+
+    def after(self, step: int, metrics: dict[str, Tensor]) -> None:
+        """Logs, evaluates and saves what is due once `step` updates are made."""
+        self.report(step, metrics)
+        is_due = step % self.cfg.eval.interval == 0 or step == self.total
         if is_due:
-            synchronize()
-            for run in runs:
+            self.synchronize()
+            for run in self.runs:
                 run.evaluate(step)
-        position.step, position.seconds = step, time.perf_counter() - start
-        if is_due or step % cfg.logger.interval == 0:
-            collect()
-        checkpoints.step()
-    checkpoints.save()
-    return total / position.seconds
+        self.position.step, self.position.seconds = step, time.perf_counter() - self.start
+        if is_due or step % self.cfg.logger.interval == 0:
+            self._collect_scores()
+        self.checkpoints.step()
+
+    @property
+    def updates_per_second(self) -> float:
+        """Of each run, evaluations in line included."""
+        return self.total / self.position.seconds
+
+    def _collect_scores(self) -> None:
+        with self.checkpoints.interruptible():
+            for run in self.runs:
+                run.scores.collect()
+        self.report.show(self.runs[0].scores.curve)
+
+
+def commit() -> str | None:
+    """Of the code, marked where files differ from it; None outside of a checkout."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, cwd=RECIPES, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def show(results: dict[str, Any], out: Path) -> None:

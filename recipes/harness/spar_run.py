@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import torch
@@ -13,20 +12,27 @@ from torch import Tensor
 from torchrl.data import ReplayBuffer
 
 from harness.checkpoints import Checkpoints
-from harness.figures import plot_learning_curve
-from harness.run import Run, on_cpu
+from harness.plots import plot_learning_curve
+from harness.run import Run, block_length, on_cpu
 from torchrl_spar import (
+    BatchSampler,
     HealthCheck,
-    OfflineReplayBuffer,
+    InputError,
     SPARLoss,
     SPARUpdate,
     StackedSPARLoss,
-    make_spar_loss,
     pretrain,
     save_policy,
 )  # fmt: skip
 from torchrl_spar.configs import dtype_of
+from torchrl_spar.training.compiling import check_compiler
 
+# The metrics of SPAR's phases.
+COLUMNS = (
+    "loss_bc", "loss_vae", "reconstruction_error", "kl", "loss_value", "loss_qvalue", "pred_value", "target_value",
+    "next_state_value", "loss_actor", "effective_sample_size", "candidate_diversity", "lsi_advantage",
+    "candidate_value_std", "trust_advantage", "data_value_std", "residual_ratio",
+)  # fmt: skip
 # The method's name without compare.py, which gives one.
 NAMES = {"residual": "spar", "latent": "spar_latent"}
 
@@ -39,7 +45,8 @@ class SPARRun(Run):
 
     def __init__(self, cfg: DictConfig, checkpoints: Checkpoints, line: int = 0) -> None:
         super().__init__(cfg, checkpoints, line)
-        self.open(log_columns(self.cfg, self.data, self.loss_class))
+        check_options(cfg, self.device)
+        self.open(COLUMNS)
 
     @property
     def method(self) -> str:
@@ -58,6 +65,11 @@ class SPARRun(Run):
         self.loss, self.anchored_data = pretrain_spar(self, self.anchor, loss_class=self.loss_class)
         self.health = HealthCheck(self.loss, self.data)
 
+    def make_sampler(self) -> BatchSampler:
+        """Blocks of batches for the main phase, each with the noise of its updates."""
+        sampler = BatchSampler(self.loss, self.anchored_data, length=block_length(self.cfg), seed=self.seed)
+        return self.keep("sampler", sampler)
+
     def record(self, phase: str, step: int, metrics: dict[str, Tensor]) -> None:
         super().record(phase, step, metrics)
         if phase == "spar":
@@ -71,16 +83,13 @@ class SPARRun(Run):
         plot_learning_curve(self.out / "learning_curve.png", results["curve"], results)
 
 
-def log_columns(cfg: DictConfig, data: OfflineReplayBuffer, loss_class: type[SPARLoss] = SPARLoss) -> list[str]:
-    """What SPAR's phases log; a wrong option ends here."""
-    loss = loss_maker(cfg, data, loss_class)()
-    make_update(cfg, loss)
-    return ["loss_bc", "loss_vae", "reconstruction_error", "kl", *loss.out_keys]
-
-
-def loss_maker(cfg: DictConfig, data: OfflineReplayBuffer, loss_class: type[SPARLoss] = SPARLoss) -> partial[SPARLoss]:
-    """`make_spar_loss` with everything but the anchor."""
-    return partial(make_spar_loss, data, loss_class=loss_class, **loss_options(cfg))
+def check_options(cfg: DictConfig, device: torch.device) -> None:
+    """What else would fail after the pre-training only."""
+    dtype_of(cfg.spar.loss.candidate_dtype)
+    if cfg.spar.compile:
+        check_compiler(device)
+    if cfg.spar.loss.lsi_coeff == cfg.spar.loss.trust_coeff == 0:
+        raise InputError("spar.loss.trust_coeff=0: must be positive where spar.loss.lsi_coeff is 0")
 
 
 def loss_options(cfg: DictConfig) -> dict[str, Any]:

@@ -9,8 +9,8 @@ from statistics import mean
 from typing import Any
 
 import numpy as np
-from harness.figures import BLUE, GREY, VERMILION, plt
 from harness.output import write_json
+from harness.plots import BLUE, GREY, VERMILION, plt
 
 NAMES = {"spar": "SPAR", "td3_bc": "TD3, from TD3+BC"}
 COLORS = {"spar": BLUE, "td3_bc": VERMILION}

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from harness.evaluations import CURVE_SEED
-from harness.recipe import summarize
+from harness.launch import summarize
 from harness.run import Run, on_cpu
+from harness.scores import CURVE_SEED
 from harness.stopping import stop
 from omegaconf import DictConfig
 from tensordict import TensorDict, TensorDictBase

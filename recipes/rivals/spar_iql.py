@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from harness.run import Run
-from harness.spar_run import log_columns, make_update, pretrain_spar
+from harness.spar_run import COLUMNS, check_options, make_update, pretrain_spar
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
@@ -34,6 +34,7 @@ def build(problem: Problem, *, lr: float, temperature: float, by_return_range: b
         temperature: factor on the advantage in the actor's weights.
         by_return_range: whether advantages are in IQL's units, 1000 over the range of the returns.
     """
+    check_options(problem.cfg, problem.device)
     actor = problem.networks.gaussian_actor()
     unit = return_scale(problem.data) if by_return_range else 1.0
     return ExtractedPolicy(problem.data, actor, [], problem=problem, lr=lr, temperature=temperature * unit)
@@ -50,7 +51,7 @@ class ExtractedPolicy(Rival):
 
     @property
     def columns(self) -> list[str]:
-        return [*log_columns(self.problem.cfg, self.problem.data), "loss_value", "loss_actor"]
+        return list(COLUMNS)
 
     def pretrain(self, run: Run) -> None:
         actor = self.policy

@@ -6,19 +6,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ACTION, OBSERVATION, compose_recipe, make_batch
+from helpers import ACTION, OBSERVATION, SMALL, compose_recipe, make_batch, run
 from tensordict import TensorDict
 from torchrl.data import Bounded
 
 from torchrl_spar import make_spar_loss
 
 pytest.importorskip("hydra")
-import ablations
 import compare
-from harness import statistics as comparison
-from harness.run_directory import flatten
+from ablations.action_space import ActionSpaceLoss
+from ablations.no_anchor import MidRange
+from ablations.value_gradient import ALPHA, ValueGradientLoss
+from harness.directory import flatten
 from omegaconf import OmegaConf
-from test_recipes import SMALL, run
+from reporting import statistics as comparison
 
 CONFIG = Path(__file__).resolve().parents[2] / "recipes" / "config"
 NAMES = sorted(path.stem for path in (CONFIG / "method" / "ablation").glob("*.yaml"))
@@ -37,7 +38,7 @@ def make_state(loss):
 
 
 def test_value_gradient_is_that_of_the_critics_mean():
-    loss = build(ablations.ValueGradientLoss)
+    loss = build(ValueGradientLoss)
     state, residual = make_state(loss), torch.zeros(6, ACTION, dtype=torch.float64, requires_grad=True)
     imitation, metadata = loss.self_imitation(state, residual)
     (gradient,) = torch.autograd.grad(imitation.sum(), residual)
@@ -52,7 +53,7 @@ def test_value_gradient_is_that_of_the_critics_mean():
         return sum(values) / len(members)
 
     # TD3+BC's alpha in units of squared residuals, 0.1, 0.2 and 0.3 long.
-    scale = ablations.ALPHA / ((0.01 + 0.04 + 0.09) / 3) / value(residual.detach()).abs().mean()
+    scale = ALPHA / ((0.01 + 0.04 + 0.09) / 3) / value(residual.detach()).abs().mean()
     step = 1e-6
     for j in range(ACTION):
         bump = torch.zeros(ACTION, dtype=torch.float64)
@@ -71,7 +72,7 @@ def test_value_gradient_is_that_of_the_critics_mean():
 
 
 def test_action_space_candidates_are_the_noise_itself():
-    loss = build(ablations.ActionSpaceLoss, latent_std=0.5, temperature=1e6)
+    loss = build(ActionSpaceLoss, latent_std=0.5, temperature=1e6)
     state, residual = make_state(loss), torch.full((6, ACTION), 0.4, dtype=torch.float64)
     noise = torch.randn(6, 8, ACTION, dtype=torch.float64)
     target, _ = loss.self_imitation_target(state, residual, noise=noise)
@@ -81,7 +82,7 @@ def test_action_space_candidates_are_the_noise_itself():
 
 
 def test_middle_of_the_range():
-    anchor = ablations.MidRange(torch.tensor([-1.0, 0.0]), torch.tensor([1.0, 4.0]))
+    anchor = MidRange(torch.tensor([-1.0, 0.0]), torch.tensor([1.0, 4.0]))
     assert anchor(torch.randn(5, 3)).tolist() == [[0.0, 2.0]] * 5
 
 

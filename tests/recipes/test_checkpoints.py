@@ -17,8 +17,7 @@ import numpy as np
 import pytest
 import torch
 from harness import checkpoints
-from harness.checkpoints import Checkpoints
-from harness.verified_state import CHECKSUMS, sha256
+from harness.checkpoints import CHECKSUMS, Checkpoints, sha256
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

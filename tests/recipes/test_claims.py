@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import compose_recipe
 from tensordict import TensorDict
 from torch import nn
 
 pytest.importorskip("hydra")
-import hydra
 from claims import (
     drift,
     drift_methods,
@@ -46,8 +46,7 @@ SMALL = {
 
 
 def options(name, overrides=()):
-    with hydra.initialize_config_dir(str(ROOT / "recipes" / "config"), version_base=None):
-        return hydra.compose(f"claims/{name}", list(overrides))
+    return compose_recipe(f"claims/{name}", *overrides)
 
 
 def statement(result, words):

@@ -8,13 +8,12 @@ import sys
 import numpy as np
 import pytest
 import torch
-from helpers import OBSERVATION, build_loss, compose_recipe
+from helpers import OBSERVATION, build_loss, compose_recipe, run
 
 from torchrl_spar import InputError, load_policy, save_policy
 
 pytest.importorskip("hydra")
 import export
-from test_recipes import run
 
 HEADS = ("residual", "latent")
 LOC, SCALE = torch.linspace(-3, 3, OBSERVATION), torch.linspace(0.2, 2, OBSERVATION)

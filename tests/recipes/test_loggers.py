@@ -10,7 +10,7 @@ from torchrl_spar import InputError
 
 pytest.importorskip("hydra")
 from harness import loggers
-from test_recipes import TINY, run
+from helpers import TINY, run
 
 
 def rows(path):

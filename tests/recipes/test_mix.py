@@ -15,7 +15,7 @@ from torchrl_spar import InputError, load_offline_dataset, make_spar_loss
 
 pytest.importorskip("hydra")
 import mix_objectives
-from mixing import losses as mixes
+from mixing import joint_loss as mixes
 from rivals.models import Networks
 
 HEAD, CRITICS, VALUE = "actor_network_params", "qvalue_network_params", "value_network_params"

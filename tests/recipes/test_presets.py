@@ -1,13 +1,13 @@
-"""Presets: they compose, alone and as a list, and hold nothing that spar_d4rl.yaml does not have."""
+"""Presets: they compose, alone and as a list, and hold nothing that the recipe does not have."""
 
 from pathlib import Path
 
 import pytest
-from harness.spar_run import loss_maker
+from harness.spar_run import loss_options
 from helpers import compose_recipe
 from omegaconf import OmegaConf
 
-from torchrl_spar import load_offline_dataset
+from torchrl_spar import load_offline_dataset, make_spar_loss
 
 CONFIG = Path(__file__).resolve().parents[2] / "recipes" / "config"
 PRESETS = sorted(path.stem for path in (CONFIG / "preset").glob("*.yaml"))
@@ -33,8 +33,7 @@ def of_file(name):
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_has_only_options_of_the_recipe(name):
-    """Hydra takes an unknown one without a word."""
-    known = of_file(CONFIG / "spar_d4rl.yaml")
+    known = composed()
     own = of_file(CONFIG / "preset" / f"{name}.yaml")
     assert own and own.keys() <= known.keys()
     for option, value in own.items():
@@ -65,5 +64,5 @@ def test_of_several_presets_the_last_wins():
 def test_the_loss_takes_a_presets_options(name):
     data = load_offline_dataset(CONFIG.parent / "data" / "torchrl-spar" / "hopper" / "medium-v0")
     cfg = compose_recipe("spar_d4rl", "out=x", f"preset={name}", "spar.loss.hidden=[8]")
-    loss = loss_maker(cfg, data)()
+    loss = make_spar_loss(data, **loss_options(cfg))
     assert loss.expectile == cfg.spar.loss.expectile and loss.value_mix == cfg.spar.loss.value_mix

@@ -14,9 +14,8 @@ from pathlib import Path
 
 import kill_test
 import pytest
-from harness import checkpoints
-from harness import evaluations as scores
-from harness import run_directory as sweep
+from harness import checkpoints, scores
+from harness import directory as sweep
 from harness.checkpoints import Checkpoints
 from harness.stopping import Stopped, stop
 from kill_test import DATA, TINY, outcome, start_run
@@ -189,7 +188,7 @@ def test_resume_begins_goes_on_and_leaves_what_is_finished(tmp_path, capsys):
     assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
     with pytest.raises(InputError, match=r"out=.*run: exists and is not empty; resume=true goes on"):
         start_run("spar", out, "resume=false")
-    with pytest.raises(InputError, match=r"run: of a run with other options \(anchor\.lr, value\.steps\)"):
+    with pytest.raises(InputError, match=r"run: of a run with other options \(anchor\.lr, critics\.steps\)"):
         start_run("spar", out, "anchor.lr=1", "critics.steps=7")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").touch()

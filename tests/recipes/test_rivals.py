@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import make_batch
+from helpers import compose_recipe, make_batch
 from tensordict import TensorDict
 from torchrl.objectives import TD3BCLoss
 
@@ -25,10 +25,10 @@ from torchrl_spar import InputError, load_offline_dataset
 pytest.importorskip("hydra")
 import compare
 import report
-from harness import run_directory as sweep
-from harness import statistics as comparison
-from hydra import compose, initialize_config_dir
+from harness import directory as sweep
 from omegaconf import OmegaConf
+from reporting import statistics as comparison
+from reporting.runs import read_runs, write_table
 from rivals import BUILDERS
 from rivals.base import Problem
 from rivals.batches import add_next_actions, keep_best_episodes, transform_rewards
@@ -41,8 +41,7 @@ HIDDEN = [32, 32]
 
 
 def configure(*overrides):
-    with initialize_config_dir(str(RECIPES / "config"), version_base=None):
-        return compose("compare", [f"spar.loss.hidden={HIDDEN}", "batch_size=64", *overrides])
+    return compose_recipe("compare", f"spar.loss.hidden={HIDDEN}", "batch_size=64", *overrides)
 
 
 @pytest.fixture(scope="module")
@@ -441,7 +440,7 @@ def test_report_of_several_methods_by_hand(tmp_path, capsys):
     assert "| the data | 5.0 | 5.0 |  |  |" in found
     assert "| SPAR's anchor | 22.0 +- 17.0 (2) | 70.0 +- 28.3 (2) |  |  |" in found
     # IQM: the middle two of 10 30 50 90 and of 20 20 40 60. On a one run of two is better, on b three pairs of four.
-    statistics = comparison.Comparison(report.read_runs(tmp_path))
+    statistics = comparison.Comparison(read_runs(tmp_path))
     means, improvement = statistics.interquartile_means(), statistics.improvements()["iql"]
     assert (means["spar"].point, means["iql"].point) == (40.0, 30.0)
     assert improvement.point == pytest.approx((0.5 + 0.75) / 2)
@@ -459,11 +458,69 @@ def test_report_of_several_methods_by_hand(tmp_path, capsys):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_report_of_one_data_set_has_no_statistics_over_sets(tmp_path, capsys):
+    write_runs(tmp_path, {method: {"a": sets["a"]} for method, sets in SCORES.items()})
+    report.main(tmp_path)
+    assert "| method | a |\n| --- | --- |\n| the data | 5.0 |\n" in capsys.readouterr().out
+    assert not (tmp_path / "improvement.png").exists()
+
+
+def test_further_sources_count_on_the_firsts_data_sets(tmp_path, capsys):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "theirs").mkdir()
+    write_runs(tmp_path / "mine", {"iql": {"a": SCORES["iql"]["a"]}})
+    write_runs(tmp_path / "theirs", SCORES | {"bc": SCORES["iql"]})
+    report.main(tmp_path / "mine", tmp_path / "theirs@spar")
+    printed = capsys.readouterr().out
+    assert "| method | a |" in printed and "| SPAR (head A) | 20.0 +- 14.1 (2) |" in printed and "BC" not in printed
+
+
+def test_runs_of_different_budgets_are_refused(tmp_path):
+    write_runs(tmp_path, SCORES)
+    changed = tmp_path / "iql-b-0.json"
+    changed.write_text(json.dumps({**json.loads(changed.read_text()), "updates": 11}))
+    with pytest.raises(InputError, match="runs of 10 and 11 updates are not comparable"):
+        report.main(tmp_path)
+
+
+def test_a_table_holds_the_runs_and_gives_their_report(tmp_path, capsys):
+    fresh = tmp_path / "fresh"
+    for seed, score in ((0, 123.456), (1, 30.0)):
+        for method, lr in (("iql", 0.1), ("bc", 0.2)):
+            out = fresh / "a" / method / f"seed{seed}"
+            out.mkdir(parents=True)
+            row = {"return_mean": 2 * score, "return_std": 1.0, "normalized": score}
+            run = {"dataset": "x/pen/human", "env": "E-v1", "method": method, "seed": seed, "updates": 4, "policy": row}
+            run |= {"data": row, "episodes": 2, "curve": [{"step": 0, **row}, {"step": 4, **row}]}
+            (out / "results.json").write_text(json.dumps(run))
+            own = {"name": method, "algorithm": method, "lr": lr, "tasks": {"pen": {"lr": 7 * lr}, "door": {"lr": 9.0}}}
+            cfg = {"seed": seed, "out": str(out), "method": own, "spar": {"updates": 4, "loss": {"hidden": [8, 8]}}}
+            (out / "config.yaml").write_text(json.dumps(cfg))
+    table = tmp_path / "table" / "runs.jsonl"
+    table.parent.mkdir()
+    assert write_table(table, [fresh]) == 4
+    assert len(table.read_text().splitlines()) == 5
+    runs = read_runs(table)
+    assert [(run["method"], run["seed"], run["policy"]["normalized"]) for run in runs] == [
+        ("bc", 0, 123.456), ("bc", 1, 30.0), ("iql", 0, 123.456), ("iql", 1, 30.0),
+    ]  # fmt: skip
+    # The options of the data set's own task, and those that all runs share.
+    assert runs[2]["options"]["method.lr"] == pytest.approx(0.7)
+    assert runs[2]["options"]["spar.loss.hidden"] == [8, 8] and "out" not in runs[2]["options"]
+    report.main(fresh)
+    of_directories = capsys.readouterr().out
+    report.main(table.parent)
+    assert capsys.readouterr().out == of_directories
+    table.write_text(table.read_text().replace("updates", "update\n"))
+    with pytest.raises(InputError, match=r"runs\.jsonl: not a table"):
+        read_runs(table)
+
+
 def test_report_says_what_its_statistics_leave_out(tmp_path):
     scores = {method: {name: dict(seeds) for name, seeds in sets.items()} for method, sets in SCORES.items()}
     del scores["iql"]["b"][1]
     write_runs(tmp_path, scores)
-    found = comparison.Comparison(report.read_runs(tmp_path))
+    found = comparison.Comparison(read_runs(tmp_path))
     assert found.left_out() == ["a (seed 1): IQL"] and "a (seed 1): IQL" in found.markdown()
     assert found.scores()["iql"].tolist() == [[20.0, 40.0]]
     # On a one run of two is better, on b both; one seed has no spread to resample.
@@ -472,7 +529,7 @@ def test_report_says_what_its_statistics_leave_out(tmp_path):
 
 def test_report_refuses_what_is_not_comparable(tmp_path):
     write_runs(tmp_path, SCORES)
-    runs = report.read_runs(tmp_path)
+    runs = read_runs(tmp_path)
     with pytest.raises(InputError, match="twice"):
         comparison.Comparison([*runs, runs[0]])
     with pytest.raises(InputError, match="updates"):

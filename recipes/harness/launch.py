@@ -1,0 +1,124 @@
+"""What every recipe needs: Hydra with one clear line for a wrong option, and the device."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import hydra
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from harness.options import OPTIONS, checked, explain, print_help
+from harness.stopping import Stopped, stop
+
+if "MUJOCO_GL" in os.environ:
+    try:
+        import mujoco  # noqa: F401  # as TorchRL does, which fails where the OpenGL that is asked for is missing
+    except Exception as err:
+        sys.exit(f"error: MUJOCO_GL={os.environ['MUJOCO_GL']}: MuJoCo cannot be loaded with it ({err}); unset it")
+
+from torchrl_spar import InputError, evaluate, normalized_score
+from torchrl_spar.errors import first_line
+
+RECIPES = Path(__file__).resolve().parents[1]
+# What evaluations set themselves.
+RESERVED = {"id", "render_mode", *inspect.signature(evaluate).parameters}
+# What the user typed, before run_recipe adds to it.
+ARGUMENTS = tuple(sys.argv[1:])
+
+
+def run_recipe(main: Callable[[DictConfig], None], name: str) -> None:
+    """Runs `main` under Hydra; an `InputError` ends in one line and an exit code, in a sweep after the other runs."""
+    if {"--help", "-h"} & {*sys.argv} and name in OPTIONS:
+        print_help(name, inspect.getdoc(sys.modules["__main__"]) or "")
+        return
+
+    def guarded(cfg: DictConfig) -> None:
+        try:
+            plain = checked(cfg, name)
+            check_seeds(plain)
+            main(plain)
+        except InputError as err:
+            if HydraConfig.get().mode == RunMode.MULTIRUN:
+                raise  # which Hydra keeps until all runs are done
+            print(f"error: {err}", file=sys.stderr)
+            sys.exit(2)
+        except Stopped as err:
+            if "resume" not in cfg:
+                raise
+            how = "the same command" if cfg.resume else f"the same command with resume=true out={cfg.out}"
+            print(f"{err}: {how} goes on", file=sys.stderr)
+            sys.exit(128 + err.signum)
+
+    # Each recipe owns its output: Hydra's log files are not used, and what --multirun notes lies aside.
+    sys.argv += ["hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none"]
+    sys.argv += ["hydra.sweep.dir=outputs/multirun", "hydra.sweep.subdir=."]
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here instead of being printed
+    try:
+        with stop.handled():
+            hydra.main(version_base=None, config_path=str(RECIPES / "config"), config_name=name)(guarded)()
+    except (InputError, HydraException, OmegaConfBaseException) as err:
+        print(f"error: {err if isinstance(err, InputError) else explain(err, name)}", file=sys.stderr)
+        sys.exit(2)
+    except Stopped as err:  # between runs, or where there is nothing to go on with
+        print(err, file=sys.stderr)
+        sys.exit(128 + err.signum)
+
+
+def check_seeds(cfg: DictConfig) -> None:
+    """Refuses a list of seeds that is empty or names one twice."""
+    if (seeds := cfg.get("seeds")) is not None and (not seeds or min(seeds) < 0 or len({*seeds}) < len(seeds)):
+        raise InputError(f"seeds={seeds}: must be a list of different whole numbers from 0 on, such as [0,1,2]")
+
+
+def best_device(name: str | None) -> torch.device:
+    """The named device, or cuda if there is one, else cpu."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as err:
+        raise InputError(f"device={name}: not available here ({first_line(err)})") from None
+    return device
+
+
+def choose_environment(
+    cfg: DictConfig, source: str, known: str | None, kwargs: Mapping[str, Any]
+) -> tuple[str, dict[str, Any]]:
+    """The environment that is asked for, else the one that the source knows with its arguments; `env_kwargs` adds."""
+    env = cfg.env or known
+    if env is None:
+        raise InputError(f"env: {source} does not name its environment; give one, e.g. env=Hopper-v5")
+    asked = cfg.env_kwargs
+    if not (asked is None or isinstance(asked, DictConfig)):
+        raise InputError(f"env_kwargs={asked}: must be names and values, e.g. env_kwargs={{continuing_task:false}}")
+    added: Any = {} if asked is None else OmegaConf.to_container(asked, resolve=True)
+    for name in added:
+        if not isinstance(name, str) or name in RESERVED:
+            raise InputError(f"env_kwargs: {name!r} is no argument of an environment that can be set here")
+    return env, {**(kwargs if env == known else {}), **added}
+
+
+def summarize(env: str, returns: torch.Tensor, env_kwargs: Mapping[str, Any]) -> dict[str, float | None]:
+    """Mean, spread and normalised score of episodes; None where D4RL has no reference for what the returns count."""
+    mean, score = returns.mean().item(), None
+    # Else the kitchen rewards all steps after a task: the sum is no number of tasks.
+    if "kitchen" not in env.lower() or env_kwargs.get("remove_task_when_completed", True):
+        with suppress(InputError):
+            score = normalized_score(env, returns).mean().item()
+    return {"return_mean": mean, "return_std": returns.std(correction=0).item(), "normalized": score}
+
+
+def describe(row: Mapping[str, float | None], episodes: int) -> str:
+    """What `summarize` returns, as a line's end."""
+    score = "" if row["normalized"] is None else f", normalised score {row['normalized']:.1f}"
+    return f"return {row['return_mean']:.1f} +- {row['return_std']:.1f} over {episodes} episodes{score}"

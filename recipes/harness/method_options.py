@@ -1,0 +1,17 @@
+"""The options of a method on a data set."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+
+def method_options(method: DictConfig, dataset: str) -> dict[str, Any]:
+    """A method's options on a data set: its own, then those of every task that the data set's name contains."""
+    words = "-".join(re.findall(r"[a-z0-9]+", dataset.lower()))
+    tasks = [task for task in method.get("tasks") or {} if f"-{task}-" in f"-{words}-"]
+    merged = OmegaConf.merge(method, *(method.tasks[task] for task in sorted(tasks, key=len)))
+    options: Any = OmegaConf.to_container(merged, resolve=True)
+    return {name: value for name, value in options.items() if name not in ("name", "algorithm", "tasks")}

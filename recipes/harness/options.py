@@ -1,0 +1,161 @@
+"""A dataclass per recipe (Hydra's structured configs) states kind, default, meaning and range of each option, once."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Iterable, Iterator
+from copy import deepcopy
+from dataclasses import field, fields, is_dataclass
+from typing import Any, TypeVar, get_type_hints
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException, ValidationError
+
+from torchrl_spar import InputError
+
+T = TypeVar("T")
+# The dataclass of each recipe, by the recipe's name.
+OPTIONS: dict[str, Any] = {}
+KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
+
+
+def option(
+    default: Any, meaning: str, *, least: float = -math.inf, most: float = math.inf, above: float = -math.inf,
+    choices: tuple[str, ...] = (),
+) -> Any:  # fmt: skip
+    """A field: its default, what `--help` says of it, and what it may be (a list: what its parts may be).
+
+    Args:
+        default: copied for every configuration; ``"???"`` must be given.
+        meaning: one sentence or a few.
+        least, most: bounds that are allowed.
+        above: bound that is not.
+        choices: all that is allowed; beside them null where the kind allows it.
+    """
+    limits = {"meaning": meaning, "least": least, "most": most, "above": above, "choices": choices}
+    return field(default_factory=lambda: deepcopy(default), metadata=limits)
+
+
+def recipe_options(name: str, *, stored_as: str | None = None) -> Callable[[type[T]], type[T]]:
+    """Registers the options of a recipe: its whole configuration, or (`stored_as`) what its YAML builds on."""
+
+    def register(options: type[T]) -> type[T]:
+        group, _, last = (stored_as or name).rpartition("/")
+        ConfigStore.instance().store(name=last, node=options, group=group or None, package="_global_")
+        OPTIONS[name] = options
+        return options
+
+    return register
+
+
+def checked(cfg: DictConfig, name: str) -> DictConfig:
+    """The configuration of a recipe as plain values.
+
+    Raises:
+        InputError: if an option is missing or out of range.
+    """
+    for missing in sorted(OmegaConf.missing_keys(cfg)):
+        raise InputError(f"{missing}: must be given, as {missing}=...")
+    plain = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
+    if name in OPTIONS:
+        _refuse_unknown(plain, OPTIONS[name])
+        for path, entry, _ in walk(OPTIONS[name]):
+            _check_range(path, OmegaConf.select(plain, path), entry.metadata)
+    OmegaConf.set_struct(plain, True)
+    assert isinstance(plain, DictConfig)
+    return plain
+
+
+def walk(options: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Dotted name, field and kind of every option, groups before what they hold."""
+    kinds = get_type_hints(options)
+    for entry in fields(options):
+        if "meaning" in entry.metadata:
+            yield f"{prefix}{entry.name}", entry, kinds[entry.name]
+            if is_dataclass(kinds[entry.name]):
+                yield from walk(kinds[entry.name], f"{prefix}{entry.name}.")
+
+
+def explain(err: BaseException, name: str) -> str:
+    """One line for what Hydra or OmegaConf found wrong with the options of a recipe."""
+    cause: BaseException | None = err
+    while cause is not None and not isinstance(cause, OmegaConfBaseException):
+        cause = cause.__cause__
+    known = {path: kind for path, _, kind in walk(OPTIONS[name])} if name in OPTIONS else {}
+    option = str(getattr(cause, "full_key", None) or "").split("[")[0]
+    if isinstance(cause, ValidationError) and option in known:
+        return f"{option}={cause.value}: must be {_describe(known[option])}"
+    if isinstance(cause, (AttributeError, KeyError)) and option and option not in known:
+        return unknown_option(option, known)
+    return " ".join(str(err).split())
+
+
+def unknown_option(name: str, known: Iterable[str]) -> str:
+    """An error's text for an option that does not exist; it suggests the one that is most like it."""
+    found = difflib.get_close_matches(name, [*known], n=1, cutoff=0.5)
+    return f"{name}: no such option, {f'did you mean {found[0]}?' if found else '--help lists all'}"
+
+
+def print_help(name: str, about: str) -> None:
+    """Every option with its default, meaning and range."""
+    print(f"{about.strip()}\n\nOptions, given as key=value:")
+    default = OmegaConf.to_container(OmegaConf.structured(OPTIONS[name]))
+    for path, entry, kind in walk(OPTIONS[name]):
+        value: Any = default
+        for part in path.split("."):
+            value = value[part]
+        shown = "" if is_dataclass(kind) else f"={_text(value)}"
+        limits = _limits(entry.metadata)
+        print(f"  {path}{shown}\n      {entry.metadata['meaning']}{limits and f' Must be {limits}.'}")
+
+
+def _refuse_unknown(cfg: Any, options: Any, prefix: str = "") -> None:
+    """Hydra adds what is given with a plus to any group."""
+    known = get_type_hints(options)
+    for name, value in cfg.items():
+        if name not in known:
+            raise InputError(unknown_option(f"{prefix}{name}", [f"{prefix}{other}" for other in known]))
+        if is_dataclass(known[name]):
+            _refuse_unknown(value, known[name], f"{prefix}{name}.")
+
+
+def _check_range(option: str, value: Any, limits: Any) -> None:
+    if value is None or isinstance(value, DictConfig):
+        return
+    for part in value if isinstance(value, ListConfig) else [value]:
+        is_number = isinstance(part, (int, float)) and not isinstance(part, bool)
+        if limits["choices"] and part not in limits["choices"]:
+            break
+        if is_number and not (
+            math.isfinite(part) and limits["least"] <= part <= limits["most"] and part > limits["above"]
+        ):
+            break
+    else:
+        return
+    raise InputError(f"{option}={_text(value)}: must be {_limits(limits) or 'a number'}")
+
+
+def _limits(limits: Any) -> str:
+    least, most, above = limits["least"], limits["most"], limits["above"]
+    if limits["choices"]:
+        return f"one of {', '.join(limits['choices'])}"
+    if above > -math.inf:
+        return f"a number above {above:g}" + ("" if most == math.inf else f", up to {most:g}")
+    if least > -math.inf:
+        return f"a number from {least:g} " + ("on" if most == math.inf else f"to {most:g}")
+    return ""
+
+
+def _describe(kind: Any) -> str:
+    if is_dataclass(kind):
+        return "names and values"
+    text = kind.__name__ if isinstance(kind, type) and not str(kind).startswith("list") else str(kind)
+    if text.startswith("list"):
+        return f"a list, each {KINDS.get(text[5:].split(']')[0], 'value')}"
+    return KINDS.get(text.split(" |")[0], text)
+
+
+def _text(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else "null" if value is None else str(value)

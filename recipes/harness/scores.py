@@ -1,0 +1,117 @@
+"""The evaluations of a run: beside training or in line, each with states of its own, each a row of evaluations.csv."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+from tensordict.nn import TensorDictModuleBase
+
+from harness.launch import summarize
+from harness.output import MetricLog, write_text
+from harness.stopping import stop
+from torchrl_spar import BackgroundEvaluator, evaluate
+
+# Evaluations of the curve and of the results start from states of their own.
+CURVE_SEED, RESULT_SEED = 10_000, 20_000
+COLUMNS = ("return_mean", "return_std", "normalized")
+
+
+class InLineEvaluator:
+    """A `BackgroundEvaluator` that evaluates when it is asked for results, in this process."""
+
+    def __init__(self) -> None:
+        self.unfinished: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+
+    def submit(
+        self, key: Any, policy: TensorDictModuleBase, env_id: str, episodes: int, seed: int, **env_kwargs: Any
+    ) -> None:
+        self.unfinished.append((key, (policy, env_id, episodes, seed), env_kwargs))
+
+    def poll(self) -> list[tuple[Any, torch.Tensor]]:
+        """One at a time, so that a signal costs one."""
+        if not self.unfinished:
+            return []
+        key, args, env_kwargs = self.unfinished.pop(0)
+        return [(key, evaluate(*args, **env_kwargs))]
+
+    drain = poll
+
+    def close(self) -> None:
+        """Nothing to end."""
+
+
+class Scores:
+    """The learning curve, by step, and the results, by name.
+
+    Rows of evaluations.csv come when they are done, in order. What was not done at a checkpoint is done again: from
+    the checkpoint a point of the curve, a result when it is added again.
+    """
+
+    def __init__(
+        self, out: Path, env: str, env_kwargs: dict[str, Any], seed: int, log: MetricLog, *, background: bool
+    ) -> None:
+        self.env, self.env_kwargs, self.seed, self.log = env, env_kwargs, 100_000 * seed, log
+        self.path = out / "evaluations.csv"
+        self.curve: list[dict[str, Any]] = []
+        self.results: dict[str, dict[str, float | None]] = {}
+        # Of the curve's points that were added and are not done: the policies.
+        self.pending: dict[int, dict[str, torch.Tensor]] = {}
+        self.evaluator = BackgroundEvaluator() if background else InLineEvaluator()
+
+    def add_to_curve(self, step: int, policy: TensorDictModuleBase, episodes: int) -> None:
+        self.pending[step] = policy.state_dict()
+        self.evaluator.submit(step, policy, self.env, episodes, CURVE_SEED + self.seed, **self.env_kwargs)
+
+    def has(self, step: int) -> bool:
+        """Whether the curve's point was added."""
+        return step in self.pending or any(row["step"] == step for row in self.curve)
+
+    def add_again(self, policy: TensorDictModuleBase, episodes: int) -> None:
+        """What a checkpoint says was not done; `policy` gives the policies' form."""
+        for step, state in sorted(self.pending.items()):
+            policy = deepcopy(policy)
+            policy.load_state_dict(state)
+            self.add_to_curve(step, policy, episodes)
+
+    def add_result(self, name: str, policy: TensorDictModuleBase, episodes: int) -> None:
+        if name not in self.results:
+            self.evaluator.submit(name, policy, self.env, episodes, RESULT_SEED + self.seed, **self.env_kwargs)
+
+    def collect(self, *, wait: bool = False) -> None:
+        """Takes what is done; with `wait`, all that was added."""
+        while done := self.evaluator.poll():
+            self._take(done)
+        if wait:
+            self._take(self.evaluator.drain())
+
+    def _take(self, done: list[tuple[Any, torch.Tensor]]) -> None:
+        with stop.at_once(False):
+            for key, returns in done:
+                row = summarize(self.env, returns, self.env_kwargs)
+                if isinstance(key, str):
+                    self.results[key] = row
+                else:
+                    del self.pending[key]
+                    self.curve.append({"step": key, **row})
+                    self.log.show("eval", key, {name: value for name, value in row.items() if value is not None})
+            self.write()
+        stop.check()
+
+    def write(self) -> None:
+        rows = [
+            [row["step"], *("" if row[name] is None else f"{row[name]:.6g}" for name in COLUMNS)] for row in self.curve
+        ]
+        write_text(self.path, "".join(",".join(map(str, row)) + "\n" for row in [["step", *COLUMNS], *rows]))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"curve": self.curve, "results": self.results, "pending": self.pending}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.curve, self.results, self.pending = state["curve"], state["results"], state["pending"]
+
+    def close(self) -> None:
+        self.evaluator.close()

@@ -1,0 +1,1 @@
+"""What report.py makes of finished runs: tables, statistics, figures."""

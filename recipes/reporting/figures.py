@@ -1,0 +1,101 @@
+"""Figures of a comparison: intervals, performance profiles, learning curves."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from harness.plots import BLUE, GREEN, GREY, VERMILION
+
+from reporting.statistics import REFERENCE, Comparison, Interval, label
+
+# SPAR is blue everywhere; of the others a figure of curves shows the best two.
+RIVAL_COLORS = (VERMILION, GREEN)
+
+
+def plot_all(comparison: Comparison, folder: Path) -> list[str]:
+    """Writes the figures; returns their file names."""
+    figures = {"learning_curves.png": _curves(comparison)}
+    if scores := comparison.scores():
+        figures["interquartile_means.png"] = _intervals(comparison.interquartile_means(), "IQM of the normalised score")
+        every = np.concatenate([values.ravel() for values in scores.values()])
+        figures["performance_profiles.png"] = _profiles(comparison, np.linspace(every.min(), every.max(), 101))
+    if len(comparison.datasets) > 1 and (improvements := comparison.improvements()):
+        figures["improvement.png"] = _intervals(improvements, "probability that SPAR (head A) is better", middle=0.5)
+    for name, figure in figures.items():
+        partial = folder / f".{name}.partial"
+        figure.savefig(partial, format="png", dpi=150)
+        partial.replace(folder / name)
+        plt.close(figure)
+    return list(figures)
+
+
+def colors(comparison: Comparison) -> dict[str, str]:
+    """Of the methods whose curves are shown: SPAR, where it is there, and the best others."""
+    shown = {REFERENCE: BLUE} if REFERENCE in comparison.methods else {}
+    return shown | dict(zip(comparison.best(len(RIVAL_COLORS)), RIVAL_COLORS))
+
+
+def _intervals(intervals: dict[str, Interval], title: str, middle: float | None = None) -> plt.Figure:
+    """One line a method, its point and its 95 % interval."""
+    figure, axes = plt.subplots(figsize=(7.0, 1.0 + 0.36 * len(intervals)), layout="constrained")
+    names = list(intervals)[::-1]
+    for height, name in enumerate(names):
+        interval, color = intervals[name], BLUE if name == REFERENCE else GREY
+        axes.hlines(height, interval.low, interval.high, color=color, linewidth=7, alpha=0.35)
+        axes.plot(interval.point, height, "o", color=color, markersize=7)
+    axes.set_yticks(range(len(names)), [label(name) for name in names])
+    axes.set_ylim(-0.6, len(names) - 0.4)
+    axes.set_xlabel(f"{title}, 95 % interval")
+    if middle is not None:
+        axes.axvline(middle, color=GREY, linestyle=":")
+        axes.set_xlim(-0.02, 1.02)
+    axes.grid(axis="x", alpha=0.3)
+    return figure
+
+
+def _profiles(comparison: Comparison, thresholds: np.ndarray) -> plt.Figure:
+    figure, axes = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
+    shares, intervals = comparison.profiles(thresholds)
+    for name, color in colors(comparison).items():
+        if name in shares:
+            low, high = intervals[name]
+            axes.plot(thresholds, shares[name], color=color, label=label(name), drawstyle="steps-post")
+            axes.fill_between(thresholds, low, high, color=color, alpha=0.15, step="post", linewidth=0)
+    axes.set_xlabel("normalised score")
+    axes.set_ylabel("share of runs above it")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=9)
+    return figure
+
+
+def _curves(comparison: Comparison) -> plt.Figure:
+    """A panel a data set: mean over seeds and one standard deviation; SPAR's anchor as a line."""
+    columns = min(3, math.ceil(math.sqrt(len(comparison.datasets))))
+    rows = -(-len(comparison.datasets) // columns)
+    size = (4.6 * columns, 3.4 * rows + 0.4)
+    figure, panels = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+    handles = {}
+    for axes, dataset in zip(panels.flat, comparison.datasets):
+        curves = comparison.curves(dataset)
+        for name, color in colors(comparison).items():
+            if name in curves:
+                steps, scores = curves[name]
+                center, spread = scores.mean(0), scores.std(0, ddof=min(1, len(scores) - 1))
+                (handles[label(name)],) = axes.plot(steps / 1000, center, color=color, linewidth=1.8)
+                axes.fill_between(steps / 1000, center - spread, center + spread, color=color, alpha=0.15, linewidth=0)
+        if anchors := comparison.anchors(dataset):
+            handles["SPAR's anchor"] = axes.axhline(float(np.mean(anchors)), color=GREY, linestyle="--")
+        axes.set_title(dataset.removeprefix("minari:"), fontsize=10)
+        axes.set_xlabel("thousand updates")
+        axes.set_ylabel("normalised score")
+        axes.grid(alpha=0.3)
+    for axes in panels.flat[len(comparison.datasets) :]:
+        axes.remove()
+    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=4, fontsize=10, frameon=False)
+    return figure

@@ -1,0 +1,128 @@
+"""Finished runs: read from their directories or from a table, and collected into a table.
+
+A table, runs.jsonl, has one JSON line a run, its numbers to six digits. What all runs share, their common options among
+it, stands once in the first line, under "common".
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from harness.directory import flatten
+from harness.method_options import method_options
+from harness.output import write_text
+from omegaconf import DictConfig, OmegaConf
+
+from torchrl_spar import InputError
+
+Run = dict[str, Any]
+# Of a run's options those that its results say already, or that change no number.
+ELSEWHERE = ("seed", "seeds", "out", "runs", "dataset", "cache", "threads", "resume", "device")
+
+
+def read_runs(source: Path) -> list[Run]:
+    """Every run of spar_d4rl.py and compare.py in a table, or in the tables and results files below a folder.
+
+    ``FOLDER@METHOD`` takes the runs of one method.
+
+    Raises:
+        InputError: for a file that is something else.
+    """
+    path, _, method = str(source).partition("@")
+    folder = Path(path)
+    found = [folder] if folder.is_file() else [*sorted(folder.rglob("*.json")), *sorted(folder.rglob("*.jsonl"))]
+    runs = [run for file in found for run in (read_table(file) if file.suffix == ".jsonl" else _read_result(file))]
+    runs = [run for run in runs if method in ("", run.get("method", "spar"))]
+    if not runs:
+        raise InputError(f"{source}: holds no results file (*.json) and no table (*.jsonl)")
+    return runs
+
+
+def read_table(path: Path) -> list[Run]:
+    """The runs of a table, as their results files were."""
+    try:
+        first, *rows = map(json.loads, path.read_text().splitlines())
+        common = first["common"]
+        return [
+            _checked(common | row | {"options": common["options"] | row["options"], "curve": _rows(row["curve"])})
+            for row in rows
+        ]
+    except (ValueError, KeyError, TypeError) as err:
+        raise InputError(f"{path}: not a table of report.py ({err!r})") from None
+
+
+def write_table(path: Path, folders: Sequence[Path]) -> int:
+    """Collects the finished runs below folders into a table; returns their number."""
+    runs = []
+    for results in sorted(file for folder in folders for file in folder.rglob("results.json")):
+        run = json.loads(results.read_text())
+        run["options"] = _options(results.with_name("config.yaml"), run["dataset"])
+        run["curve"] = _columns(run["curve"])
+        runs.append(_rounded(run))
+    if not runs:
+        raise InputError(f"{', '.join(map(str, folders))}: no finished run")
+    write_text(path, table_text(runs))
+    return len(runs)
+
+
+def table_text(runs: Sequence[Run]) -> str:
+    common = _shared([{key: x for key, x in run.items() if key != "options"} for run in runs])
+    common["options"] = _shared([run["options"] for run in runs])
+    rows = [
+        {key: x for key, x in run.items() if key not in common}
+        | {"options": {key: x for key, x in run["options"].items() if key not in common["options"]}}
+        for run in runs
+    ]
+    return "".join(json.dumps(row) + "\n" for row in ({"common": common}, *rows))
+
+
+def _read_result(path: Path) -> list[Run]:
+    try:
+        result = json.loads(path.read_text())
+        if "claim" in result or "matmul_gflops" in result or "runs" in result or "methods" in result:
+            return []  # of claim.py, benchmark.py, mix_objectives.py and spar_offline_to_online.py
+        return [_checked(result)]
+    except (ValueError, KeyError, TypeError) as err:
+        raise InputError(
+            f"{path}: not a results file of spar_d4rl.py or compare.py ({err!r}); move it elsewhere"
+        ) from None
+
+
+def _checked(run: Run) -> Run:
+    for name in ("data", *(("policy",) if "policy" in run else ("anchor", "spar"))):
+        run[name]["normalized"]
+    run["dataset"], run["seed"]
+    return run
+
+
+def _options(path: Path, dataset: str) -> dict[str, Any]:
+    """A run's options, dotted; a method's own as they were on this data set."""
+    cfg = OmegaConf.load(path)
+    assert isinstance(cfg, DictConfig)
+    if "method" in cfg:
+        cfg.method = {"algorithm": cfg.method.algorithm, **method_options(cfg.method, dataset)}
+    return {name: x for name, x in flatten(OmegaConf.to_container(cfg)).items() if name not in ELSEWHERE}
+
+
+def _shared(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What all dictionaries have alike."""
+    return {key: x for key, x in parts[0].items() if all(key in part and part[key] == x for part in parts)}
+
+
+def _columns(curve: list[Run]) -> dict[str, list[Any]]:
+    return {key: [row[key] for row in curve] for key in curve[0]}
+
+
+def _rows(curve: dict[str, list[Any]]) -> list[Run]:
+    return [dict(zip(curve, values)) for values in zip(*curve.values())]
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _rounded(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_rounded(part) for part in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value

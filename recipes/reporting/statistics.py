@@ -1,0 +1,227 @@
+"""Statistics over the runs of several methods, by rliable (https://arxiv.org/abs/2108.13264)."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from statistics import mean, stdev
+from typing import Any
+
+import numpy as np
+from harness.output import data_score
+from rliable import library, metrics
+
+from torchrl_spar import InputError
+
+Run = dict[str, Any]
+# The order of the report; methods without a name here come after, under their own.
+NAMES = {
+    "bc": "BC", "bc10": "10%BC", "td3_bc": "TD3+BC", "td3_bc_critics": "TD3+BC, SPAR's critics", "iql": "IQL",
+    "cql": "CQL", "rebrac": "ReBRAC", "rebrac_critics": "ReBRAC, SPAR's critics",
+    "spar_iql": "SPAR's critic, IQL's policy", "spar": "SPAR (head A)", "spar_latent": "SPAR (head B)",
+    # recipes/config/method/ablation
+    "no_lsi": "no LSI: the trust term alone", "no_trust": "no trust term: LSI alone",
+    "uniform_weights": "candidates weigh the same",
+    "greedy_weights": "the best candidate alone", "action_space": "candidates in action space",
+    "value_gradient": "value gradient for LSI", "candidates_4": "4 candidates", "candidates_16": "16 candidates",
+    "narrow": "half the spread", "trust_3": "trust weighs 3",
+    "mean_of_critics": "mean of the critics", "min_of_critics": "minimum of the critics", "two_critics": "two critics",
+    "in_sample_value": "in-sample expectile value", "no_value_start": "no start from the returns",
+    "no_anchor": "no anchor", "bf16_candidates": "candidates scored in bfloat16",
+    "compiled": "compiled: the same to rounding",
+}  # fmt: skip
+REFERENCE = "spar"
+# Points below its anchor that count as a loss: evaluations of one policy differ by about as much.
+MARGIN = 3.0
+REPETITIONS = 2_000
+# rliable counts each threshold of each repetition on its own.
+PROFILE_REPETITIONS = 500
+
+
+def score_of(run: Run) -> float:
+    """The normalised score of the last checkpoint."""
+    return run["policy" if "policy" in run else "spar"]["normalized"]
+
+
+def method_of(run: Run) -> str:
+    return run.get("method", "spar")
+
+
+@dataclass
+class Interval:
+    """A point estimate and its 95 % interval, NaN where there is one seed: it says nothing of the spread."""
+
+    point: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.point:.2f} " + ("(one seed)" if np.isnan(self.low) else f"[{self.low:.2f}, {self.high:.2f}]")
+
+
+class Comparison:
+    """All runs by method and data set.
+
+    Args:
+        runs: results, in any order.
+
+    Raises:
+        InputError: if a run is there twice, or runs of one data set differ in their updates or evaluations.
+    """
+
+    def __init__(self, runs: list[Run]) -> None:
+        self.runs: dict[tuple[str, str], dict[int, Run]] = defaultdict(dict)
+        protocols: dict[str, dict[str, Any]] = {}
+        for run in runs:
+            method, dataset, seed = method_of(run), run["dataset"], run["seed"]
+            if seed in self.runs[method, dataset]:
+                raise InputError(f"{method} on {dataset} with seed {seed} is there twice; remove one of them")
+            curve = [row["step"] for row in run["curve"]]
+            protocol = {"updates": run["updates"], "episodes": run["episodes"], "evaluations at": curve}
+            first = protocols.setdefault(dataset, protocol)
+            if different := [name for name in protocol if protocol[name] != first[name]]:
+                name = different[0]
+                raise InputError(
+                    f"{dataset}: runs of {name} {first[name]} and {protocol[name]} are not comparable; "
+                    "put them into directories of their own"
+                )
+            self.runs[method, dataset][seed] = run
+        found = {method for method, _ in self.runs}
+        self.methods = [name for name in NAMES if name in found] + sorted(found - NAMES.keys())
+        self.datasets = sorted(protocols)
+
+    def seeds(self, method: str) -> list[int]:
+        """The seeds that a method has on every data set."""
+        return sorted(set.intersection(*({*self.runs[method, dataset]} for dataset in self.datasets)))
+
+    def scores(self) -> dict[str, np.ndarray]:
+        """``[seeds, data sets]`` of every method that has a seed on every data set."""
+        return {
+            method: np.array(
+                [[score_of(self.runs[method, dataset][seed]) for dataset in self.datasets] for seed in seeds]
+            )
+            for method in self.methods
+            if (seeds := self.seeds(method))
+        }
+
+    def left_out(self) -> list[str]:
+        """The runs that the statistics leave out, since their method lacks the seed on another data set."""
+        found: dict[str, list[str]] = defaultdict(list)
+        for dataset in self.datasets:
+            for method in self.methods:
+                if seeds := sorted(self.runs[method, dataset].keys() - set(self.seeds(method))):
+                    found[f"{dataset} (seed {', '.join(map(str, seeds))})"].append(label(method))
+        return [f"{where}: {', '.join(methods)}" for where, methods in found.items()]
+
+    def interquartile_means(self) -> dict[str, Interval]:
+        """IQM over all runs and data sets, by method."""
+        return _estimate(self.scores(), metrics.aggregate_iqm)
+
+    def improvements(self) -> dict[str, Interval]:
+        """Probability that a run of SPAR is better than one of the method, by method."""
+        scores = self.scores()
+        if REFERENCE not in scores:
+            return {}
+        pairs = {method: (scores[REFERENCE], other) for method, other in scores.items() if method != REFERENCE}
+        return _estimate(pairs, probability_of_improvement) if pairs else {}
+
+    def profiles(self, thresholds: np.ndarray) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+        """Share of runs above each threshold ``[T]``, and its interval ``[2, T]``, by method."""
+        np.random.seed(0)
+        return library.create_performance_profile(self.scores(), thresholds, reps=PROFILE_REPETITIONS)
+
+    def curves(self, dataset: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Updates ``[T]`` and scores ``[seeds, T]`` of the evaluations during training, by method."""
+        found = {}
+        for method in self.methods:
+            curves = [run["curve"] for run in self.runs[method, dataset].values()]
+            if curves:
+                steps = np.array([row["step"] for row in curves[0]])
+                found[method] = steps, np.array([[row["normalized"] for row in curve] for curve in curves])
+        return found
+
+    def anchors(self, dataset: str) -> list[float]:
+        """The scores of SPAR's anchors."""
+        return [run["anchor"]["normalized"] for run in self._of(REFERENCE, dataset)]
+
+    def below_anchor(self) -> tuple[list[str], int]:
+        """SPAR's runs that end more than MARGIN points below their own anchor, and the number of its runs."""
+        runs = [(dataset, run) for dataset in self.datasets for run in self._of(REFERENCE, dataset)]
+        below = [
+            f"{dataset}, seed {run['seed']} ({anchor:.1f} to {score_of(run):.1f})"
+            for dataset, run in runs
+            if score_of(run) < (anchor := run["anchor"]["normalized"]) - MARGIN
+        ]
+        return below, len(runs)
+
+    def markdown(self) -> str:
+        """One table of scores and, of several data sets, statistics, a row a method, and what it leaves out."""
+        several = len(self.datasets) > 1
+        title = f"P({label(REFERENCE)} is better)"
+        lines = [_row("method", *self.datasets, *(["IQM", title] if several else []))]
+        lines.append(_row(*["---"] * lines[0].count(" | "), "---"))
+        empty = ["", ""] if several else []
+        runs = [[run for method in self.methods for run in self._of(method, dataset)] for dataset in self.datasets]
+        lines.append(_row("the data", *map(data_score, runs), *empty))
+        anchors = [self.anchors(dataset) for dataset in self.datasets]
+        if any(anchors):
+            lines.append(_row("SPAR's anchor", *map(_spread, anchors), *empty))
+        means, improvements = (self.interquartile_means(), self.improvements()) if several else ({}, {})
+        for method in self.methods:
+            scores = [[score_of(run) for run in self._of(method, dataset)] for dataset in self.datasets]
+            statistics = [str(means.get(method, "-")), str(improvements.get(method, "-"))] if several else []
+            lines.append(_row(label(method), *map(_spread, scores), *statistics))
+        below, count = self.below_anchor()
+        if count:
+            listed = f": {'; '.join(below)}" if below else ""
+            lines += [
+                "",
+                f"SPAR ends more than {MARGIN:.0f} points below its anchor in {len(below)} of {count} runs{listed}.",
+            ]
+        if several and (left_out := self.left_out()):
+            lines += ["", f"Not in IQM and P, for want of the seed on every data set: {'; '.join(left_out)}."]
+        return "\n".join(lines)
+
+    def best(self, count: int) -> list[str]:
+        """The methods other than SPAR's own with the highest scores, each data set counting the same."""
+        means = {
+            method: mean(mean(map(score_of, self._of(method, dataset))) for dataset in self.datasets)
+            for method in self.methods
+            if not method.startswith(REFERENCE) and all(self._of(method, dataset) for dataset in self.datasets)
+        }
+        return sorted(means, key=lambda method: -means[method])[:count]
+
+    def _of(self, method: str, dataset: str) -> list[Run]:
+        return list(self.runs[method, dataset].values()) if (method, dataset) in self.runs else []
+
+
+def probability_of_improvement(better: np.ndarray, worse: np.ndarray) -> float:
+    """That a run of the one scores higher on a data set than one of the other, both ``[seeds, data sets]``.
+
+    rliable's statistic, which takes a test a data set and a repetition: a minute for ten methods, this a second.
+    """
+    return float(1 + np.sign(better[:, None] - worse[None]).mean()) / 2
+
+
+def label(method: str) -> str:
+    return NAMES.get(method, method)
+
+
+def _estimate(scores: dict[str, Any], statistic: Any) -> dict[str, Interval]:
+    # rliable draws from numpy's global generator.
+    np.random.seed(0)
+    points, intervals = library.get_interval_estimates(scores, lambda *x: np.array([statistic(*x)]), reps=REPETITIONS)
+    for name, arrays in scores.items():
+        if min(map(len, arrays if isinstance(arrays, tuple) else (arrays,))) < 2:
+            intervals[name][:] = np.nan
+    return {name: Interval(float(points[name][0]), *map(float, intervals[name][:, 0])) for name in scores}
+
+
+def _spread(scores: list[float]) -> str:
+    if len(scores) < 2:
+        return f"{scores[0]:.1f} (1)" if scores else "-"
+    return f"{mean(scores):.1f} +- {stdev(scores):.1f} ({len(scores)})"
+
+
+def _row(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
