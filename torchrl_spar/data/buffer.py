@@ -15,15 +15,19 @@ from tensordict import TensorDict, TensorDictBase, is_tensor_collection
 from torchrl.data import Bounded, ImmutableDatasetWriter, TensorDictReplayBuffer, TensorSpec, TensorStorage
 
 from torchrl_spar.data.cache import Content, load_cached
-from torchrl_spar.data.readers import LARGEST, Steps, find_minari, read_file, read_minari, read_tensordict
+from torchrl_spar.data.readers import find_minari, read_file, read_minari
+from torchrl_spar.data.steps import Steps
 from torchrl_spar.data.success import REWARD_SHIFT
 from torchrl_spar.data.success import end_at_success as relabel
-from torchrl_spar.errors import InputError
+from torchrl_spar.data.tensordicts import read_tensordict
+from torchrl_spar.errors import InputError, check_bounds
 
 # Float32 rounding and simulators leave actions this far outside their bounds.
 ACTION_TOLERANCE = 1e-6
 # A spread below this, relative to max(1, |mean|), is float32 rounding: the dimension is constant.
 SCALE_FLOOR = 1e-6
+# The same for a mean in float64.
+WIDE_SCALE_FLOOR = 1e-12
 
 
 class OfflineReplayBuffer(TensorDictReplayBuffer):
@@ -193,8 +197,8 @@ def load_offline_dataset(
             content, facts = load_cached(path, options, Path(cache).expanduser(), build) if cache else build()
     except InputError as err:
         raise InputError(f"{name}: {err}") from err.__cause__
-    if facts["note"]:
-        warnings.warn(f"{name}: {facts['note']}", stacklevel=2)
+    for note in facts["notes"]:
+        warnings.warn(f"{name}: {note}", stacklevel=2)
     low, high = content["action_low"], content["action_high"]
     return OfflineReplayBuffer(
         content["rows"],
@@ -233,20 +237,32 @@ def _check(steps: Steps, given: tuple[torch.Tensor, torch.Tensor] | None, end_at
     """The rows in TED form and all that belongs to them, as the cache keeps it."""
     bounds = given or tuple(torch.as_tensor(bound, dtype=torch.float32) for bound in steps.action_bounds)
     _check_actions(steps, *bounds)
-    # bincount sums in float64 whatever the rewards' type
-    returns = torch.from_numpy(np.bincount(steps.episode, weights=steps.reward))
+    returns = torch.from_numpy(_returns(steps))
     if end_at_success:
         relabel(steps)
     facts = {
         "env_id": steps.env_id,
         "env_kwargs": steps.env_kwargs,
         "reward_shift": REWARD_SHIFT if end_at_success else 0.0,
-        "note": steps.note,
+        "notes": list(steps.notes),
     }
     rows = _to_ted(steps)
     return TensorDict(
         {"episode_returns": returns, "action_low": bounds[0], "action_high": bounds[1], "rows": rows}
     ), facts
+
+
+def _returns(steps: Steps) -> np.ndarray:
+    """Every episode's, up to its first terminal: what a robot earns at its goal afterwards does not count."""
+    if not steps.ordered:
+        return np.zeros(0)
+    after = np.zeros(len(steps.episode), dtype=bool)
+    after[1:] = steps.terminated[:-1] & (steps.episode[1:] == steps.episode[:-1])
+    starts = np.flatnonzero(np.diff(steps.episode, prepend=-1))
+    ended = np.cumsum(after)
+    counts = ended == ended[starts][steps.episode]
+    # bincount sums in float64 whatever the rewards' type
+    return np.bincount(steps.episode, weights=np.where(counts, steps.reward, 0))
 
 
 def _bounds(spec: TensorSpec) -> tuple[torch.Tensor, torch.Tensor]:
@@ -259,11 +275,7 @@ def _check_actions(steps: Steps, low: torch.Tensor, high: torch.Tensor) -> None:
     shape = steps.action.shape[1:]
     if low.shape != shape:
         raise InputError(f"actions are of shape {tuple(shape)}, their bounds of shape {tuple(low.shape)}")
-    if not ((low.abs() <= LARGEST).all() and (high.abs() <= LARGEST).all()):
-        raise InputError(
-            f"the action space has no finite bounds (within +-{LARGEST:g}): "
-            "give them as action_spec=Bounded(low, high, shape)"
-        )
+    check_bounds("the action space", low, high)
     least, most = low.numpy(), high.numpy()
     extremes = np.maximum(least - steps.action.min(axis=0), steps.action.max(axis=0) - most)
     if (extremes > ACTION_TOLERANCE).any():
@@ -282,6 +294,7 @@ def _to_ted(steps: Steps) -> TensorDict:
     if not known.any():
         raise InputError("no step has a known next observation, so no row is left")
     fields = vars(steps)
+    labels = ("episode",) if steps.ordered else ()
 
     def rows(name: str) -> torch.Tensor:
         array = fields.pop(name)
@@ -297,7 +310,7 @@ def _to_ted(steps: Steps) -> TensorDict:
         {
             "observation": rows("observation"),
             "action": rows("action"),
-            "episode": rows("episode"),
+            **{name: rows(name) for name in labels},
             **root,
             "next": TensorDict(outcome, [count]),
         },
@@ -310,6 +323,6 @@ def _observation_statistics(observation: torch.Tensor) -> tuple[torch.Tensor, to
     buffer = torch.empty_like(observation[:, 0], dtype=torch.float64)
     moments = [torch.std_mean(buffer.copy_(column), correction=0) for column in observation.unbind(-1)]
     scale, loc = (torch.stack(values) for values in zip(*moments))
-    rounding = SCALE_FLOOR * loc.abs()
+    rounding = (SCALE_FLOOR if observation.dtype == torch.float32 else WIDE_SCALE_FLOOR) * loc.abs()
     scale = torch.where(scale < rounding.clamp(min=SCALE_FLOOR), rounding.clamp(min=1), scale)
-    return loc.float(), scale.float()
+    return loc.to(observation.dtype), scale.float()

@@ -123,9 +123,8 @@ def _rebuild(content: dict[str, Any]) -> SPARActor:
     low, high = (torch.tensor(architecture.pop(name)) for name in ("low", "high"))
     with torch.random.fork_rng(devices=[]):  # the weights that are drawn here are not used
         loss = make_spar_loss(action_spec=Bounded(low, high, low.shape, dtype=low.dtype), **architecture)
-    policy = loss.actor.to(content["state_dict"]["residual_scale"].dtype)
-    policy.load_state_dict(content["state_dict"])
-    return policy
+    loss.actor.load_state_dict(content["state_dict"], assign=True)  # in its own types
+    return loss.actor
 
 
 def _is_plain(value: Any) -> bool:
