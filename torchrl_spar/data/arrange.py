@@ -67,12 +67,12 @@ def arrange(fields: dict[str, Any], *, sequence: np.ndarray | None = None) -> di
             found = links()
             broken = int((found.open & found.same)[:-1].sum())
             ordered = broken <= MOSTLY_CUT * (broken + int(found.linked.sum()))
-            what = f"{elsewhere} of {n} rows go on in rows elsewhere, so they are shuffled or interleaved; "
+            what = f"{elsewhere} of {n} rows go on in rows elsewhere (shuffled, interleaved, or a ring buffer's): "
             notes.append(
                 what + "they have been put in the order that the next observations tell"
                 if ordered
-                else what + "no whole episode can be put together again, so there are no returns of episodes: give the "
-                "episodes' ids as 'episode', or whole episodes"
+                else what
+                + "episodes cannot be put together again, so there are no returns; give ids of episodes, or whole episodes"
             )
         elif n >= FEWEST and are_unrelated(found):
             notes.append(
@@ -119,9 +119,9 @@ def _episodes(
     ends = told | (terminated & ~again)
     if disordered:
         notes.append(
-            "consecutive observations are as unlike as any two, so the rows seem to be shuffled or interleaved, and the "
-            "next observations taken from the following rows are wrong: give the rows in order of time, or their next "
-            "observations"
+            "consecutive observations are as unlike as any two, so the rows seem to be shuffled or interleaved, and "
+            "their next observations, taken from the following rows, wrong: give the rows in order of time, or with "
+            "their next observations"
         )
     elif jumps.any():
         notes.append(

@@ -157,7 +157,9 @@ def _hashes(rows: Tensor, label: Tensor | None) -> Tensor:
     if not rows.is_floating_point():
         rows = rows.double()
     rows = (rows + 0.0).contiguous()  # -0 becomes 0
-    bits = rows.view(torch.int64 if rows.dtype == torch.float64 else torch.int32 if rows.element_size() == 4 else torch.int16)
+    bits = rows.view(
+        torch.int64 if rows.dtype == torch.float64 else torch.int32 if rows.element_size() == 4 else torch.int16
+    )
     total = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
     for column in bits.unbind(-1):
         total = (total ^ column.long()) * _MIX[0] + _MIX[1]

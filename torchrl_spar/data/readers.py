@@ -25,6 +25,7 @@ _FILE_KEYS = {
     "next_observation": ("next_observations",),
 }
 
+
 def find_minari(dataset_id: str, root: str | os.PathLike[str] | None) -> Path:
     """The directory of a Minari data set, downloaded if it is not there."""
     minari = require("minari")

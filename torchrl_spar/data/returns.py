@@ -76,7 +76,7 @@ def returns_to_go(
 
 
 def _discounted_sums(reward: Tensor, end: Tensor, gamma: float) -> list[float]:
-    """Of each row to the end of its episode. A loop: linear in any episode's length, a tenth of a second for 10^6 rows."""
+    """To the end of each row's episode. A loop is linear in its length, and takes 0.1 s for 10^6 rows."""
     sums, total = [], 0.0
     for value, last in zip(reversed(reward.reshape(-1).tolist()), reversed(end.tolist())):
         total = value if last else value + gamma * total

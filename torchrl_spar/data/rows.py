@@ -36,8 +36,8 @@ def parts_of(source: Any) -> Iterator[TensorDictBase]:
         [2, 3]
     """
     if isinstance(source, ReplayBufferEnsemble):
-        for buffer in source:
-            yield from parts_of(buffer)
+        for index in range(len(source)):  # iteration would sample without end
+            yield from parts_of(source[index])
     elif isinstance(source, ReplayBuffer):
         try:
             content = source[:]
@@ -106,13 +106,15 @@ def rows_of(replay_buffer: ReplayBuffer) -> TensorDictBase:
         >>> rows["x"], rows["episode"]
         (tensor([0, 1, 3, 4, 5]), tensor([0, 0, 1, 1, 1]))
     """
-    parts = list(parts_of(replay_buffer))
+    parts = [_on_its_device(part) for part in parts_of(replay_buffer)]
     if len(parts) == 1 and parts[0].ndim == 1 and valid_mask(parts[0]) is None:
         return parts[0]
     found, start = [], 0
     for part in parts:
         if not part.ndim:
-            raise InputError("the replay buffer holds single steps without a batch size; give TensorDicts [n] or [B, T]")
+            raise InputError(
+                "the replay buffer holds single steps without a batch size; give TensorDicts [n] or [B, T]"
+            )
         if part.ndim > 2 and not part.is_contiguous():
             part = part.contiguous()
         rows = part.reshape(-1)
@@ -135,3 +137,23 @@ def rows_of(replay_buffer: ReplayBuffer) -> TensorDictBase:
     if not len(rows):
         raise InputError("the replay buffer holds no valid row: its mask leaves nothing")
     return rows
+
+
+def whole_of(replay_buffer: ReplayBuffer) -> TensorDictBase:
+    """All of a buffer in its own shape ``[n]`` or ``[B, T]``, or as rows where it does not have one.
+
+    Examples:
+        >>> from tensordict import TensorDict
+        >>> from torchrl.data import ListStorage
+        >>> buffer = ReplayBuffer(storage=ListStorage(2))
+        >>> _ = buffer.extend([TensorDict({"x": torch.zeros(n)}, [n]) for n in (2, 3)])
+        >>> whole_of(buffer).shape
+        torch.Size([5])
+    """
+    parts = list(parts_of(replay_buffer))
+    return _on_its_device(parts[0]) if len(parts) == 1 else rows_of(replay_buffer)
+
+
+def _on_its_device(part: TensorDictBase) -> TensorDictBase:
+    """With a device, which a list's TensorDicts may leave open."""
+    return part if part.device is not None else part.to(next(iter(part.values(True, True))).device)

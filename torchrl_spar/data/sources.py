@@ -16,11 +16,11 @@ def missing_array(key: str, present: list[str]) -> InputError:
     return InputError(f"no array {key}; there are: {', '.join(present[:12]) or 'none'}{more}")
 
 
-def require(module: str) -> Any:
+def require(module: str, extra: str = "recipes") -> Any:
     try:
         return importlib.import_module(module)
     except ImportError:
-        raise InputError(f"reading it needs {module}: pip install 'torchrl-spar[recipes]'") from None
+        raise InputError(f"reading it needs {module}: pip install 'torchrl-spar[{extra}]'") from None
 
 
 @contextmanager
