@@ -68,7 +68,9 @@ def write(policy: SPARActor, norm: ObservationNorm, formats: Sequence[str], out:
     """All files, or none."""
     rows = {0: torch.export.Dim("batch")}
     module = Deployed(policy).requires_grad_(False)
-    program = torch.export.export(module, (torch.zeros(2, len(norm.loc), dtype=norm.loc.dtype),), dynamic_shapes=(rows,))
+    program = torch.export.export(
+        module, (torch.zeros(2, len(norm.loc), dtype=norm.loc.dtype),), dynamic_shapes=(rows,)
+    )
     partial = out.with_name(f".{out.name}.partial")
     with named_error(out, "cannot be written"):
         try:

@@ -63,16 +63,20 @@ def arrange(fields: dict[str, Any], *, sequence: np.ndarray | None = None) -> di
                 found = before
         elsewhere = int(found.continued.sum())
         if elsewhere:
-            take(chained(found).numpy())
+            chain = chained(found).numpy()
+            take(chain)
             found = links()
             broken = int((found.open & found.same)[:-1].sum())
             ordered = broken <= MOSTLY_CUT * (broken + int(found.linked.sum()))
+            if not ordered:  # as given, so that whoever asks for returns sees it
+                take(np.argsort(chain))
+                found = links()
             what = f"{elsewhere} of {n} rows go on in rows elsewhere (shuffled, interleaved, or a ring buffer's): "
             notes.append(
                 what + "they have been put in the order that the next observations tell"
                 if ordered
-                else what
-                + "episodes cannot be put together again, so there are no returns; give ids of episodes, or whole episodes"
+                else what + "episodes cannot be put together again, so there are no returns; give ids of episodes or "
+                "whole episodes"
             )
         elif n >= FEWEST and are_unrelated(found):
             notes.append(

@@ -123,8 +123,9 @@ def _rebuild(content: dict[str, Any]) -> SPARActor:
     low, high = (torch.tensor(architecture.pop(name)) for name in ("low", "high"))
     with torch.random.fork_rng(devices=[]):  # the weights that are drawn here are not used
         loss = make_spar_loss(action_spec=Bounded(low, high, low.shape, dtype=low.dtype), **architecture)
-    loss.actor.load_state_dict(content["state_dict"], assign=True)  # in its own types
-    return loss.actor
+    policy = loss.actor
+    policy.load_state_dict(content["state_dict"], assign=True)  # in its own types
+    return policy
 
 
 def _is_plain(value: Any) -> bool:
