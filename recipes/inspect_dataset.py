@@ -50,15 +50,16 @@ def episodes_of(data: OfflineReplayBuffer) -> dict[str, np.ndarray]:
     }  # fmt: skip
 
 
-def overview(data: OfflineReplayBuffer) -> Table:
+def overview(data: OfflineReplayBuffer, duplicates: float) -> Table:
     table = Table("", "", title=data.name, show_header=False)
     rows = data[:]
     table.add_row("rows", f"{len(data):,}")
     table.add_row("observation", f"{rows['observation'].shape[-1]} columns, {rows['observation'].dtype}")
     rewards = rows["next", "reward"]
     table.add_row("reward", f"{rewards.min():.4g} to {rewards.max():.4g}, mean {rewards.mean():.4g}")
+    table.add_row("duplicates", f"{duplicates:.2%} of the rows (the same observation and action)")
     if not len(data.episode_returns):
-        table.add_row("episodes", "unknown: the rows' order is")
+        table.add_row("episodes", "unknown, as the rows' order is")
         return table
     ends = episodes_of(data)
     length, returns = ends["length"], data.episode_returns
@@ -131,8 +132,7 @@ def compare_environment(cfg: DictConfig, data: OfflineReplayBuffer, problems: li
         return None
     table = Table("", "data", f"{env}", title="Environment", caption=f"arguments: {env_kwargs}" if env_kwargs else None)
     shapes = (data[:]["observation"].shape[-1], size), (data.action_spec.shape[-1], spec.shape[-1])
-    bounds = [[f"{x.min():.4g} to {y.max():.4g}" for x, y in ((own.low, own.high),)][0] for own in
-              (data.action_spec.space, spec.space)]  # fmt: skip
+    bounds = [f"{x.space.low.min():.4g} to {x.space.high.max():.4g}" for x in (data.action_spec, spec)]
     rows = {"observation columns": shapes[0], "action columns": shapes[1], "action bounds": tuple(bounds)}
     for name, (ours, theirs) in rows.items():
         table.add_row(name, str(ours), str(theirs))
@@ -179,11 +179,11 @@ def draw(data: OfflineReplayBuffer, path: Path) -> None:
 
 def main(cfg: DictConfig) -> None:
     data, problems = read(cfg)
+    share = duplicate_share(data)
     tables = [
-        overview(data), action_table(data, problems, cfg.used_range), observation_table(data, problems, cfg.largest),
+        overview(data, share), action_table(data, problems, cfg.used_range), observation_table(data, problems, cfg.largest),
         compare_environment(cfg, data, problems),
     ]  # fmt: skip
-    share = duplicate_share(data)
     if share > cfg.duplicates:
         problems.append(f"{share:.1%} of the rows are there twice (the same observation and action)")
     console = Console()

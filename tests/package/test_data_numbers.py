@@ -185,7 +185,7 @@ def test_returns_of_one_long_episode_need_no_square():
 
 
 def test_a_gamma_outside_its_range_is_refused():
-    with pytest.raises(InputError, match="gamma=1.1"):
+    with pytest.raises(InputError, match=r"gamma=1\.1"):
         returns_to_go(make_batch(4), 1.1)
 
 
