@@ -180,10 +180,12 @@ def draw(data: OfflineReplayBuffer, path: Path) -> None:
 def main(cfg: DictConfig) -> None:
     data, problems = read(cfg)
     share = duplicate_share(data)
-    tables = [
-        overview(data, share), action_table(data, problems, cfg.used_range), observation_table(data, problems, cfg.largest),
+    tables = (
+        overview(data, share),
+        action_table(data, problems, cfg.used_range),
+        observation_table(data, problems, cfg.largest),
         compare_environment(cfg, data, problems),
-    ]  # fmt: skip
+    )
     if share > cfg.duplicates:
         problems.append(f"{share:.1%} of the rows are there twice (the same observation and action)")
     console = Console()

@@ -44,8 +44,9 @@ def arrange(fields: dict[str, Any], *, sequence: np.ndarray | None = None) -> di
         stop, label = stop[order], None if label is None else label[order]
 
     def links() -> Links:
-        tensors = (fields["observation"], fields["next_observation"], stop | fields["terminated"])
-        return find_links(*map(torch.from_numpy, tensors), None if label is None else torch.from_numpy(label))
+        ends = torch.from_numpy(stop | fields["terminated"])
+        pair = [torch.from_numpy(fields[name]) for name in ("observation", "next_observation")]
+        return find_links(*pair, end=ends, label=None if label is None else torch.from_numpy(label))
 
     order = _by_label(label, step)
     if order is not None and not given:

@@ -189,7 +189,7 @@ def _stack(
 
     Observations are of ``dtype``, rewards float64, all else float32.
     """
-    types = {"rewards": np.float64, "observations": dtype, "observations (as next)": dtype}
+    types: dict[str, Any] = {"rewards": np.float64, "observations": dtype, "observations (as next)": dtype}
     arrays: dict[str, np.ndarray] = {}
     lengths: list[int] = []
     extremes: list[np.ndarray] = []

@@ -37,15 +37,12 @@ def read_tensordict(source: Any) -> Steps:
     if not parts:
         raise InputError("the data set holds no step")
     for part in parts:
-        fields, sequence = _read_part(part)
-        for name, (label, array) in fields.items():
+        columns, rows = _read_part(part)
+        for name, (label, array) in columns.items():
             found.setdefault(name, []).append(array)
             labels[name] = label
-        for name in found:
-            if name not in fields:
-                raise InputError(f"{labels[name]} is in some of the TensorDicts alone")
-        sequences.append(start + sequence)
-        start += 1 + int(sequence[-1]) if len(sequence) else 0
+        sequences.append(start + rows)
+        start += 1 + int(rows[-1]) if len(rows) else 0
     raw = {}
     for name, arrays in found.items():
         if len(arrays) < len(parts):

@@ -193,7 +193,7 @@ def fit_critics(
         keys = {f"{name}_key": getattr(loss.tensor_keys, name) for name in ("reward", "done", "terminated")}
         returns = returns_to_go(data, float(loss.value_estimator.gamma), **keys)
     varies = _varies(data["next"][loss.tensor_keys.reward]) and _varies(returns)
-    loss.reward_scale.copy_(1 / returns.std() if varies else 1)
+    loss.reward_scale.copy_(1 / returns.std() if varies else torch.ones(()))
     # Not strict: the anchor is not asked here.
     rows = data.select(*loss.in_keys, strict=False).exclude("next").set("return", returns * loss.reward_scale)
 
