@@ -44,6 +44,8 @@ def load(cfg: DictConfig, device: torch.device) -> tuple[OfflineReplayBuffer, st
     data = load_offline_dataset(
         source, batch_size=cfg.batch_size, device=device, cache=cfg.cache, end_at_success=cfg.end_at_success
     )
+    if not len(data.episode_returns):
+        raise InputError(f"dataset={cfg.dataset}: its rows are in no order of time, and the critics start from returns")
     env, env_kwargs = choose_environment(cfg, cfg.dataset, data.env_id, data.env_kwargs)
     observation_dim, action_spec = environment_sizes(env, **env_kwargs)
     for name, found, expected in (

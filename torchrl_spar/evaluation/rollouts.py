@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Callable
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ from tensordict.nn import TensorDictModuleBase
 from torchrl.data import Bounded
 
 from torchrl_spar.data.observations import flatten_observation
-from torchrl_spar.errors import InputError
+from torchrl_spar.errors import InputError, check_bounds
 from torchrl_spar.evaluation.fast_policy import action_function
 
 
@@ -76,8 +75,9 @@ def environment_sizes(env_id: str, **env_kwargs: Any) -> tuple[int, Bounded]:
     try:
         observation, _ = env.reset(seed=0)
         space = env.action_space
-        if not hasattr(space, "low") or len(space.shape) != 1 or not np.isfinite(space.low).all():
+        if not hasattr(space, "low") or len(space.shape) != 1:
             raise InputError(f"environment {env_id!r} has the action space {space}; SPAR needs a bounded 1-d Box")
+        check_bounds(f"environment {env_id!r}: its action space", space.low, space.high)
         low, high = torch.as_tensor(space.low).float(), torch.as_tensor(space.high).float()
         return flatten_observation(observation).shape[-1], Bounded(low, high, low.shape, dtype=torch.float32)
     finally:
@@ -130,17 +130,19 @@ def evaluate(
             f"the policy reads {more}, and evaluate gives it the observation alone; "
             "roll it out in a TorchRL environment (of an LSTM: with InitTracker and its make_tensordict_primer())"
         )
-    state = chain(policy.parameters(), policy.buffers())
-    device = next((tensor.device for tensor in state), torch.device("cpu"))
+    state = [*policy.parameters(), *policy.buffers()]
+    device = state[0].device if state else torch.device("cpu")
+    # What a policy was trained on in float64, float32 is too coarse for.
+    dtype = np.float64 if any(tensor.dtype == torch.float64 for tensor in state) else np.float32
     act = action_function(policy)
     envs = [make_env(env_id, **env_kwargs) for _ in range(episodes)]
     try:
         space = envs[0].action_space
         returns = [0.0] * episodes
-        observations = [flatten_observation(env.reset(seed=seed + i)[0]) for i, env in enumerate(envs)]
+        observations = [flatten_observation(env.reset(seed=seed + i)[0], dtype=dtype) for i, env in enumerate(envs)]
         running = list(range(episodes))
         while running:
-            batch = np.empty((len(running), *observations[0].shape), np.float32)
+            batch = np.empty((len(running), *observations[0].shape), dtype)
             for row, observation in enumerate(observations):
                 batch[row] = observation
             actions = _act(act, torch.from_numpy(batch).to(device), env_id, space)
@@ -150,7 +152,7 @@ def evaluate(
                 returns[i] += float(reward)
                 if not (terminated or truncated):
                     still_running.append(i)
-                    observations.append(flatten_observation(observation))
+                    observations.append(flatten_observation(observation, dtype=dtype))
             running = still_running
             if on_step is not None:
                 on_step(envs)
