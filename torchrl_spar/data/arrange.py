@@ -45,8 +45,8 @@ def arrange(fields: dict[str, Any], *, sequence: np.ndarray | None = None) -> di
 
     def links() -> Links:
         ends = torch.from_numpy(stop | fields["terminated"])
-        pair = [torch.from_numpy(fields[name]) for name in ("observation", "next_observation")]
-        return find_links(*pair, end=ends, label=None if label is None else torch.from_numpy(label))
+        observation, following = (torch.from_numpy(fields[name]) for name in ("observation", "next_observation"))
+        return find_links(observation, following, ends, None if label is None else torch.from_numpy(label))
 
     order = _by_label(label, step)
     if order is not None and not given:
