@@ -120,7 +120,7 @@ def write_hdf5(path, arrays):
 
 
 def tells_its_ends(arrays, episode) -> bool:
-    """Whether flags end every episode but the last and no two terminals are neighbours, so that no evidence is needed."""
+    """Whether flags end every episode but the last and no two terminals are neighbours: no evidence is needed."""
     terminal, timeout = (arrays[key].reshape(-1) != 0 for key in FLAGS)
     changes = episode[1:] != episode[:-1]
     return bool((terminal | timeout)[:-1][changes].all() and not (terminal[1:] & terminal[:-1]).any())
