@@ -49,7 +49,7 @@ def test_what_is_wrong_is_told_with_an_exit_code(tmp_path):
     ],
 )
 def test_what_cannot_be_loaded_ends_in_one_line(tmp_path, changes, message):
-    code, __, errors = inspect(write(tmp_path, **changes))
+    code, _printed, errors = inspect(write(tmp_path, **changes))
     assert code == 2 and message in errors and "Traceback" not in errors
 
 
