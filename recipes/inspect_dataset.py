@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from harness.figures import BLUE, GREY, ORANGE, plt
+from harness.launch import RECIPES, choose_environment, run_recipe
 from harness.output import named_error
-from harness.recipe import RECIPES, choose_environment, run_recipe
+from harness.plots import BLUE, GREY, ORANGE, plt
 from harness.run import EMBEDDED
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
