@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from tensordict import TensorDictBase
 
+from torchrl_spar.data.environment import recorded_environment
 from torchrl_spar.data.observations import flatten_observation
 from torchrl_spar.errors import InputError, first_line
 
@@ -107,14 +108,14 @@ def read_minari(directory: Path, *, with_success: bool = False) -> Steps:
         labels["success"] = "success"
     fields = _clean({name: (label, arrays.pop(label)) for name, label in labels.items()})
     spec = dataset._eval_env_spec or dataset.env_spec  # what the authors mean to evaluate in, if they say so
+    env_id, env_kwargs = recorded_environment(spec)
     return Steps(
         **fields,
         known=np.ones(sum(lengths), dtype=bool),
         episode=np.repeat(np.arange(len(lengths)), lengths),
         action_bounds=(space.low, space.high),
-        env_id=None if spec is None else spec.id,
-        # How the collector looked on is no property of the task.
-        env_kwargs=None if spec is None else {key: x for key, x in spec.kwargs.items() if key != "render_mode"},
+        env_id=env_id,
+        env_kwargs=env_kwargs,
     )
 
 
