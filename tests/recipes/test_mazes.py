@@ -252,7 +252,7 @@ def test_a_run_its_policy_and_the_evaluate_recipe_use_the_arguments(tmp_path, mo
 
 
 def test_wrong_arguments_are_named(tmp_path):
-    from harness.run import load
+    from harness.environment import load
 
     path = make_set(tmp_path, env=gymnasium.make("Corridor-v0"))
     dense = f"dataset={write(tmp_path / 'dense.npz', ARRAYS)}"
@@ -269,7 +269,7 @@ def test_wrong_arguments_are_named(tmp_path):
 def test_the_kitchens_tasks_are_the_data_sets(tmp_path):
     """Its observation has two entries a task, so that the wrong tasks do not fit; a preset adds how tasks count."""
     pytest.importorskip("gymnasium_robotics")
-    from harness.run import load
+    from harness.environment import load
 
     from torchrl_spar import make_env
 

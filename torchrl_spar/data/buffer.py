@@ -19,6 +19,7 @@ from torchrl_spar.data.readers import LARGEST, Steps, find_minari, read_file, re
 from torchrl_spar.data.success import REWARD_SHIFT
 from torchrl_spar.data.success import end_at_success as relabel
 from torchrl_spar.errors import InputError
+from torchrl_spar.paths import user_path
 
 # Float32 rounding and simulators leave actions this far outside their bounds.
 ACTION_TOLERANCE = 1e-6
@@ -190,7 +191,7 @@ def load_offline_dataset(
                 return _check(read(path), given, end_at_success)
 
             options = [None if given is None else [bound.tolist() for bound in given], end_at_success]
-            content, facts = load_cached(path, options, Path(cache).expanduser(), build) if cache else build()
+            content, facts = load_cached(path, options, user_path(cache), build) if cache else build()
     except InputError as err:
         raise InputError(f"{name}: {err}") from err.__cause__
     if facts["note"]:
@@ -218,7 +219,7 @@ def _find(source: Any, root: str | os.PathLike[str] | None, with_success: bool) 
     if isinstance(source, str) and source.startswith("d4rl:"):
         raise InputError("D4RL's ids are not downloaded: give the path of the data set's .hdf5 file instead")
     if isinstance(source, (str, os.PathLike)):
-        path = Path(source).expanduser()
+        path = user_path(source)
         if path.is_dir():
             return path, minari
         if path.suffix.lower() in (".hdf5", ".h5", ".npz"):

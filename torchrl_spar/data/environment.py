@@ -44,7 +44,8 @@ def recorded_environment(spec: Any) -> tuple[str | None, dict[str, Any]]:
     else:
         arguments["entry_point"] = spec.entry_point
     if spec.max_episode_steps != limit:
-        arguments["max_episode_steps"] = -1 if spec.max_episode_steps is None else spec.max_episode_steps  # -1: no limit
+        # Gymnasium's word for none is -1.
+        arguments["max_episode_steps"] = -1 if spec.max_episode_steps is None else spec.max_episode_steps
     wrappers = [wrapper for wrapper in spec.additional_wrappers if wrapper.name not in _ONLOOKERS]
     if wrappers:
         arguments["additional_wrappers"] = [

@@ -17,6 +17,7 @@ from tensordict import TensorDictBase
 from torchrl_spar.data.environment import recorded_environment
 from torchrl_spar.data.observations import flatten_observation
 from torchrl_spar.errors import InputError, first_line
+from torchrl_spar.paths import user_path
 
 # Beyond it the squares and sums of training overflow float32; no unit of measurement needs it.
 LARGEST = 1e15
@@ -67,8 +68,7 @@ class Steps:
 def find_minari(dataset_id: str, root: str | os.PathLike[str] | None) -> Path:
     """The directory of a Minari data set, downloaded if it is not there."""
     minari = _require("minari")
-    default = os.environ.get("MINARI_DATASETS_PATH") or Path.home() / ".minari" / "datasets"
-    base = Path(root or default).expanduser()
+    base = user_path(root or os.environ.get("MINARI_DATASETS_PATH") or "~/.minari/datasets")
     if not (base / dataset_id / "data").exists():
         with _environment("MINARI_DATASETS_PATH", str(base)):  # the only way to tell Minari where
             try:
@@ -85,6 +85,12 @@ def find_minari(dataset_id: str, root: str | os.PathLike[str] | None) -> Path:
 def read_minari(directory: Path, *, with_success: bool = False) -> Steps:
     """A Minari data set; every step has its next observation. ``with_success``: also its ``infos["success"]``."""
     if not (directory / "data" / "metadata.json").is_file():
+        if (directory / "data" / "main_data.hdf5").is_file():
+            raise InputError(
+                "a data set from before Minari 0.5: it has no data/metadata.json. Download it again with today's "
+                "Minari, or read it with the Minari that wrote it (pip install 'minari<0.5') and give its arrays as a "
+                ".npz file"
+            )
         raise InputError("the directory is no Minari data set: it holds no data/metadata.json")
     minari = _require("minari")
     with _readable():

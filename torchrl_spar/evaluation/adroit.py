@@ -47,21 +47,22 @@ class D4RLAdroit(gymnasium.Wrapper, RecordConstructorArgs):
         if not (kind.__module__.startswith("gymnasium_robotics.") and kind.__name__.startswith("AdroitHand")):
             raise InputError(f"D4RLAdroit: {kind.__name__} is none of gymnasium-robotics' Adroit environments")
         self._is_pen = "Pen" in kind.__name__
-        self._is_reversed = not env.unwrapped.sparse_reward and is_reversed(version("gymnasium-robotics"))
+        hand: Any = env.unwrapped
+        self._hand = hand
+        self._is_reversed = not hand.sparse_reward and is_reversed(version("gymnasium-robotics"))
 
     def step(self, action: np.ndarray) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
         observation, reward, terminated, truncated, info = self.env.step(action)
         if self._is_pen:
-            terminated = terminated or bool(self.unwrapped.data.body("Object").xpos[2] < DROP_HEIGHT)
+            terminated = terminated or bool(self._hand.data.body("Object").xpos[2] < DROP_HEIGHT)
         elif self._is_reversed:
-            reward = reward - 2 * DISTANCE_COEFF * self._distance()
+            reward = float(reward) - 2 * DISTANCE_COEFF * self._distance()
         return observation, reward, terminated, truncated, info
 
     def _distance(self) -> float:
         """Between the palm and what it is to reach."""
-        data = self.unwrapped.data
-        door = "Door" in type(self.unwrapped).__name__
-        target = data.site("S_handle") if door else data.body("Object")
+        data, is_door = self._hand.data, "Door" in type(self._hand).__name__
+        target = data.site("S_handle") if is_door else data.body("Object")
         return float(np.linalg.norm(data.site("S_grasp").xpos - target.xpos))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-_ADROIT = re.compile(r"(?:gymnasium_robotics:)?AdroitHand(Door|Hammer|Pen|Relocate)(?:Sparse)?-v\d+")
+_ADROIT = re.compile(r"(?:gymnasium_robotics:)?AdroitHand(Door|Hammer|Pen|Relocate)(?:Dense|Sparse)?-v\d+")
 _ANTMAZE = re.compile(r"(?:gymnasium_robotics:)?AntMaze_\w+-v\d+")
 _KITCHEN = re.compile(r"(?:gymnasium_robotics:)?FrankaKitchen-v\d+")
 _ADROIT_STEPS = {"Door": 200, "Hammer": 200, "Pen": 100, "Relocate": 200}
