@@ -28,6 +28,8 @@ def dataset_name(cfg: DictConfig) -> str:
 def load(cfg: DictConfig, device: torch.device) -> tuple[OfflineReplayBuffer, str, dict[str, Any]]:
     """The data, the environment and its arguments, checked against each other."""
     source = RECIPES / "data" / EMBEDDED if cfg.dataset == "embedded" else cfg.dataset
+    if cfg.action_scale not in (None, "env"):
+        raise InputError(f"action_scale={cfg.action_scale}: must be env or null")
     options = {"batch_size": cfg.batch_size, "device": device, "cache": cfg.cache}
     known, action_spec = records_environment(source), None
     if cfg.action_bounds is not None or (cfg.env is not None and not known):
@@ -98,8 +100,6 @@ def settle_actions(cfg: DictConfig, data: OfflineReplayBuffer, env: str, spec: B
     Raises:
         InputError: if the bounds differ and nothing says in which units the actions are.
     """
-    if cfg.action_scale not in (None, "env"):
-        raise InputError(f"action_scale={cfg.action_scale}: must be env or null")
     spec = spec.to(data.action_spec.device)
     low, high = spec.space.low, spec.space.high
     action = data[:]["action"]

@@ -200,7 +200,8 @@ class Corridor(gymnasium.Env):
         return {key: space.low for key, space in SPACE.spaces.items()}, self.pay, ended, self.now == 5, {}
 
 
-gymnasium.register("Corridor-v0", f"{__name__}:Corridor")  # a name, as Minari keeps it in its JSON
+CORRIDOR = {"entry_point": f"{__name__}:Corridor"}  # a name, as Minari keeps it in its JSON
+gymnasium.register("Corridor-v0", **CORRIDOR)
 
 
 def make_set(root, **options):
@@ -211,11 +212,11 @@ def test_arguments_are_those_of_evaluation_else_of_the_collection(tmp_path):
     collected = gymnasium.make("Corridor-v0", pay=3.0, halls=[[1, "g"], [0, 1]])
     meant = gymnasium.make("Corridor-v0", pay=7.0)
     plain = load_offline_dataset(make_set(tmp_path / "a", env=collected))
-    assert (plain.env_id, plain.env_kwargs) == ("Corridor-v0", {"pay": 3.0, "halls": [[1, "g"], [0, 1]]})
+    assert (plain.env_id, plain.env_kwargs) == ("Corridor-v0", {"pay": 3.0, "halls": [[1, "g"], [0, 1]], **CORRIDOR})
     path = make_set(tmp_path / "b", env=collected, eval_env=meant)
     for _ in range(2):  # written to the cache, then read from it
         buffer = load_offline_dataset(path, cache=tmp_path / "cache")
-        assert (buffer.env_id, buffer.env_kwargs) == ("Corridor-v0", {"pay": 7.0})
+        assert (buffer.env_id, buffer.env_kwargs) == ("Corridor-v0", {"pay": 7.0, **CORRIDOR})
     assert load_offline_dataset(make_set(tmp_path / "c")).env_kwargs == {}
 
 

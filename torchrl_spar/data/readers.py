@@ -15,6 +15,7 @@ import torch
 from tensordict import TensorDictBase
 
 from torchrl_spar.data.environment import recorded_environment
+from torchrl_spar.data.horizon import has_fixed_horizon
 from torchrl_spar.data.observations import flatten_observation
 from torchrl_spar.errors import InputError, first_line
 from torchrl_spar.paths import user_path
@@ -151,6 +152,9 @@ def read_file(path: Path) -> Steps:
         fields["next_observation"] = np.concatenate([observation[1:], observation[-1:]])
         fields["next_observation"][ends] = observation[ends]  # never the next episode's
         known = ~ends | terminated  # a terminal's next observation is masked, so any will do
+    if has_fixed_horizon(terminated, truncated):
+        ends = truncated.copy()
+        ends[-1] = True
     return Steps(
         **fields,
         known=known,
