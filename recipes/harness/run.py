@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from harness.checkpoints import Checkpoints, P
 from harness.environment import dataset_name, load, longest_episode, step_limit_of
-from harness.launch import best_device, summarize
+from harness.launch import RECIPES, best_device, summarize
 from harness.loggers import make_logger
 from harness.output import MetricLog, save_config, write_json
 from harness.scores import Scores

@@ -68,8 +68,8 @@ class SharedOptions:
     protocol: str | None = option(None, PROTOCOL, choices=("d4rl",))
     action_bounds: Any = option(
         None,
-        "Bounds of the data's actions: two numbers or two lists of them, [low,high]; env: the environment's. null: those "
-        "that a Minari set records; of a file -1 to 1, or the environment's where its actions go beyond.",
+        "Bounds of the data's actions: two numbers or two lists of them, [low,high]; env: the environment's. null: "
+        "those that a Minari set records; of a file -1 to 1, or the environment's where they go beyond.",
     )
     action_scale: str | None = option(
         None,

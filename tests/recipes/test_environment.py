@@ -134,7 +134,6 @@ def test_home_is_expanded_in_every_path(monkeypatch, tmp_path, capsys):
         "dataset": "minari:a",
         "deep": {"root": str(tmp_path)},
         "n": 1,
-        "cache": None,
     }
     cfg = OmegaConf.create({"cache": "~nobody_here/x"})
     launch.expand_home(cfg)

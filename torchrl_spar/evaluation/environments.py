@@ -57,8 +57,9 @@ def make_env(env_id: str, **kwargs: Any) -> Any:
     try:
         return gymnasium.make(_specification(env_id, entry_point, wrappers or ()), **arguments)
     except ModuleNotFoundError as err:  # also of the module that an entry point or "module:id" names
+        name = err.name or env_id.partition(":")[0]
         raise InputError(
-            f"environment {env_id!r} needs the module {err.name or env_id.partition(':')[0]!r}, which is not installed here: install the package "
+            f"environment {env_id!r} needs the module {name!r}, which is not installed here: install the package "
             "that has it, or put its folder on PYTHONPATH"
         ) from None
     except Exception as err:  # a constructor fails on a wrong argument in any way it likes
