@@ -66,11 +66,13 @@ def check_formats(formats: Sequence[str]) -> None:
 
 
 @torch.no_grad()
-def write(policy: SPARActor, observation_dim: int, formats: Sequence[str], out: Path) -> None:
+def write(policy: SPARActor, norm: ObservationNorm, formats: Sequence[str], out: Path) -> None:
     """All files, or none."""
     rows = {0: torch.export.Dim("batch")}
     module = Deployed(policy).requires_grad_(False)
-    program = torch.export.export(module, (torch.zeros(2, observation_dim),), dynamic_shapes=(rows,))
+    program = torch.export.export(
+        module, (torch.zeros(2, len(norm.loc), dtype=norm.loc.dtype),), dynamic_shapes=(rows,)
+    )
     partial = out.with_name(f".{out.name}.partial")
     with named_error(out, "cannot be written"):
         try:
@@ -140,7 +142,7 @@ def main(cfg: DictConfig) -> None:
     check_unused(out)
     policy, _ = load_policy(cfg.policy)
     norm = next(module for module in policy.modules() if isinstance(module, ObservationNorm))
-    write(policy, len(norm.loc), cfg.formats, out)
+    write(policy, norm, cfg.formats, out)
     Console().print(compare(policy, norm, load(out, cfg.formats, cfg.threads)))
     print(f"files in {out}")
 

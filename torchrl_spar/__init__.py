@@ -23,6 +23,8 @@ from torchrl_spar.training.sampling import BatchSampler, with_anchor_actions
 from torchrl_spar.training.stacked import StackedSPARLoss
 from torchrl_spar.training.update import SPARUpdate
 
+__version__ = "0.1.0"
+
 __all__ = [
     "BackgroundEvaluator",
     "BatchSampler",

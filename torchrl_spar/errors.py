@@ -36,6 +36,30 @@ class NonFiniteError(InputError):
     """
 
 
+# Larger ones are placeholders for "none": 1e10, 1e14, 1e20 and float32's largest number are met in the wild.
+LARGEST_BOUND = 1e9
+
+
+def check_bounds(name: str, low: Any, high: Any) -> None:
+    """Refuses action bounds (arrays or tensors) that are infinite, so large that they bound nothing, or in no order.
+
+    Raises:
+        InputError: it says why bounds are needed.
+
+    Examples:
+        >>> import numpy as np
+        >>> check_bounds("action_spec", np.array([-1.0]), np.array([1e20]))
+        Traceback (most recent call last):
+            ...
+        torchrl_spar.errors.InputError: action_spec: ...
+    """
+    if not ((abs(low) < LARGEST_BOUND).all() and (abs(high) < LARGEST_BOUND).all() and (low < high).all()):
+        raise InputError(
+            f"{name}: no finite bounds with low < high (within +-{LARGEST_BOUND:g}), which actions are clamped to and "
+            "noise is measured in: give them as action_spec=Bounded(low, high, shape)"
+        )
+
+
 def first_line(err: BaseException) -> str:
     """The first line of an error's text, for a message of one line.
 

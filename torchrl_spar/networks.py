@@ -40,8 +40,8 @@ class ObservationNorm(nn.Module):
     """``(observation - loc) / scale`` with fixed statistics, saved with the network.
 
     Args:
-        loc: mean of the data's observations, ``[observation_dim]``.
-        scale: their standard deviation, ``[observation_dim]``, positive.
+        loc: mean of the data's observations, ``[observation_dim]``; in float64 where float32 is too coarse for them.
+        scale: their standard deviation, ``[observation_dim]``, positive, in the type of the output.
 
     Source: the field's habit.
 
@@ -61,7 +61,7 @@ class ObservationNorm(nn.Module):
 
     def forward(self, observation: torch.Tensor) -> torch.Tensor:
         """The standardised observation ``[*B, observation_dim]``."""
-        return (observation - self.loc) / self.scale
+        return ((observation - self.loc) / self.scale).to(self.scale.dtype)
 
 
 KNOWN = {ObservationNorm, MLP, nn.Linear, nn.LayerNorm, nn.ReLU}
@@ -143,7 +143,7 @@ class StateMLP(nn.Module):
             torch.Size([7, 5, 1])
         """
         norm, layers = params["norm"], params["mlp"]
-        out = (observation - norm["loc"]) / norm["scale"]
+        out = ((observation - norm["loc"]) / norm["scale"]).to(norm["scale"].dtype)
         last = len(self.mlp) - 1
         for index, layer in enumerate(self.mlp):
             own = layers.get(str(index))

@@ -18,7 +18,7 @@ from torch import nn
 from torchrl.data import Bounded, Composite, TensorSpec, Unbounded
 
 from torchrl_spar.anchor import FrozenAnchor
-from torchrl_spar.errors import InputError
+from torchrl_spar.errors import InputError, check_bounds
 from torchrl_spar.networks import functional_of
 
 LOG_STD_RANGE = (-4.0, 4.0)
@@ -306,6 +306,5 @@ def action_bounds(action_spec: TensorSpec, action_key: NestedKey = "action") -> 
         bound[lead].to(torch.get_default_dtype(), copy=True)
         for bound in (action_spec.space.low, action_spec.space.high)
     )
-    if not (torch.isfinite(low).all() and torch.isfinite(high).all() and (low < high).all()):
-        raise InputError(f"action_spec needs finite bounds with low < high, got low={low}, high={high}")
+    check_bounds("action_spec", low, high)
     return low, high

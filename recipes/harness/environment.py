@@ -41,6 +41,8 @@ def load(cfg: DictConfig, device: torch.device) -> tuple[OfflineReplayBuffer, st
             raise
         given = f"env={cfg.env}" if cfg.action_bounds is None else f"action_bounds={cfg.action_bounds}"
         raise InputError(f"{err} (its bounds come from {given}; action_bounds=[low,high] gives others)") from None
+    if not len(data.episode_returns):
+        raise InputError(f"dataset={cfg.dataset}: its rows are in no order of time, and the critics start from returns")
     env, env_kwargs = choose_environment(cfg, cfg.dataset, data.env_id, data.env_kwargs)
     say_what_differs(cfg.dataset, data.env_id, data.env_kwargs, env, env_kwargs)
     observation_dim, action_spec = environment_sizes(env, **env_kwargs)
@@ -177,8 +179,8 @@ def choose_environment(
     env = cfg.env or known
     if env is None:
         raise InputError(f"env: {source} does not name its environment; give one, e.g. env=Hopper-v5")
-    if cfg.protocol not in (None, "d4rl"):
-        raise InputError(f"protocol={cfg.protocol}: must be d4rl or null")
+    if cfg.get("protocol") not in (None, "d4rl"):
+        raise InputError(f"protocol={cfg.get('protocol')}: must be d4rl or null")
     asked = cfg.env_kwargs
     if not (asked is None or isinstance(asked, DictConfig)):
         raise InputError(f"env_kwargs={asked}: must be names and values, e.g. env_kwargs={{continuing_task:false}}")
@@ -188,7 +190,7 @@ def choose_environment(
             raise InputError(f"env_kwargs: {name!r} is no argument of an environment that can be set here")
     protocol = d4rl_protocol(env)
     chosen = dict(kwargs) if env == known else {}
-    if cfg.protocol == "d4rl":
+    if cfg.get("protocol") == "d4rl":
         wrappers = [wrapper for part in (chosen, protocol) for wrapper in part.get("additional_wrappers", [])]
         chosen |= protocol | ({"additional_wrappers": wrappers} if wrappers else {})
     return env, {**chosen, **added}

@@ -307,6 +307,7 @@ def by_minari(path, flatten=lambda observations: observations):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", SETS, ids=lambda path: "-".join(path.parts[-2:]))
 def test_hdf5_is_read_as_minari_reads_it(path, monkeypatch):
     expected = by_minari(path)

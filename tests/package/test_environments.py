@@ -178,7 +178,7 @@ def test_a_policy_gets_observations_of_its_own_type(dtype):
 def test_a_failing_policy_is_not_said_to_have_the_wrong_size():
     mixed = push(3)
     mixed.module.append(nn.Linear(1, 1).double())
-    with pytest.raises(InputError, match=r"size 3, float32 on cpu: .*dtype"):
+    with pytest.raises(InputError, match=r"size 3, float64 on cpu: .*dtype"):
         evaluate(mixed, "Pendulum-v1", 1)
 
 

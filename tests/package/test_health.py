@@ -168,6 +168,7 @@ def test_a_run_warns_by_its_logged_rows(tmp_path, monkeypatch):
     assert sum("trust_coeff" in str(warning.message) for warning in caught) == 1
 
 
+@pytest.mark.slow
 def test_real_divergence_is_found(make_loss):
     loss = make_loss(hidden=[8], bound="lcb", kappa=0.0, reward_scale=1.0, gamma=0.9, joint_vae=False)
     loss.make_value_estimator(gamma=1.2)  # a target that grows without bound

@@ -233,7 +233,7 @@ def test_reset_leaves_the_anchor_and_what_was_measured(build):
     for name in ("actor_network", "qvalue_network"):
         assert (loss.target_params(name).data == loss.network_params(name).data).all()
     if not loss.actor_network.is_latent:
-        policy = loss.actor_network(batch.clone())["action"]
+        policy = loss.actor(batch.clone())["action"]
         torch.testing.assert_close(policy, loss.anchor(batch.clone())["action"], atol=0.02, rtol=0)
     assert all(value.isfinite().all() for value in run(loss, batch).values())
 

@@ -113,6 +113,7 @@ def test_decoder_covers_the_data(fitted):
     assert off_curve(decoded) < 0.5 * off_curve(torch.randn(1000, 2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trust_coeff", [0.0, 1.0])
 def test_spar_improves_the_anchor_and_leaves_frozen_parts_alone(fitted, trust_coeff):
     loss, data = fitted
@@ -331,12 +332,14 @@ def test_the_update_is_the_plain_loop(options, joint_vae):
     torch.testing.assert_close(fast.state_dict(), plain.state_dict(), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_compiled_update_is_the_eager_one(monkeypatch):
     # The tracing of both programs; the code made of one is tested below.
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     compiled_and_eager_agree(policy_interval=2)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="no C++ compiler, which Inductor needs")
 def test_the_generated_code_is_the_eager_update():
     compiled_and_eager_agree(policy_interval=1, num_candidates=2)

@@ -60,18 +60,3 @@ def test_benchmark_writes_its_keys(tmp_path):
     assert again.returncode == 2 and "exists; give another file" in again.stderr
     wrong = subprocess.run([*command, "seeds=[0,1]", f"out={tmp_path / 'other.json'}"], capture_output=True, text=True)
     assert wrong.returncode == 2 and "seeds=[0, 1]: numbers of runs" in wrong.stderr
-
-
-def test_readme_shows_the_committed_benchmark():
-    results = json.loads((RECIPES / "results" / "benchmark" / "cpu.json").read_text())
-    readme = (RECIPES.parent / "README.md").read_text()
-    prose = " ".join(readme.split())
-    for name, row in results.items():
-        if isinstance(row, dict) and "relative_to_spar" in row:
-            share = f"{row['share_of_matmul']:.0%}" if "share_of_matmul" in row else ""
-            numbers = f"{row['updates_per_cpu_second']:.1f} | {row['relative_to_spar']:.2f} | {share}"
-            assert f"| {name} | {numbers} |" in readme
-    assert f"at {results['evaluation']['ratio']:.2f} of bare Gymnasium's steps/s" in prose
-    assert f"cost of {results['evaluation']['loss']['evaluation']:.0%} to the learner".replace("%", " %") in prose
-    assert f"loaded in {results['load']['load']['seconds']:.1f} s" in prose
-    assert f"({results['load_short_episodes']['load']['seconds']:.1f} s as 8,000 episodes)" in prose

@@ -239,6 +239,7 @@ def test_density_is_one_over_the_action_space():
 # ---------------------------------------------------------------------- the scripts
 
 
+@pytest.mark.slow
 def test_script_leaves_one_json_and_one_figure(tmp_path):
     script = str(ROOT / "recipes" / "claim.py")
     command = [sys.executable, script, "gradient_conflict", *SMALL["gradient_conflict"], "out=result"]

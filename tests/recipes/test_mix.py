@@ -133,6 +133,7 @@ SMALL = [
 SMALL += ["eval.episodes=1", "eval.final_episodes=1", "cql.num_random=1"]
 
 
+@pytest.mark.slow
 def test_the_recipe_runs_every_mix(tmp_path, capsys):
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)

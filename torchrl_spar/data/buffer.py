@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,19 +12,31 @@ from typing import Any
 import numpy as np
 import torch
 from tensordict import TensorDict, TensorDictBase, is_tensor_collection
-from torchrl.data import Bounded, ImmutableDatasetWriter, TensorDictReplayBuffer, TensorSpec, TensorStorage
+from torchrl.data import (
+    Bounded,
+    ImmutableDatasetWriter,
+    ReplayBuffer,
+    TensorDictReplayBuffer,
+    TensorSpec,
+    TensorStorage,
+)
 
 from torchrl_spar.data.cache import Content, load_cached
-from torchrl_spar.data.readers import LARGEST, Steps, find_minari, read_file, read_minari, read_tensordict
+from torchrl_spar.data.readers import find_minari, read_file, read_minari
+from torchrl_spar.data.steps import Steps
 from torchrl_spar.data.success import REWARD_SHIFT
 from torchrl_spar.data.success import end_at_success as relabel
-from torchrl_spar.errors import InputError
+from torchrl_spar.data.tables import SUFFIXES, Columns, find_lerobot, read_lerobot, read_table
+from torchrl_spar.data.tensordicts import read_tensordict
+from torchrl_spar.errors import InputError, check_bounds
 from torchrl_spar.paths import user_path
 
 # Float32 rounding and simulators leave actions this far outside their bounds.
 ACTION_TOLERANCE = 1e-6
 # A spread below this, relative to max(1, |mean|), is float32 rounding: the dimension is constant.
 SCALE_FLOOR = 1e-6
+# The same for a mean in float64.
+WIDE_SCALE_FLOOR = 1e-12
 
 
 class OfflineReplayBuffer(TensorDictReplayBuffer):
@@ -98,13 +110,14 @@ class OfflineReplayBuffer(TensorDictReplayBuffer):
 
 
 def load_offline_dataset(
-    source: str | os.PathLike[str] | TensorDictBase,
+    source: str | os.PathLike[str] | TensorDictBase | Sequence[TensorDictBase] | ReplayBuffer,
     *,
     batch_size: int = 256,
     device: torch.device | str | None = None,
     root: str | os.PathLike[str] | None = None,
     action_spec: TensorSpec | None = None,
     end_at_success: bool = False,
+    columns: Columns | None = None,
     cache: str | os.PathLike[str] | None = None,
     **kwargs: Any,
 ) -> OfflineReplayBuffer:
@@ -119,9 +132,15 @@ def load_offline_dataset(
               ``actions [n, a]``, ``rewards [n]``, ``terminals [n]``, if there are any
               ``timeouts [n]`` and ``next_observations [n, d]``. ``terminations`` and
               ``truncations`` do as well;
+            - a ``.parquet``, ``.arrow``, ``.feather`` or ``.csv`` table, with ``columns``;
+            - ``"lerobot:<id or path>"``: a LeRobot set (layout v3 or v2): ``observation.state``, ``action`` and, where
+              there are any, ``next.reward``, ``next.done``, ``next.success``; images are left out, or refused where
+              there is nothing else;
             - a TensorDict ``[n]`` or ``[B, T]`` with ``observation``, ``action`` and, under
               ``"next"``, ``observation``, ``reward``, ``terminated``, if there are any ``truncated``
-              and ``done``; a change of the integer ``episode``, if given, ends an episode too.
+              and ``done``; a change of the integer ``episode`` (or a collector's ``traj_ids``), if given, ends an
+              episode too. What ``"mask"`` or ``("collector", "mask")`` calls padding is left out;
+            - a list or a lazy stack of such TensorDicts, of any lengths, or a replay buffer of them.
         batch_size: rows that ``sample()`` returns.
         device: where the data set lives; the CPU by default.
         root: Minari's directory; by default ``MINARI_DATASETS_PATH``, else ``~/.minari/datasets``.
@@ -131,6 +150,9 @@ def load_offline_dataset(
             of Minari): the successful steps become ``terminated`` and ``done``, and 1 is taken from all rewards. The
             steps after a success stay as they are, under the same ``episode``. Success is Minari's
             ``infos["success"]``, where there is none a reward of 1.
+        columns: of a table, the columns' names: ``observation``, ``action`` (lists of names, or one that holds lists),
+            ``reward``, of ``terminated``, ``truncated``, ``done``, ``episode`` at least one, and ``step`` and
+            ``next_observation`` if there are any. Of a LeRobot set, those that differ from its own.
         cache: a directory of your own, such as ``~/.cache/torchrl_spar`` (the recipes' choice). What is read from a
             source on disk is written there, and the next load maps it into memory instead of reading the source; it
             is the same bit for bit, and copy-on-write. A source whose path, size or times changed is read
@@ -151,6 +173,15 @@ def load_offline_dataset(
         ``episode_returns``. The row before it is then the episode's last without being ``done``:
         tell episodes apart by ``"episode"``. A file without ``timeouts`` ends its episodes at ``terminals`` alone
         (a warning says so when that decides the next observations).
+
+        Where next observations are given, a row whose next observation is not the following row's observation ends an
+        episode. Rows whose next observations are elsewhere in the data (shuffled, of several environments in turn, of
+        a ring buffer) are put in order, with a warning. Where that cannot be done, a warning says so,
+        ``episode_returns`` is empty and there is no ``episode``. Without next observations a warning tells of jumps as
+        at a reset, and of disorder. Terminals in a row are one episode, whose return ends at the first of them.
+
+        Observations stay in float64 where the source's are and float32 would lose a column's values (1e5 +- 0.05);
+        :func:`~torchrl_spar.make_spar_loss` standardises them before the cast.
 
         Dictionary observations of Minari are joined by :func:`flatten_observation`. ``env_id`` and ``env_kwargs`` are
         those of the environment that a Minari set names for evaluation, else of the one it was collected in.
@@ -179,23 +210,27 @@ def load_offline_dataset(
     """
     if batch_size < 1:
         raise InputError(f"batch_size={batch_size}: at least one row is needed")
-    name = "TensorDict" if is_tensor_collection(source) else str(source)
+    in_memory = is_tensor_collection(source) or isinstance(source, (list, tuple, ReplayBuffer))
+    name = "TensorDict" if is_tensor_collection(source) else type(source).__name__ if in_memory else str(source)
     try:
         given = None if action_spec is None else _bounds(action_spec)
-        if is_tensor_collection(source):
+        if in_memory:
             content, facts = _check(read_tensordict(source), given, end_at_success)
         else:
-            path, read = _find(source, root, with_success=end_at_success)
+            path, read = _find(source, root, end_at_success, columns)
 
             def build() -> Content:
                 return _check(read(path), given, end_at_success)
 
-            options = [None if given is None else [bound.tolist() for bound in given], end_at_success]
+            named = {
+                field: names if isinstance(names, str) else list(names) for field, names in (columns or {}).items()
+            }
+            options = [None if given is None else [bound.tolist() for bound in given], end_at_success, named]
             content, facts = load_cached(path, options, user_path(cache), build) if cache else build()
     except InputError as err:
         raise InputError(f"{name}: {err}") from err.__cause__
-    if facts["note"]:
-        warnings.warn(f"{name}: {facts['note']}", stacklevel=2)
+    for note in facts["notes"]:
+        warnings.warn(f"{name}: {note}", stacklevel=2)
     low, high = content["action_low"], content["action_high"]
     return OfflineReplayBuffer(
         content["rows"],
@@ -211,22 +246,31 @@ def load_offline_dataset(
     )
 
 
-def _find(source: Any, root: str | os.PathLike[str] | None, with_success: bool) -> tuple[Path, Callable[[Path], Steps]]:
+def _find(
+    source: Any, root: str | os.PathLike[str] | None, with_success: bool, columns: Columns | None
+) -> tuple[Path, Callable[[Path], Steps]]:
     """Where the source lies, and its reader."""
     minari = partial(read_minari, with_success=True) if with_success else read_minari
     if isinstance(source, str) and source.startswith("minari:"):
         return find_minari(source.removeprefix("minari:"), root), minari
     if isinstance(source, str) and source.startswith("d4rl:"):
         raise InputError("D4RL's ids are not downloaded: give the path of the data set's .hdf5 file instead")
+    if isinstance(source, str) and source.startswith("lerobot:"):
+        return find_lerobot(source.removeprefix("lerobot:"), root), partial(read_lerobot, columns=columns)
     if isinstance(source, (str, os.PathLike)):
         path = user_path(source)
+        if path.suffix.lower() in SUFFIXES:
+            return path, partial(read_table, columns=columns)
+        if columns:
+            raise InputError(f"columns: only of tables ({', '.join(SUFFIXES)}) and LeRobot sets")
         if path.is_dir():
             return path, minari
         if path.suffix.lower() in (".hdf5", ".h5", ".npz"):
             return path, read_file
     raise InputError(
         "no such directory, or no known form of source. Accepted are 'minari:<id>', the directory of a Minari data "
-        "set, a .hdf5, .h5 or .npz file with D4RL's arrays, and a TensorDict in TED form"
+        "set, a .hdf5, .h5 or .npz file with D4RL's arrays, a .parquet, .arrow, .feather or .csv table, "
+        "'lerobot:<id or path>', and a TensorDict in TED form, a list or a replay buffer of such ones"
     )
 
 
@@ -234,20 +278,32 @@ def _check(steps: Steps, given: tuple[torch.Tensor, torch.Tensor] | None, end_at
     """The rows in TED form and all that belongs to them, as the cache keeps it."""
     bounds = given or tuple(torch.as_tensor(bound, dtype=torch.float32) for bound in steps.action_bounds)
     _check_actions(steps, *bounds)
-    # bincount sums in float64 whatever the rewards' type
-    returns = torch.from_numpy(np.bincount(steps.episode, weights=steps.reward))
+    returns = torch.from_numpy(_returns(steps))
     if end_at_success:
         relabel(steps)
     facts = {
         "env_id": steps.env_id,
         "env_kwargs": steps.env_kwargs,
         "reward_shift": REWARD_SHIFT if end_at_success else 0.0,
-        "note": steps.note,
+        "notes": list(steps.notes),
     }
     rows = _to_ted(steps)
     return TensorDict(
         {"episode_returns": returns, "action_low": bounds[0], "action_high": bounds[1], "rows": rows}
     ), facts
+
+
+def _returns(steps: Steps) -> np.ndarray:
+    """Every episode's, up to its first terminal: what a robot earns at its goal afterwards does not count."""
+    if not steps.ordered:
+        return np.zeros(0)
+    after = np.zeros(len(steps.episode), dtype=bool)
+    after[1:] = steps.terminated[:-1] & (steps.episode[1:] == steps.episode[:-1])
+    starts = np.flatnonzero(np.diff(steps.episode, prepend=-1))
+    ended = np.cumsum(after)
+    counts = ended == ended[starts][steps.episode]
+    # bincount sums in float64 whatever the rewards' type
+    return np.bincount(steps.episode, weights=np.where(counts, steps.reward, 0))
 
 
 def _bounds(spec: TensorSpec) -> tuple[torch.Tensor, torch.Tensor]:
@@ -260,11 +316,7 @@ def _check_actions(steps: Steps, low: torch.Tensor, high: torch.Tensor) -> None:
     shape = steps.action.shape[1:]
     if low.shape != shape:
         raise InputError(f"actions are of shape {tuple(shape)}, their bounds of shape {tuple(low.shape)}")
-    if not ((low.abs() <= LARGEST).all() and (high.abs() <= LARGEST).all()):
-        raise InputError(
-            f"the action space has no finite bounds (within +-{LARGEST:g}): "
-            "give them as action_spec=Bounded(low, high, shape)"
-        )
+    check_bounds("the action space", low, high)
     least, most = low.numpy(), high.numpy()
     extremes = np.maximum(least - steps.action.min(axis=0), steps.action.max(axis=0) - most)
     if (extremes > ACTION_TOLERANCE).any():
@@ -283,6 +335,7 @@ def _to_ted(steps: Steps) -> TensorDict:
     if not known.any():
         raise InputError("no step has a known next observation, so no row is left")
     fields = vars(steps)
+    labels = ("episode",) if steps.ordered else ()
 
     def rows(name: str) -> torch.Tensor:
         array = fields.pop(name)
@@ -298,7 +351,7 @@ def _to_ted(steps: Steps) -> TensorDict:
         {
             "observation": rows("observation"),
             "action": rows("action"),
-            "episode": rows("episode"),
+            **{name: rows(name) for name in labels},
             **root,
             "next": TensorDict(outcome, [count]),
         },
@@ -311,6 +364,6 @@ def _observation_statistics(observation: torch.Tensor) -> tuple[torch.Tensor, to
     buffer = torch.empty_like(observation[:, 0], dtype=torch.float64)
     moments = [torch.std_mean(buffer.copy_(column), correction=0) for column in observation.unbind(-1)]
     scale, loc = (torch.stack(values) for values in zip(*moments))
-    rounding = SCALE_FLOOR * loc.abs()
+    rounding = (SCALE_FLOOR if observation.dtype == torch.float32 else WIDE_SCALE_FLOOR) * loc.abs()
     scale = torch.where(scale < rounding.clamp(min=SCALE_FLOOR), rounding.clamp(min=1), scale)
-    return loc.float(), scale.float()
+    return loc.to(observation.dtype), scale.float()

@@ -6,6 +6,7 @@ import torch
 from torchrl.data import ImmutableDatasetWriter, ReplayBuffer, TensorDictReplayBuffer, TensorStorage
 
 from torchrl_spar.data.returns import episode_ends, returns_to_go
+from torchrl_spar.data.rows import rows_of
 from torchrl_spar.errors import InputError
 
 
@@ -56,7 +57,7 @@ def chunk_actions(replay_buffer: ReplayBuffer, length: int, *, gamma: float = 0.
     """
     if length < 1:
         raise InputError(f"length={length}: a chunk has at least 1 action")
-    data = replay_buffer[:]
+    data = rows_of(replay_buffer)
     row = torch.arange(len(data), device=data.device)
     ends = episode_ends(data).squeeze(-1).nonzero().squeeze(-1)
     last = ends[torch.searchsorted(ends, row)]

@@ -9,8 +9,8 @@ import numpy as np
 from torchrl_spar.errors import InputError
 
 
-def flatten_observation(observation: Any) -> np.ndarray:
-    """Joins a (nested) dictionary of arrays along the last axis, as float32.
+def flatten_observation(observation: Any, *, dtype: Any = np.float32) -> np.ndarray:
+    """Joins a (nested) dictionary of arrays along the last axis.
 
     The order is the entry ``"observation"`` first, then the other keys in
     alphabetical order, nested dictionaries by the same rule. AntMaze gives
@@ -18,9 +18,10 @@ def flatten_observation(observation: Any) -> np.ndarray:
 
     Args:
         observation: an array ``[..., n]``, or a dictionary of such arrays.
+        dtype: the result's type, float32 by default; None: the arrays' own.
 
     Returns:
-        One float32 array ``[..., sum of n]``.
+        One array ``[..., sum of n]``.
 
     Raises:
         InputError: if a leaf is not numeric, or the leaves differ in their leading axes.
@@ -33,7 +34,7 @@ def flatten_observation(observation: Any) -> np.ndarray:
     """
     if isinstance(observation, dict):
         keys = sorted(observation, key=lambda key: (key != "observation", key))
-        parts = [flatten_observation(observation[key]) for key in keys]
+        parts = [flatten_observation(observation[key], dtype=dtype) for key in keys]
         try:
             return np.concatenate(parts, axis=-1)
         except ValueError as err:
@@ -43,4 +44,4 @@ def flatten_observation(observation: Any) -> np.ndarray:
     array = np.asarray(observation)
     if array.dtype.kind not in "fiub":
         raise InputError(f"observations must be numeric arrays or dictionaries of them, not {array.dtype}")
-    return array.astype(np.float32, copy=False)
+    return array if dtype is None else array.astype(dtype, copy=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torchrl_spar.data.readers import Steps
+from torchrl_spar.data.steps import Steps
 from torchrl_spar.errors import InputError
 
 # What the field adds to the sparse rewards of mazes: -1 for a step, 0 for the one that succeeds.

@@ -8,13 +8,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from torchrl.data import Bounded
 
 from torchrl_spar.data.observations import flatten_observation
-from torchrl_spar.data.readers import LARGEST
-from torchrl_spar.errors import InputError
+from torchrl_spar.errors import InputError, check_bounds
 
 
 def make_env(env_id: str, **kwargs: Any) -> Any:
@@ -106,16 +104,13 @@ def environment_sizes(env_id: str, **env_kwargs: Any) -> tuple[int, Bounded]:
     try:
         observation, _ = env.reset(seed=0)
         space = env.action_space
-        if not hasattr(space, "low") or len(space.shape) != 1 or not _is_bounded(space):
+        if not hasattr(space, "low") or len(space.shape) != 1:
             raise InputError(f"environment {env_id!r} has the action space {space}; SPAR needs a bounded 1-d Box")
+        check_bounds(f"environment {env_id!r}: its action space", space.low, space.high)
         low, high = torch.as_tensor(space.low).float(), torch.as_tensor(space.high).float()
         return flatten_observation(observation).shape[-1], Bounded(low, high, low.shape, dtype=torch.float32)
     finally:
         env.close()
-
-
-def _is_bounded(space: Any) -> bool:
-    return bool((np.abs([space.low, space.high]) <= LARGEST).all())
 
 
 def step_limit(env: Any) -> int | None:

@@ -94,7 +94,8 @@ def load_policy(
     Source: ours.
 
     Examples:
-        >>> import pathlib, tempfile
+        >>> import pathlib, tempfile, torch
+        >>> from torchrl.data import Bounded
         >>> from torchrl_spar import load_policy, make_spar_loss, save_policy
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     path = pathlib.Path(folder) / "policy.pt"
@@ -111,16 +112,17 @@ def load_policy(
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise InputError(f"{path}: not a policy written by torchrl_spar ({FORMAT})")
         architecture, weights = content["architecture"], content["state_dict"]
-        if policy is None and architecture is None:
+        built = policy is None
+        if built and architecture is None:
             raise InputError(
                 f"{path}: holds networks of your own, which only your code can build: give load_policy an actor of "
                 "the same structure as policy=..."
             )
         if policy is None:
-            policy = rebuild_actor(**architecture).to(weights["residual_scale"].dtype)
+            policy = rebuild_actor(**architecture)
         elif misfits := _misfits(policy, weights):
             raise InputError(f"{path}: does not fit the policy that was given: {', '.join(misfits)}")
-        policy.load_state_dict(weights)
+        policy.load_state_dict(weights, assign=built)  # in its own types
         return policy.to(device or "cpu"), content["facts"]
     except (RuntimeError, TypeError, KeyError, AttributeError, EOFError, OSError, pickle.UnpicklingError) as err:
         raise InputError(f"{path}: damaged, or not a policy file: {first_line(err)}") from None

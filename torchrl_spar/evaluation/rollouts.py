@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -66,28 +65,32 @@ def evaluate(
             f"the policy reads {more}, and evaluate gives it the observation alone; "
             "roll it out in a TorchRL environment (of an LSTM: with InitTracker and its make_tensordict_primer())"
         )
-    state = [tensor for tensor in chain(policy.parameters(), policy.buffers()) if tensor.is_floating_point()]
-    kind = {"device": state[0].device, "dtype": state[0].dtype} if state else {}
+    state = [*policy.parameters(), *policy.buffers()]
+    device = state[0].device if state else torch.device("cpu")
+    # What a policy was trained on in float64, float32 is too coarse for.
+    dtype = np.float64 if any(tensor.dtype == torch.float64 for tensor in state) else np.float32
+    types = {tensor.dtype for tensor in state if tensor.is_floating_point()}
+    own = types.pop() if len(types) == 1 else None  # as of a policy in bfloat16
     act = action_function(policy)
     envs = [make_env(env_id, **env_kwargs) for _ in range(episodes)]
     try:
         space = envs[0].action_space
         returns = [0.0] * episodes
-        observations = [flatten_observation(env.reset(seed=seed + i)[0]) for i, env in enumerate(envs)]
+        observations = [flatten_observation(env.reset(seed=seed + i)[0], dtype=dtype) for i, env in enumerate(envs)]
         running = list(range(episodes))
         limit = step_limit(envs[0]) or LONGEST_EPISODE
         for _ in range(limit):
-            batch = np.empty((len(running), *observations[0].shape), np.float32)
+            batch = np.empty((len(running), *observations[0].shape), dtype)
             for row, observation in enumerate(observations):
                 batch[row] = observation
-            actions = _act(act, torch.from_numpy(batch).to(**kind), env_id, space)
+            actions = _act(act, torch.from_numpy(batch).to(device, own), env_id, space)
             still_running, observations = [], []
             for i, action in zip(running, actions):
                 observation, reward, terminated, truncated, _ = envs[i].step(action)
                 returns[i] += float(reward)
                 if not (terminated or truncated):
                     still_running.append(i)
-                    observations.append(flatten_observation(observation))
+                    observations.append(flatten_observation(observation, dtype=dtype))
             running = still_running
             if on_step is not None:
                 on_step(envs)

@@ -12,12 +12,13 @@ import torch
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
-from torchrl.data import ReplayBuffer, TensorDictReplayBuffer
+from torchrl.data import ImmutableDatasetWriter, ReplayBuffer, TensorDictReplayBuffer, TensorStorage
 from torchrl.objectives import BCLoss
 
 from torchrl_spar.build import make_anchor, make_spar_loss
 from torchrl_spar.data.buffer import OfflineReplayBuffer
 from torchrl_spar.data.returns import returns_to_go
+from torchrl_spar.data.rows import rows_of
 from torchrl_spar.errors import InputError, check_options
 from torchrl_spar.objective import SPARLoss
 from torchrl_spar.training.health import CHECK_INTERVAL, check_finite
@@ -215,7 +216,7 @@ def fit_critics(
     Bootstrapping from zero takes about ``1 / (target_rate (1 - gamma))`` updates to see as far as
     ``gamma`` does. Until then the values are short-sighted, and a policy that follows them can end
     below its anchor. Sets ``loss.reward_scale`` to one over the standard deviation of the
-    returns-to-go, too; where they are all the same, to one over their size.
+    returns-to-go, too; to 1 where they or the rewards are all the same.
 
     Args:
         loss: its critics and, where ``value_mix`` is positive, its value network are trained in place; the critics'
@@ -251,7 +252,7 @@ def fit_critics(
         >>> bool(loss.reward_scale != 1)
         True
     """
-    data = replay_buffer[:]
+    data = rows_of(replay_buffer)
     returns = data.get("return_to_go", None)
     if returns is None:
         if "steps_to_next_obs" in data.keys():
@@ -261,7 +262,8 @@ def fit_critics(
             )
         keys = {f"{name}_key": getattr(loss.tensor_keys, name) for name in ("reward", "done", "terminated")}
         returns = returns_to_go(data, float(loss.value_estimator.gamma), **keys)
-    loss.reward_scale.copy_(1 / _return_spread(returns))
+    varies = _varies(data["next"][loss.tensor_keys.reward]) and _varies(returns)
+    loss.reward_scale.copy_(1 / returns.std() if varies else torch.ones(()))
     # Not strict: the anchor is not asked here.
     rows = data.select(*loss.in_keys, strict=False).exclude("next").set("return", returns * loss.reward_scale)
 
@@ -291,11 +293,10 @@ def _explained(loss: SPARLoss, term: Term, batch: TensorDictBase) -> tuple[Tenso
         raise
 
 
-def _return_spread(returns: Tensor) -> Tensor:
-    """Standard deviation; where nothing but rounding varies, the size, which alone is left to scale by."""
-    size = returns.double().abs().mean().to(returns)
-    spread = returns.std(correction=min(1, len(returns) - 1))  # of a single row: 0, not NaN
-    return torch.where(spread > 1e-6 * size, spread, size).clamp_min(1e-6)
+def _varies(values: Tensor) -> bool:
+    """Whether more than rounding does: of constant rewards no scale is known."""
+    values = values.double()
+    return bool(values.max() - values.min() > 1e-6 * values.abs().mean())
 
 
 @torch.no_grad()
@@ -326,9 +327,10 @@ def measure_residual_scale(loss: SPARLoss, replay_buffer: ReplayBuffer) -> Tenso
         torch.Size([2])
     """
     action_key, anchor_key = loss.tensor_keys.action, loss.tensor_keys.anchor_action
-    data = replay_buffer[:]
+    data = rows_of(replay_buffer)
     if anchor_key not in data.keys(True):
-        data = with_anchor_actions(loss, replay_buffer)[:]
+        storage = TensorStorage(data, device=data.device)
+        data = with_anchor_actions(loss, TensorDictReplayBuffer(storage=storage, writer=ImmutableDatasetWriter()))[:]
     difference = data[action_key] - data[anchor_key]
     mean_square = torch.stack([column.double().pow(2).mean() for column in difference.unbind(-1)])
     params = loss.actor_network_params

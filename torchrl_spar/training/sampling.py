@@ -9,12 +9,13 @@ from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torchrl.data import ImmutableDatasetWriter, ReplayBuffer, TensorDictReplayBuffer, TensorStorage
 
+from torchrl_spar.data.rows import MASK_KEYS, whole_of
 from torchrl_spar.errors import InputError
 from torchrl_spar.objective import SPARLoss
 
 ROWS_PER_CALL = 16_384
 # What the data holds beside the loss's in_keys: see fit_critics and chunk_actions.
-BESIDE = ("episode", "return_to_go", "steps_to_next_obs")
+BESIDE = ("episode", "return_to_go", "steps_to_next_obs", *MASK_KEYS)
 
 
 @torch.no_grad()
@@ -50,7 +51,7 @@ def with_anchor_actions(loss: SPARLoss, replay_buffer: ReplayBuffer) -> TensorDi
         >>> buffer.sample()["next", "anchor_action"].shape
         torch.Size([4, 2])
     """
-    rows = replay_buffer[:].select(*loss.in_keys, *BESIDE, strict=False)
+    rows = whole_of(replay_buffer).select(*loss.in_keys, *BESIDE, strict=False)
     anchor, key = loss.anchor, loss.tensor_keys.action
     for state in (rows, rows["next"]):
         _check_anchor(anchor, state, key)

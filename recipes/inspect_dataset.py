@@ -1,0 +1,207 @@
+"""What the loader understands of a data set, before anything is trained; the exit code is 1 where something is wrong.
+
+python recipes/inspect_dataset.py dataset=path/to/data.hdf5
+python recipes/inspect_dataset.py dataset=log.parquet 'columns={observation:[x,v],action:[u],reward:r,episode:id}'
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from harness.environment import EMBEDDED, choose_environment
+from harness.figures import BLUE, GREY, ORANGE, plt
+from harness.launch import RECIPES, run_recipe
+from harness.output import named_error
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.table import Table
+
+from torchrl_spar import InputError, OfflineReplayBuffer, environment_sizes, load_offline_dataset
+
+# Columns that the table of observations shows, of many.
+SHOWN = 40
+
+
+def read(cfg: DictConfig) -> tuple[OfflineReplayBuffer, list[str]]:
+    """The data, and what the loader warned of."""
+    columns: Any = None if cfg.columns is None else OmegaConf.to_container(cfg.columns, resolve=True)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        data = load_offline_dataset(
+            RECIPES / "data" / EMBEDDED if cfg.dataset == "embedded" else cfg.dataset,
+            columns=columns, end_at_success=cfg.end_at_success,
+        )  # fmt: skip
+    return data, [str(warning.message) for warning in caught if issubclass(warning.category, UserWarning)]
+
+
+def episodes_of(data: OfflineReplayBuffer) -> dict[str, np.ndarray]:
+    """Lengths in kept rows, and how the episodes end."""
+    rows = data[:]
+    episode = rows["episode"].cpu().numpy()
+    last = np.flatnonzero(np.append(episode[1:] != episode[:-1], True))
+    terminated, truncated = (rows["next", key].cpu().numpy()[last, 0] for key in ("terminated", "truncated"))
+    return {
+        "length": np.diff(last, prepend=-1), "terminated": terminated, "timeout": truncated & ~terminated,
+        "cut": ~(terminated | truncated),
+    }  # fmt: skip
+
+
+def overview(data: OfflineReplayBuffer, duplicates: float) -> Table:
+    table = Table("", "", title=data.name, show_header=False)
+    rows = data[:]
+    table.add_row("rows", f"{len(data):,}")
+    table.add_row("observation", f"{rows['observation'].shape[-1]} columns, {rows['observation'].dtype}")
+    rewards = rows["next", "reward"]
+    table.add_row("reward", f"{rewards.min():.4g} to {rewards.max():.4g}, mean {rewards.mean():.4g}")
+    table.add_row("duplicates", f"{duplicates:.2%} of the rows (the same observation and action)")
+    if not len(data.episode_returns):
+        table.add_row("episodes", "unknown, as the rows' order is")
+        return table
+    ends = episodes_of(data)
+    length, returns = ends["length"], data.episode_returns
+    table.add_row("episodes", f"{len(returns):,}")
+    table.add_row("length", f"{length.min()} to {length.max()}, median {np.median(length):g}")
+    table.add_row(
+        "return", f"{returns.min():.4g} to {returns.max():.4g}, {returns.mean():.4g} +- {returns.std(correction=0):.4g}"
+    )
+    for name in ("terminated", "timeout", "cut"):
+        table.add_row(f"ends: {name}", f"{ends[name].sum():,}")
+    return table
+
+
+def action_table(data: OfflineReplayBuffer, problems: list[str], least_share: float) -> Table:
+    """Bounds against the range that is used."""
+    table = Table("action", "low", "high", "least", "most", "at a bound", title="Actions")
+    action = data[:]["action"].cpu().numpy()
+    low, high = (bound.cpu().numpy() for bound in (data.action_spec.space.low, data.action_spec.space.high))
+    least, most = action.min(axis=0), action.max(axis=0)
+    at_bound = ((action <= low) | (action >= high)).mean(axis=0)
+    for i in range(len(low)):
+        numbers = (f"{x[i]:.4g}" for x in (low, high, least, most))
+        table.add_row(str(i), *numbers, f"{at_bound[i]:.1%}")
+    constant = np.flatnonzero(least == most)
+    if len(constant):
+        problems.append(f"action columns {constant.tolist()} are constant")
+    unused = np.flatnonzero((most - least < least_share * (high - low)) & (least < most))
+    if len(unused):
+        problems.append(
+            f"action columns {unused.tolist()} use less than {least_share:.0%} of their bounds: are the bounds or the "
+            "units others?"
+        )
+    return table
+
+
+def observation_table(data: OfflineReplayBuffer, problems: list[str], largest: float) -> Table:
+    table = Table("observation", "least", "most", "mean", "spread", "", title="Observations")
+    observation = data[:]["observation"].double().cpu().numpy()
+    least, most, spread = observation.min(axis=0), observation.max(axis=0), observation.std(axis=0)
+    mean = observation.mean(axis=0)
+    constant, huge = least == most, np.maximum(np.abs(least), np.abs(most)) > largest
+    for i in range(len(mean)):
+        what = "constant" if constant[i] else "huge" if huge[i] else ""
+        if len(mean) <= SHOWN or what:
+            table.add_row(str(i), *(f"{x[i]:.4g}" for x in (least, most, mean, spread)), what)
+    if len(mean) > SHOWN:
+        table.caption = f"of {len(mean)} columns those that are constant or huge"
+    if constant.all():
+        problems.append("all observation columns are constant")
+    if huge.any():
+        problems.append(f"observation columns {np.flatnonzero(huge).tolist()} go beyond +-{largest:g}")
+    return table
+
+
+def duplicate_share(data: OfflineReplayBuffer) -> float:
+    """Share of rows whose observation and action are those of an earlier row."""
+    rows = data[:]
+    both = np.concatenate([rows["observation"].double().cpu().numpy(), rows["action"].double().cpu().numpy()], axis=1)
+    keys = np.ascontiguousarray(both).view(np.dtype((np.void, both.itemsize * both.shape[1])))
+    return 1 - len(np.unique(keys)) / len(keys)
+
+
+def compare_environment(cfg: DictConfig, data: OfflineReplayBuffer, problems: list[str]) -> Table | None:
+    """The environment that recipes would use, against the data."""
+    try:
+        env, env_kwargs = choose_environment(cfg, cfg.dataset, data.env_id, data.env_kwargs)
+        size, spec = environment_sizes(env, **env_kwargs)
+    except InputError as err:
+        problems.append(str(err))
+        return None
+    table = Table("", "data", f"{env}", title="Environment", caption=f"arguments: {env_kwargs}" if env_kwargs else None)
+    shapes = (data[:]["observation"].shape[-1], size), (data.action_spec.shape[-1], spec.shape[-1])
+    bounds = [f"{x.space.low.min():.4g} to {x.space.high.max():.4g}" for x in (data.action_spec, spec)]
+    rows = {"observation columns": shapes[0], "action columns": shapes[1], "action bounds": tuple(bounds)}
+    for name, (ours, theirs) in rows.items():
+        table.add_row(name, str(ours), str(theirs))
+        if ours != theirs:
+            problems.append(f"{name}: {ours} in the data, {theirs} in {env}")
+    return table
+
+
+def draw(data: OfflineReplayBuffer, path: Path) -> None:
+    """Returns, lengths, rewards, and how actions fill their bounds."""
+    figure, axes = plt.subplots(2, 2, figsize=(9.0, 6.0), layout="constrained")
+    rows = data[:]
+    if len(data.episode_returns):
+        ends = episodes_of(data)
+        axes[0, 0].hist(data.episode_returns.numpy(), bins=50, color=BLUE)
+        kinds = [(name, ends["length"][ends[name]]) for name in ("terminated", "timeout", "cut") if ends[name].any()]
+        colours = {"terminated": ORANGE, "timeout": BLUE, "cut": GREY}
+        axes[0, 1].hist(
+            [length for _, length in kinds], bins=50, stacked=True, label=[name for name, _ in kinds],
+            color=[colours[name] for name, _ in kinds],
+        )  # fmt: skip
+        axes[0, 1].legend(title="end", fontsize=8)
+    axes[0, 0].set(title="returns", xlabel="return", ylabel="episodes")
+    axes[0, 1].set(title="lengths", xlabel="rows", ylabel="episodes")
+    axes[1, 0].hist(rows["next", "reward"].flatten().cpu().numpy(), bins=50, color=BLUE, log=True)
+    axes[1, 0].set(title="rewards", xlabel="reward", ylabel="rows")
+    space = data.action_spec.space
+    share = (2 * (rows["action"] - space.low) / (space.high - space.low) - 1).cpu().numpy()
+    quantiles = np.quantile(share, [0, 0.05, 0.5, 0.95, 1], axis=0)
+    index = np.arange(share.shape[1])
+    axes[1, 1].vlines(index, quantiles[0], quantiles[4], color=GREY, label="all")
+    axes[1, 1].vlines(index, quantiles[1], quantiles[3], color=BLUE, linewidth=5, label="5 to 95 %")
+    axes[1, 1].plot(index, quantiles[2], "o", color=ORANGE, label="median")
+    axes[1, 1].axhline(-1, color="black", linewidth=0.8)
+    axes[1, 1].axhline(1, color="black", linewidth=0.8)
+    axes[1, 1].set(title="actions, their bounds at +-1", xlabel="column", ylim=(-1.1, 1.1))
+    axes[1, 1].xaxis.get_major_locator().set_params(integer=True)
+    axes[1, 1].legend(fontsize=8)
+    with named_error(path, "cannot be written"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def main(cfg: DictConfig) -> None:
+    data, problems = read(cfg)
+    share = duplicate_share(data)
+    tables = (
+        overview(data, share),
+        action_table(data, problems, cfg.used_range),
+        observation_table(data, problems, cfg.largest),
+        compare_environment(cfg, data, problems),
+    )
+    if share > cfg.duplicates:
+        problems.append(f"{share:.1%} of the rows are there twice (the same observation and action)")
+    console = Console()
+    for table in tables:
+        if table is not None:
+            console.print(table)
+    if cfg.figure:
+        path = Path(cfg.figure).expanduser()
+        draw(data, path)
+        print(f"figure in {path}")
+    for problem in problems:
+        print(f"problem: {problem}")
+    if problems:
+        sys.exit(1)
+    print("no problem found")
+
+
+if __name__ == "__main__":
+    run_recipe(main, "inspect_dataset")

@@ -1,0 +1,206 @@
+"""Numbers of all sizes: precision of observations, bounds, returns and their scale, against float64 references."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from helpers import make_batch
+from tensordict import TensorDict
+from torchrl.data import Bounded
+
+from torchrl_spar import (
+    InputError,
+    environment_sizes,
+    evaluate,
+    fit_anchor,
+    fit_critics,
+    load_offline_dataset,
+    load_policy,
+    make_anchor,
+    make_spar_loss,
+    returns_to_go,
+    save_policy,
+)
+
+N = 4000
+
+
+def wide(center: float, spread: float, n: int = N) -> np.ndarray:
+    rng = np.random.default_rng(0)
+    return np.stack([center + spread * rng.normal(size=n), rng.normal(size=n)], axis=1)
+
+
+def write(path, observations, **more):
+    n = len(observations)
+    arrays = {
+        "observations": observations, "actions": np.clip((observations - observations.mean(0)) / 1e9, -1, 1) + 0.1,
+        "rewards": np.ones(n), "terminals": np.arange(n) % 50 == 49, "timeouts": np.zeros(n, bool),
+    }  # fmt: skip
+    np.savez(path / "toy.npz", **arrays | more)
+    return path / "toy.npz"
+
+
+@pytest.mark.parametrize("center, spread", [(1e5, 0.05), (-1e6, 0.5), (1.7e9, 3600.0), (2.0**24, 3.0)])
+@pytest.mark.parametrize("cached", [False, True])
+def test_float64_columns_keep_their_values(tmp_path, center, spread, cached):
+    raw = wide(center, spread)
+    path = write(tmp_path, raw)
+    for _ in range(1 + cached):
+        buffer = load_offline_dataset(path, cache=tmp_path / "cache" if cached else None)
+    found = buffer[:]["observation"]
+    assert np.array_equal(found.numpy(), raw)
+    standard = make_anchor(2, buffer.action_spec, observation_stats=stats(buffer))[0].module.norm(found)
+    assert standard.dtype == torch.float32 and len(standard[:, 0].unique()) > 0.99 * len(np.unique(raw[:, 0]))
+    np.testing.assert_allclose(standard, (raw - raw.mean(0)) / raw.std(0), atol=1e-4)
+
+
+def stats(buffer):
+    return buffer.observation_loc, buffer.observation_scale
+
+
+@pytest.mark.parametrize("observations", [wide(1e3, 1.0), wide(1e5, 0.05).astype(np.float32), wide(0.1, 0.0)])
+def test_other_columns_stay_float32(tmp_path, observations):
+    buffer = load_offline_dataset(write(tmp_path, observations))
+    assert buffer[:]["observation"].dtype == buffer.observation_loc.dtype == torch.float32
+
+
+def test_a_policy_tells_such_values_apart_once_it_is_deployed(tmp_path):
+    """The action is the sign of a deviation that float32 cannot hold; a saved policy knows it, too."""
+    torch.manual_seed(0)
+    raw = wide(1e8, 0.5)
+    action = np.sign(raw[:, :1] - 1e8) * 0.8
+    buffer = load_offline_dataset(write(tmp_path, raw, actions=action), batch_size=256)
+    options = {"observation_stats": stats(buffer), "hidden": [16]}
+    anchor = fit_anchor(make_anchor(2, buffer.action_spec, **options), buffer, steps=300, lr=1e-2)
+    loss = make_spar_loss(2, buffer.action_spec, anchor=anchor, **options)
+    save_policy(loss, tmp_path / "policy.pt")
+    policy, _ = load_policy(tmp_path / "policy.pt")
+    state = torch.tensor([[1e8 - 0.5, 0.0], [1e8 + 0.5, 0.0]], dtype=torch.float64)
+    with torch.no_grad():
+        low, high = policy(observation=state)[:, 0]
+        assert torch.equal(policy(observation=state), loss.actor(observation=state))
+    assert low < -0.5 and high > 0.5
+
+
+def test_evaluation_gives_such_a_policy_the_environments_float64():
+    gymnasium = pytest.importorskip("gymnasium")
+    seen = []
+
+    class Far(gymnasium.Env):
+        observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (2,), np.float64)
+        action_space = gymnasium.spaces.Box(-1, 1, (1,), np.float32)
+
+        def reset(self, seed=None, options=None):
+            return np.array([1e8 + 0.25, 0.0]), {}
+
+        def step(self, action):
+            seen.append(float(action[0]))
+            return np.array([1e8 + 0.25, 0.0]), 0.0, True, False, {}
+
+    gymnasium.register("FarFromZero-v0", Far)
+    try:
+        loc = torch.tensor([1e8, 0.0], dtype=torch.float64)
+        policy = make_spar_loss(2, Bounded(-1, 1, (1,)), observation_stats=(loc, torch.ones(2)), hidden=[8]).actor
+        evaluate(policy, "FarFromZero-v0", episodes=1)
+        expected = policy(observation=torch.tensor([[1e8 + 0.25, 0.0]], dtype=torch.float64)).item()
+    finally:
+        del gymnasium.registry["FarFromZero-v0"]
+    assert seen == [pytest.approx(expected, abs=1e-6)]
+    assert expected != policy(observation=torch.tensor([[1e8, 0.0]], dtype=torch.float64)).item()
+
+
+@pytest.mark.parametrize("bound", [3.4028235e38, 1e20, 1e14, 1e10, float("inf")])
+def test_bounds_that_bound_nothing_are_refused_everywhere(bound):
+    spec = Bounded(-bound, bound, (3,))
+    for call in (
+        lambda: make_spar_loss(5, spec),
+        lambda: make_anchor(5, spec),
+        lambda: load_offline_dataset(make_batch(12), action_spec=spec),
+    ):
+        with pytest.raises(InputError, match="no finite bounds"):
+            call()
+    gymnasium = pytest.importorskip("gymnasium")
+
+    class Open(gymnasium.Env):
+        observation_space = gymnasium.spaces.Box(-1, 1, (2,), np.float32)
+        action_space = gymnasium.spaces.Box(-bound, bound, (1,), np.float64)
+
+        def reset(self, seed=None, options=None):
+            return np.zeros(2, np.float32), {}
+
+    gymnasium.register("OpenActions-v0", Open)
+    try:
+        with pytest.raises(InputError, match="no finite bounds"):
+            environment_sizes("OpenActions-v0")
+    finally:
+        del gymnasium.registry["OpenActions-v0"]
+
+
+def slow_returns(reward, terminated, end, gamma):
+    """Two float64 passes, the second from what lies beyond a cut."""
+
+    def backward(beyond):
+        out, total = np.zeros(len(reward)), 0.0
+        for i in reversed(range(len(reward))):
+            if end[i]:
+                total = 0.0 if terminated[i] else beyond
+            total = reward[i] + gamma * total
+            out[i] = total
+        return out
+
+    plain, far = backward(0.0), []
+    ends = np.flatnonzero(end)
+    for i in range(len(reward)):
+        last = ends[np.searchsorted(ends, i)]
+        if not terminated[last] and last - i + 1 > (3 / (1 - gamma) if gamma < 1 else np.inf):
+            far.append(plain[i])
+    return backward(np.mean(far) if far else plain.mean())
+
+
+@pytest.mark.parametrize("gamma", [0.0, 1e-9, 0.5, 0.9, 0.999, 1.0])
+def test_returns_to_go_are_those_of_a_slow_reference(gamma):
+    rng = np.random.default_rng(0)
+    n = 3000
+    end = rng.random(n) < 0.004
+    end[-1] = True
+    terminated = end & (rng.random(n) < 0.5)
+    reward = rng.normal(size=n)
+    flags = [torch.from_numpy(flag)[:, None] for flag in (end, terminated)]
+    data = TensorDict(
+        {"next": {"reward": torch.from_numpy(reward)[:, None], "done": flags[0], "terminated": flags[1]}}, [n]
+    )
+    found = returns_to_go(data, gamma)
+    np.testing.assert_allclose(found[:, 0], slow_returns(reward, terminated, end, gamma), rtol=1e-9, atol=1e-9)
+
+
+def test_returns_of_one_long_episode_need_no_square():
+    n = 300_000  # a matrix of n by n would take 360 GB
+    ended = torch.zeros(n, 1, dtype=torch.bool)
+    ended[-1] = True
+    data = TensorDict({"next": {"reward": torch.ones(n, 1), "done": ended, "terminated": ended}}, [n])
+    found = returns_to_go(data, 0.99)
+    expected = (1 - 0.99 ** torch.arange(n, 0, -1, dtype=torch.float64)) / 0.01
+    torch.testing.assert_close(found[:, 0].double(), expected, rtol=1e-6, atol=0)
+
+
+def test_a_gamma_outside_its_range_is_refused():
+    with pytest.raises(InputError, match=r"gamma=1\.1"):
+        returns_to_go(make_batch(4), 1.1)
+
+
+@pytest.mark.parametrize("reward", [0.0, 1e-9, -1.0, 3.0])
+def test_constant_rewards_are_not_scaled(reward):
+    data = make_batch(60)
+    data["next", "reward"].fill_(reward)
+    buffer = load_offline_dataset(data, batch_size=4)
+    loss = fit_critics(make_spar_loss(5, buffer.action_spec, hidden=[4]), buffer, steps=1)
+    assert loss.reward_scale == 1
+
+
+def test_a_single_success_is_scaled_by_the_spread_of_returns():
+    data = make_batch(60)
+    data["next", "reward"].zero_()[7] = 1
+    buffer = load_offline_dataset(data, batch_size=4)
+    loss = fit_critics(make_spar_loss(5, buffer.action_spec, hidden=[4]), buffer, steps=1)
+    torch.testing.assert_close(loss.reward_scale, 1 / returns_to_go(buffer[:], 0.99).std())

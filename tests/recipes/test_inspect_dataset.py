@@ -1,0 +1,60 @@
+"""inspect_dataset.py as a user and a CI job run it: what it prints, draws and returns."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "inspect_dataset.py"
+
+
+def inspect(path, *options):
+    command = [sys.executable, str(RECIPE), f"dataset={path}", "env=Pendulum-v1", *options]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=path.parent)
+    return done.returncode, " ".join(done.stdout.split()), done.stderr
+
+
+def write(path, bound=2.0, **changes):
+    """Three episodes of Pendulum's sizes: 40 steps each, the first terminated, the second timed out, the third cut."""
+    rng = np.random.default_rng(0)
+    states = rng.normal(size=(3, 41, 3)).cumsum(1)
+    arrays = {
+        "observations": states[:, :-1].reshape(-1, 3), "next_observations": states[:, 1:].reshape(-1, 3),
+        "actions": rng.uniform(-bound, bound, (120, 1)), "rewards": np.ones(120),
+        "terminals": np.arange(120) == 39, "timeouts": np.arange(120) == 79,
+    }  # fmt: skip
+    np.savez(path / "toy.npz", **{**arrays, **changes})
+    return path / "toy.npz"
+
+
+def test_what_is_wrong_is_told_with_an_exit_code(tmp_path):
+    path = write(tmp_path, bound=0.05)
+    code, printed, errors = inspect(path, "figure=null")
+    assert code == 1, errors
+    for fact in ("rows │ 120", "episodes │ 3", "40 to 40", "terminated │ 1", "timeout │ 1", "cut │ 1", "40 +- 0"):
+        assert fact in printed, fact
+    assert "problem: action bounds: -1 to 1 in the data, -2 to 2 in Pendulum-v1" in printed
+    assert "use less than 10% of their bounds" in printed
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"rewards": np.ones(119)}, "different lengths"),
+        ({"actions": np.full((120, 1), 7.0)}, "120 of 120 actions leave their bounds"),
+    ],
+)
+def test_what_cannot_be_loaded_ends_in_one_line(tmp_path, changes, message):
+    code, _printed, errors = inspect(write(tmp_path, **changes))
+    assert code == 2 and message in errors and "Traceback" not in errors
+
+
+def test_the_embedded_set_has_no_problem_and_a_figure(tmp_path):
+    command = [sys.executable, str(RECIPE), "dataset=embedded", "figure=sub/look.png"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "no problem found" in done.stdout and (tmp_path / "sub" / "look.png").stat().st_size > 10_000

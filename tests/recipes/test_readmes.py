@@ -1,0 +1,217 @@
+"""The README files: examples run, commands are accepted, links and tables hold, numbers are the committed ones."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import build_loss, compose_recipe
+
+import torchrl_spar
+
+pytest.importorskip("hydra")
+from claim import NAMES as CLAIMS
+from hydra.core.override_parser.overrides_parser import OverridesParser
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPES, RESULTS = ROOT / "recipes", ROOT / "recipes" / "results"
+READMES = [ROOT / "README.md", *sorted(path for room in ("recipes", "tests", "torchrl_spar")
+                                       for path in (ROOT / room).rglob("README.md"))]  # fmt: skip
+EMBEDDED = "torchrl-spar-hopper-medium-v0"
+each_readme = pytest.mark.parametrize("path", READMES, ids=lambda path: str(path.relative_to(ROOT)))
+
+
+def without_code(text: str) -> str:
+    return re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
+
+
+def blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.M | re.S)
+
+
+def tables(text: str) -> list[list[list[str]]]:
+    """Every table's rows of cells, as GitHub splits them."""
+    found = re.findall(r"(?:^\|.*\n)+", without_code(text) + "\n", flags=re.M)
+    return [[[cell.strip() for cell in re.split(r"(?<!\\)\|", row)[1:-1]] for row in table.splitlines()]
+            for table in found]  # fmt: skip
+
+
+def anchors(text: str) -> set[str]:
+    """What GitHub makes of the headings."""
+    titles = re.findall(r"^#+ (.*)", without_code(text), flags=re.M)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def test_every_readme_is_tested():
+    rooms = {str(path.parent.relative_to(ROOT)) for path in READMES}
+    assert rooms >= {".", "recipes", "recipes/results", "recipes/claims", "recipes/benchmarks", "tests", "torchrl_spar"}
+
+
+@each_readme
+def test_every_link_leads_somewhere(path):
+    links = re.findall(r"\]\(([^)\s]+)\)", without_code(path.read_text()))
+    assert links
+    for link in links:
+        if link.startswith("https://"):
+            continue
+        name, _, heading = link.partition("#")
+        target = path.parent / name if name else path
+        assert target.exists(), link
+        if heading:
+            assert heading in anchors((target / "README.md" if target.is_dir() else target).read_text()), link
+
+
+@each_readme
+def test_every_table_is_one(path):
+    found = tables(path.read_text())
+    assert found
+    for header, rule, *rows in found:
+        assert rows, header
+        assert all(re.fullmatch(":?-+:?", cell) for cell in rule), header
+        for row in rows:
+            assert len(row) == len(header) == len(rule), row
+
+
+def commands() -> list[str]:
+    """Every command of the README files that starts one of our programs, without comments and placeholders."""
+    found = []
+    for path in READMES:
+        text = path.read_text()
+        shell = "".join(blocks(text, "sh")).replace("\\\n", "").splitlines()
+        inline = re.findall(r"`([^`\n]+)`", without_code(text))
+        found += [part.split("  #")[0].strip() for line in (*shell, *inline) for part in line.split(" && ")]
+    return sorted({line for line in found if line.startswith(("python ", "pytest ")) and "NAME" not in line})
+
+
+def single(option: str) -> str:
+    """The first value of a swept option."""
+    parsed = OverridesParser.create().parse_override(option)
+    if not parsed.is_sweep_override():
+        return option
+    return f"{parsed.get_key_element()}={next(parsed.sweep_string_iterator())}"
+
+
+@pytest.mark.parametrize("command", commands())
+def test_every_command_is_accepted(command):
+    program, *words = shlex.split(command)
+    paths = [word for word in words if word.startswith(("recipes/", "tests/", "torchrl_spar/"))]
+    assert not [path for path in paths if not list(ROOT.glob(path))]
+    # iql_trainer registers TorchRL's configs, which would stay for all tests; test_configs runs it.
+    without_options = ("tests/", "recipes/report.py", "recipes/iql_trainer.py")
+    if program == "pytest" or words[0].startswith(without_options):
+        return
+    script, options = Path(words[0]).stem, words[1:]
+    if script == "claim":
+        assert options[0] in CLAIMS
+        script, options = f"claims/{options[0]}", options[1:]
+    # Launchers are plugins that may not be installed.
+    compose_recipe(script, *(single(option) for option in options if not option.startswith("hydra/")))
+
+
+@pytest.fixture
+def short(monkeypatch, tmp_path):
+    """Runs an example of the first page with three steps where it has thousands."""
+    few = {"steps": 3}
+    monkeypatch.setattr(torchrl_spar, "pretrain", partial(torchrl_spar.pretrain, anchor=few, vae=few, critics=few))
+    monkeypatch.chdir(tmp_path)
+
+    def run(code: str) -> dict:
+        torch.manual_seed(0)
+        np.random.seed(0)
+        names: dict = {}
+        exec(code.replace("24_000", "3").replace('"recipes/', f'"{RECIPES}/'), names)
+        return names
+
+    return run
+
+
+def test_the_example_trains_a_policy(short):
+    use, _ = blocks((ROOT / "README.md").read_text(), "python")
+    names = short(use)
+    observation = names["data"].sample()["observation"]
+    policy, anchor = names["loss"].actor, names["loss"].anchor
+    assert all(value.isfinite().all() for value in names["losses"].values())
+    assert not torch.equal(policy(observation=observation), anchor(observation=observation))
+
+
+def test_a_log_becomes_a_policy_in_its_units(short):
+    _, own = blocks((ROOT / "README.md").read_text(), "python")
+    names = short(own)
+    log, rows = names["log"], names["data"][:]
+    known = ~log["timeouts"]  # the observation after a cut is not in the log
+    assert torch.equal(rows["action"], torch.from_numpy(log["actions"][known]).float())
+    assert torch.equal(names["action"], names["loss"].actor(observation=torch.zeros(11)))
+    random = names["policy"](observation=100 * torch.randn(1000, 11))
+    low, high = torch.tensor([-40.0, 0.0]), torch.tensor([40.0, 1.0])
+    assert ((low <= random) & (random <= high)).all()
+    assert (random.amax(0) - random.amin(0) > 0.5 * (high - low)).all(), "the actions are in the units of the log"
+
+
+def test_the_package_readme_names_every_module_and_metric():
+    text = (ROOT / "torchrl_spar" / "README.md").read_text()
+    modules = [path.name for path in (ROOT / "torchrl_spar").glob("[a-z]*.py")]
+    assert modules and not [name for name in modules if f"({name})" not in text]
+    metrics = [*build_loss().out_keys, "loss_bc"]
+    assert not [name for name in metrics if f"`{name}`" not in text]
+
+
+def test_the_recipes_readme_names_every_script():
+    text = (RECIPES / "README.md").read_text()
+    scripts = [path.name for path in RECIPES.glob("*.py")]
+    assert scripts and not [name for name in scripts if f"({name})" not in text]
+
+
+@pytest.mark.slow
+def test_the_results_are_the_committed_runs(tmp_path):
+    readme = (RESULTS / "README.md").read_text()
+    # With SPAR's own runs of these data sets.
+    beside = (("compare", [], 11), ("ablations", ["@spar"], 3), (f"ablations/{EMBEDDED}", ["@spar"], 17))
+    for name, methods, count in beside:
+        shown = (RESULTS / name / "report.md").read_text()
+        rows = [line for line in shown.splitlines() if line.startswith("| ")]
+        assert len(rows) >= count + 4 and all(row in readme for row in rows)
+        # The report is of the committed runs.
+        copy = tmp_path / name.replace("/", "-")
+        shutil.copytree(RESULTS / name, copy)
+        spar = [f"{RESULTS / 'compare'}{method}" for method in methods]
+        command = [sys.executable, str(RECIPES / "report.py"), str(copy), *spar]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert done.stdout == shown, done.stderr
+
+
+def test_the_first_pages_results_are_the_reports():
+    reported = tables((RESULTS / "compare" / "report.md").read_text())[0]
+    scores = {row[0]: [cell.removesuffix(" (3)") for cell in row[1:5]] for row in reported[2:]}
+    (shown,) = [table for table in tables((ROOT / "README.md").read_text()) if table[0][0] == "method"]
+    assert len(shown) > 4
+    for method, *cells in shown[2:]:
+        assert cells == scores[method]
+
+
+def test_the_speeds_are_the_committed_benchmark():
+    results = json.loads((RESULTS / "benchmark" / "cpu.json").read_text())
+    readme = (RECIPES / "benchmarks" / "README.md").read_text()
+    prose = " ".join(readme.split())
+    for name, row in results.items():
+        if isinstance(row, dict) and "relative_to_spar" in row:
+            share = f"{row['share_of_matmul']:.0%}" if "share_of_matmul" in row else ""
+            numbers = f"{row['updates_per_cpu_second']:.1f} | {row['relative_to_spar']:.2f} | {share}"
+            assert f"| {name} | {numbers} |" in readme
+    assert f"at {results['evaluation']['ratio']:.2f} of bare Gymnasium's steps/s" in prose
+    assert f"cost of {results['evaluation']['loss']['evaluation']:.0%} to the learner".replace("%", " %") in prose
+    assert f"loaded in {results['load']['load']['seconds']:.1f} s" in prose
+    assert f"({results['load_short_episodes']['load']['seconds']:.1f} s as 8,000 episodes)" in prose
+
+
+def test_the_citation_has_the_version():
+    versions = re.findall(r"^version: (\S+)$", (ROOT / "CITATION.cff").read_text(), flags=re.M)
+    assert versions == [torchrl_spar.__version__]

@@ -1,0 +1,147 @@
+"""Rows put in order and told apart into episodes, by flags, ids and the next observations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from torchrl_spar.data.horizon import has_fixed_horizon
+from torchrl_spar.data.jumps import FEWEST, find_jumps, go_on, is_disordered
+from torchrl_spar.data.order import Links, are_unrelated, chained, equal_rows, find_links, is_cut
+
+# Rows that go on in no row of the data, of all: from here on no order can be told.
+MOSTLY_CUT = 0.25
+
+
+def arrange(fields: dict[str, Any], *, sequence: np.ndarray | None = None) -> dict[str, Any]:
+    """Puts rows in order and tells their episodes apart, by flags, labels and the next observations.
+
+    Args:
+        fields: what :func:`clean` returns, emptied here. ``next_observation`` may be missing, ``episode`` (any labels)
+            and ``step`` (a number that grows within a label) may be there.
+        sequence: a number for each row; an episode ends where it changes.
+
+    Returns:
+        The fields of :class:`Steps` less ``action_bounds``.
+
+    Source: ours.
+    """
+    n = len(fields["action"])
+    stop = fields["truncated"].copy()  # an end that nothing goes beyond
+    if sequence is not None:
+        stop[:-1] |= sequence[1:] != sequence[:-1]
+    label, step = fields.pop("episode", None), fields.pop("step", None)
+    if label is not None:
+        label = np.unique(label, return_inverse=True)[1].reshape(-1)
+    given = "next_observation" in fields
+    notes: list[str] = []
+
+    def take(order: np.ndarray) -> None:
+        nonlocal stop, label
+        for name, array in fields.items():
+            fields[name] = array[order]
+        stop, label = stop[order], None if label is None else label[order]
+
+    def links() -> Links:
+        ends = torch.from_numpy(stop | fields["terminated"])
+        observation, following = (torch.from_numpy(fields[name]) for name in ("observation", "next_observation"))
+        return find_links(observation, following, ends, None if label is None else torch.from_numpy(label))
+
+    order = _by_label(label, step)
+    if order is not None and not given:
+        take(order)
+    ordered, cut = True, np.zeros(n, dtype=bool)
+    if given:
+        found = links()
+        if order is not None:
+            kept = int(found.linked.sum())
+            before, inverse = found, np.argsort(order)
+            take(order)
+            found = links()
+            if step is None and int(found.linked.sum()) <= kept:  # the same ids, used again
+                take(inverse)
+                found = before
+        elsewhere = int(found.continued.sum())
+        if elsewhere:
+            chain = chained(found).numpy()
+            take(chain)
+            found = links()
+            broken = int((found.open & found.same)[:-1].sum())
+            ordered = broken <= MOSTLY_CUT * (broken + int(found.linked.sum()))
+            if not ordered:  # as given, so that whoever asks for returns sees it
+                take(np.argsort(chain))
+                found = links()
+            what = f"{elsewhere} of {n} rows go on in rows elsewhere (shuffled, interleaved, or a ring buffer's): "
+            notes.append(
+                what + "they have been put in the order that the next observations tell"
+                if ordered
+                else what + "episodes cannot be put together again, so there are no returns; give ids of episodes or "
+                "whole episodes"
+            )
+        elif n >= FEWEST and are_unrelated(found):
+            notes.append(
+                "hardly any next observation is another row's observation, so flags and ids alone tell where episodes "
+                "end"
+            )
+        cut = is_cut(found).numpy()
+    fields |= _episodes(fields, stop, label, cut, notes)
+    return fields | {"ordered": ordered, "notes": tuple(notes)}
+
+
+def _by_label(label: np.ndarray | None, step: np.ndarray | None) -> np.ndarray | None:
+    """The order in which every label's rows are together, and by their steps; None where they are in order."""
+    if label is None:
+        return None
+    runs = 1 + np.count_nonzero(label[1:] != label[:-1])
+    together = runs == label.max() + 1
+    if step is None:
+        return None if together else np.argsort(label, kind="stable")
+    falls = (label[1:] == label[:-1]) & (step[1:] < step[:-1])
+    return None if together and not falls.any() else np.lexsort((step, label))
+
+
+def _episodes(
+    fields: dict[str, Any], stop: np.ndarray, label: np.ndarray | None, cut: np.ndarray, notes: list[str]
+) -> dict[str, np.ndarray]:
+    """The rows' episodes and next observations, once the rows are in order."""
+    observation, terminated = fields["observation"], fields["terminated"]
+    told = stop | cut
+    if label is not None:
+        told[:-1] |= label[1:] != label[:-1]
+    told[-1] = True
+    # Terminals in a row, as while a robot stays at its goal, are one episode unless a reset shows.
+    again = np.zeros_like(told)
+    again[:-1] = terminated[:-1] & terminated[1:] & ~told[:-1]
+    rows = np.flatnonzero(again)
+    if "next_observation" in fields:
+        pair = (fields["next_observation"][rows], observation[rows + 1])
+        again[rows] = equal_rows(*map(torch.from_numpy, pair)).numpy()
+        return {"episode": _count(told | (terminated & ~again)), "known": np.ones_like(told)}
+    jumps = find_jumps(observation, told | terminated)
+    disordered = is_disordered(observation, told | terminated)
+    again[rows] = go_on(observation, rows) & (not disordered)
+    if has_fixed_horizon(terminated, stop):
+        again = terminated & ~told
+    ends = told | (terminated & ~again)
+    if disordered:
+        notes.append(
+            "consecutive observations are as unlike as any two, so the rows seem to be shuffled or interleaved, and "
+            "their next observations, taken from the following rows, wrong: give the rows in order of time, or with "
+            "their next observations"
+        )
+    elif jumps.any():
+        notes.append(
+            f"the observation jumps {jumps.sum()} times as at a reset where no episode is told to end, first after row "
+            f"{jumps.argmax()}: give those ends as 'timeouts', or the next observations"
+        )
+    following = np.concatenate([observation[1:], observation[-1:]])
+    masked = ends | terminated
+    following[masked] = observation[masked]  # never the next episode's
+    return {"episode": _count(ends), "known": ~ends | terminated, "next_observation": following}
+
+
+def _count(ends: np.ndarray) -> np.ndarray:
+    """Each row's episode, from the flags of the episodes' last rows."""
+    return np.cumsum(ends) - ends

@@ -1,0 +1,159 @@
+"""What a replay buffer or a nest of TensorDicts holds, as rows: padding left out, sequences one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from tensordict import LazyStackedTensorDict, NestedKey, TensorDictBase, is_tensor_collection
+from torch import Tensor
+from torchrl.data import ReplayBuffer, ReplayBufferEnsemble
+
+from torchrl_spar.errors import InputError, first_line
+
+# Where TorchRL keeps the mask of padded sequences (split_trajectories, collectors), and the ids of trajectories.
+MASK_KEYS: tuple[NestedKey, ...] = ("mask", ("collector", "mask"))
+ID_KEYS: tuple[NestedKey, ...] = ("episode", ("collector", "traj_ids"), "traj_ids")
+
+
+def parts_of(source: Any) -> Iterator[TensorDictBase]:
+    """The TensorDicts ``[n]`` or ``[..., T]`` that a source is made of.
+
+    Args:
+        source: a TensorDict, a lazy stack of sequences of any lengths, a list of either, a replay buffer with any
+            storage that holds them, or an ensemble of buffers.
+
+    Raises:
+        InputError: if there is something else in it.
+
+    Source: ours.
+
+    Examples:
+        >>> from tensordict import TensorDict, lazy_stack
+        >>> episodes = [TensorDict({"reward": torch.zeros(n, 1)}, [n]) for n in (2, 3)]
+        >>> [len(part) for part in parts_of(lazy_stack(episodes))]
+        [2, 3]
+    """
+    if isinstance(source, ReplayBufferEnsemble):
+        for index in range(len(source)):  # iteration would sample without end
+            yield from parts_of(source[index])
+    elif isinstance(source, ReplayBuffer):
+        try:
+            content = source[:]
+        except Exception as err:  # its collate function's or its transforms'
+            raise InputError(
+                f"{type(source).__name__}: its rows cannot be stacked ({type(err).__name__}: {first_line(err)}); "
+                "give them as a list of TensorDicts [T], one an episode"
+            ) from None
+        yield from parts_of(content)
+    elif isinstance(source, (list, tuple)):
+        steps = [part for part in source if is_tensor_collection(part) and not part.ndim]
+        if steps and len(steps) == len(source):  # one step each
+            yield torch.stack(steps)
+        else:
+            for part in source:
+                yield from parts_of(part)
+    elif is_tensor_collection(source):
+        if -1 not in source.batch_size:
+            yield source
+        elif isinstance(source, LazyStackedTensorDict):
+            for part in source.tensordicts:
+                yield from parts_of(part)
+        else:
+            raise InputError(
+                "its sequences are nested tensors: give a list of TensorDicts [T], or padded sequences with a 'mask' "
+                "(split_trajectories with as_nested=False)"
+            )
+    else:
+        raise InputError(
+            f"it holds a {type(source).__name__}; expected TensorDicts [n] or [B, T], a list or a lazy stack of them, "
+            "or a replay buffer"
+        )
+
+
+def valid_mask(part: TensorDictBase) -> Tensor | None:
+    """Which of ``[..., T]`` positions are no padding, flat ``[n]``; None where nothing says that any is."""
+    valid = None
+    for key in MASK_KEYS:
+        mask = part.get(key, None)
+        if mask is None:
+            continue
+        if mask.numel() != part.numel():
+            raise InputError(f"{key!r}: shape {tuple(mask.shape)}, expected one value for each of {tuple(part.shape)}")
+        valid = mask.bool().flatten() if valid is None else valid & mask.bool().flatten()
+    return valid
+
+
+def rows_of(replay_buffer: ReplayBuffer) -> TensorDictBase:
+    """All of a buffer as rows ``[N]`` that count; ``"episode"`` tells sequences apart where there are any.
+
+    Args:
+        replay_buffer: of any kind that :func:`parts_of` takes.
+
+    Raises:
+        InputError: likewise, or if nothing is left.
+
+    Source: ours.
+
+    Examples:
+        >>> from tensordict import TensorDict
+        >>> from torchrl.data import LazyTensorStorage
+        >>> padded = TensorDict({"x": torch.arange(6).view(2, 3), "mask": torch.arange(6).view(2, 3) != 2}, [2, 3])
+        >>> buffer = ReplayBuffer(storage=LazyTensorStorage(2))
+        >>> _ = buffer.extend(padded)
+        >>> rows = rows_of(buffer)
+        >>> rows["x"], rows["episode"]
+        (tensor([0, 1, 3, 4, 5]), tensor([0, 0, 1, 1, 1]))
+    """
+    parts = [_on_its_device(part) for part in parts_of(replay_buffer)]
+    if len(parts) == 1 and parts[0].ndim == 1 and valid_mask(parts[0]) is None:
+        return parts[0]
+    found, start = [], 0
+    for part in parts:
+        if not part.ndim:
+            raise InputError(
+                "the replay buffer holds single steps without a batch size; give TensorDicts [n] or [B, T]"
+            )
+        if part.ndim > 2 and not part.is_contiguous():
+            part = part.contiguous()
+        rows = part.reshape(-1)
+        last = torch.arange(len(rows), device=rows.device) % part.shape[-1] == part.shape[-1] - 1
+        valid = valid_mask(part)
+        if valid is not None:
+            last |= ~valid
+        episode = start + last.cumsum(0) - last.long()
+        for key in ID_KEYS:
+            ids = rows.get(key, None)
+            if ids is not None:
+                ids = ids.reshape(len(rows), -1)[:, 0]
+                changes = torch.zeros_like(episode)
+                changes[1:] = ids[1:] != ids[:-1]
+                episode = episode + changes.cumsum(0)
+        rows = rows.copy().set("episode", episode)
+        found.append(rows if valid is None else rows[valid])
+        start = int(episode[-1]) + 1 if len(episode) else start
+    rows = torch.cat(found)
+    if not len(rows):
+        raise InputError("the replay buffer holds no valid row: its mask leaves nothing")
+    return rows
+
+
+def whole_of(replay_buffer: ReplayBuffer) -> TensorDictBase:
+    """All of a buffer in its own shape ``[n]`` or ``[B, T]``, or as rows where it does not have one.
+
+    Examples:
+        >>> from tensordict import TensorDict
+        >>> from torchrl.data import ListStorage
+        >>> buffer = ReplayBuffer(storage=ListStorage(2))
+        >>> _ = buffer.extend([TensorDict({"x": torch.zeros(n)}, [n]) for n in (2, 3)])
+        >>> whole_of(buffer).shape
+        torch.Size([5])
+    """
+    parts = list(parts_of(replay_buffer))
+    return _on_its_device(parts[0]) if len(parts) == 1 else rows_of(replay_buffer)
+
+
+def _on_its_device(part: TensorDictBase) -> TensorDictBase:
+    """With a device, which a list's TensorDicts may leave open."""
+    return part if part.device is not None else part.to(next(iter(part.values(True, True))).device)

@@ -1,0 +1,200 @@
+"""Readers of tables: Parquet, Arrow and CSV files with named columns, and LeRobot's data sets."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from torchrl_spar.data.arrange import arrange
+from torchrl_spar.data.sources import missing_array, readable, require
+from torchrl_spar.data.steps import Steps, clean, unit_bounds
+from torchrl_spar.errors import InputError
+
+SUFFIXES = (".parquet", ".arrow", ".feather", ".csv")
+Columns = Mapping[str, str | Sequence[str]]
+_VECTORS = ("observation", "action", "next_observation")
+_NEEDED = ("observation", "action", "reward")
+FIELDS = (*_VECTORS, "reward", "terminated", "truncated", "done", "episode", "step")
+_STATE, _ENVIRONMENT_STATE = "observation.state", "observation.environment_state"
+
+
+def read_table(path: Path, columns: Columns | None) -> Steps:
+    """A ``.parquet``, ``.arrow``, ``.feather`` or ``.csv`` file; ``columns`` names each field's columns."""
+    if not path.is_file():
+        raise InputError("no such file")
+    columns = _check_columns(columns)
+    arrow = _arrow()
+    with readable():
+        if path.suffix == ".parquet":
+            table = arrow.parquet.read_table(path)
+        elif path.suffix == ".csv":
+            table = arrow.csv.read_csv(path)
+        else:
+            table = arrow.feather.read_table(path)
+    return _read(table, columns)
+
+
+def find_lerobot(name: str, root: str | os.PathLike[str] | None) -> Path:
+    """The directory of a LeRobot data set by its path or id, downloaded without its videos if it is not there."""
+    if Path(name).expanduser().is_dir():
+        return Path(name).expanduser()
+    home = root or os.environ.get("HF_LEROBOT_HOME") or Path("~/.cache/huggingface/lerobot")
+    path = Path(home).expanduser() / name
+    if not (path / "meta" / "info.json").is_file():
+        hub = require("huggingface_hub")
+        try:
+            hub.snapshot_download(name, repo_type="dataset", local_dir=path, allow_patterns=["meta/*", "data/*"])
+        except Exception as err:  # requests', huggingface_hub's own: any of them means "not here"
+            raise InputError(
+                f"not found as a directory nor under {home}, and the download failed ({err!r}). Download it on a "
+                "machine with network, or give the path of a local copy as 'lerobot:<path>'"
+            ) from err
+    return path
+
+
+def read_lerobot(directory: Path, columns: Columns | None = None) -> Steps:
+    """A data set in LeRobot's layout v3 or v2: ``meta/info.json`` and Parquet files below ``data``."""
+    info_path = directory / "meta" / "info.json"
+    if not info_path.is_file():
+        raise InputError("the directory is no LeRobot data set: it holds no meta/info.json")
+    arrow = _arrow()
+    with readable("meta/info.json "):
+        info = json.loads(info_path.read_text())
+        features, version = dict(info["features"]), str(info.get("codebase_version", "v3.0"))
+    if not version.startswith(("v2", "v3")):
+        raise InputError(f"LeRobot's layout {version}: convert it to v3.0 with LeRobot's own scripts")
+    images = sorted(name for name, feature in features.items() if feature.get("dtype") in ("image", "video"))
+    observation = [name for name in (_STATE, _ENVIRONMENT_STATE) if name in features and name not in images]
+    if not observation and not (columns and "observation" in columns):
+        reason = f"its observations are images ({', '.join(images)})" if images else f"it has no {_STATE!r}"
+        raise InputError(
+            f"{reason}, and the loader reads vectors: encode them with a network of yours, and give the features as "
+            "'observation' of a TensorDict in TED form"
+        )
+    named: dict[str, str | Sequence[str]] = {
+        "observation": observation, "action": "action", "episode": "episode_index", "step": "frame_index",
+    }  # fmt: skip
+    ends = {"reward": "next.reward", "done": "next.done", "truncated": "next.truncated"}
+    named |= {field: name for field, name in ends.items() if name in features} | dict(columns or {})
+    named = _check_columns(named, needed=("observation", "action"))
+    files = sorted((directory / "data").rglob("*.parquet"))
+    if not files:
+        raise InputError("the directory holds no Parquet file below data")
+    success = "next.success" if "next.success" in features and "done" in named else None
+    wanted = [name for names in named.values() for name in _names(names)] + ([success] if success else [])
+    with readable():
+        present = arrow.parquet.read_schema(files[0]).names
+        for name in wanted:
+            if name not in present:
+                raise missing_array(repr(name), present)
+        table = arrow.concat_tables([arrow.parquet.read_table(file, columns=wanted) for file in files])
+    notes = []
+    if images and observation:
+        notes.append(f"images are left out ({', '.join(images)}): the policy sees {' and '.join(observation)} alone")
+    if success:  # an end without success is a time limit
+        done, succeeded = (_column(table, name)[:, 0].astype(bool) for name in (str(named["done"]), success))
+        named |= {"truncated": "truncated"}
+        table = table.append_column("truncated", arrow.array(done & ~succeeded))
+    if "reward" not in named:
+        notes.append("no 'next.reward', so all rewards are 0: that clones the behaviour, and improves nothing")
+        named |= {"reward": "reward"}
+        table = table.append_column("reward", arrow.array(np.zeros(len(table))))
+    return _read(table, named, notes)
+
+
+def _read(table: Any, columns: Columns, notes: Sequence[str] = ()) -> Steps:
+    notes = list(notes)
+    raw = {}
+    for field, names in columns.items():
+        parts = [_column(table, name) for name in _names(names)]
+        array = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
+        label = ", ".join(_names(names))
+        raw[field] = (label, array if field in _VECTORS else array[:, 0] if array.shape[1:] == (1,) else array)
+    if "terminated" not in raw:
+        if "done" in raw:
+            label, array = raw.pop("done")
+            raw["terminated"] = (label, array)
+            if "truncated" not in raw:
+                notes.append(
+                    f"{label} is taken for the end of a task: where it is a time limit, name a 'truncated' column"
+                )
+        else:
+            raw["terminated"] = ("terminated", np.zeros(len(table), dtype=bool))
+    fields = clean(raw)
+    fields["truncated"] = fields["truncated"] | (fields.pop("done", False) & ~fields["terminated"])
+    if "done" in columns and "terminated" not in columns:
+        fields["terminated"] = fields["terminated"] & ~fields["truncated"]
+    fields = arrange(fields)
+    low, high = unit_bounds(fields)
+    least, most = fields["action"].min(axis=0), fields["action"].max(axis=0)
+    if (least < low).any() or (most > high).any():
+        low, high = least, np.maximum(most, least + 1e-3 * np.maximum(1, np.abs(least)))
+        notes.append(
+            "actions go beyond +-1, so their least and largest values are their bounds: action_spec sets others"
+        )
+    fields["notes"] = (*notes, *fields["notes"])
+    return Steps(**fields, action_bounds=(low, high))
+
+
+def _column(table: Any, name: str) -> np.ndarray:
+    """A column as ``[n, k]``: numbers, or lists of them of one length; texts (ids) as their index."""
+    if name not in table.column_names:
+        raise missing_array(repr(name), table.column_names)
+    arrow = _arrow()
+    column = table.column(name).combine_chunks()
+    if isinstance(column, arrow.ChunkedArray):
+        column = arrow.concat_arrays(column.chunks) if column.num_chunks else arrow.array([], column.type)
+    if column.null_count:
+        row = int(np.argmax(column.is_null().to_numpy(zero_copy_only=False)))
+        raise InputError(f"{name}: {column.null_count} values are missing, the first in row {row}")
+    kind = column.type
+    if arrow.types.is_string(kind) or arrow.types.is_large_string(kind):
+        column = column.dictionary_encode().indices
+    elif arrow.types.is_list(kind) or arrow.types.is_large_list(kind) or arrow.types.is_fixed_size_list(kind):
+        values = column.flatten()
+        lengths = column.value_lengths().to_numpy(zero_copy_only=False)
+        if len(lengths) and (lengths != lengths[0]).any():
+            raise InputError(f"{name}: lists of {lengths.min()} to {lengths.max()} numbers, expected one length")
+        if values.null_count or not (
+            arrow.types.is_floating(values.type)
+            or arrow.types.is_integer(values.type)
+            or arrow.types.is_boolean(values.type)
+        ):
+            raise InputError(f"{name}: lists of type {values.type}, expected numbers")
+        return values.to_numpy(zero_copy_only=False).reshape(len(column), -1)
+    elif not (arrow.types.is_floating(kind) or arrow.types.is_integer(kind) or arrow.types.is_boolean(kind)):
+        raise InputError(f"{name}: type {kind}, expected numbers or lists of them")
+    return column.to_numpy(zero_copy_only=False)[:, None]
+
+
+def _check_columns(columns: Columns | None, needed: Sequence[str] = _NEEDED) -> dict[str, str | Sequence[str]]:
+    if not columns:
+        raise InputError(
+            'a table needs columns={"observation": [...], "action": [...], "reward": "...", "terminated": "...", '
+            '"episode": "..."}, the names of its columns'
+        )
+    for field in columns:
+        if field not in FIELDS:
+            raise InputError(f"columns: {field!r} is none of {', '.join(FIELDS)}")
+    for field in needed:
+        if not _names(columns.get(field, ())):
+            raise InputError(f"columns: {field!r} must be named")
+    if not {"terminated", "truncated", "done", "episode"} & set(columns):
+        raise InputError("columns: name one of 'episode', 'terminated', 'truncated', 'done', which tell episodes apart")
+    return dict(columns)
+
+
+def _names(names: str | Sequence[str]) -> list[str]:
+    return [names] if isinstance(names, str) else list(names)
+
+
+def _arrow() -> Any:
+    arrow = require("pyarrow", "tables")
+    for part in ("parquet", "csv", "feather"):
+        require(f"pyarrow.{part}", "tables")
+    return arrow
