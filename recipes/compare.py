@@ -26,10 +26,11 @@ import torch
 from harness import spar_options
 from harness.checkpoints import Checkpoints
 from harness.directory import run_directory, started
+from harness.environment import dataset_name
 from harness.launch import RECIPES, run_recipe
 from harness.method_options import method_options
 from harness.options import option, recipe_options, unknown_option
-from harness.run import MainPhase, Run, block_length, closing_all, dataset_name, of_one_run
+from harness.run import MainPhase, Run, block_length, closing_all, of_one_run
 from harness.spar_options import Eval
 from harness.spar_run import SPARRun
 from harness.stopping import stop, stop_with_parent

@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 from harness.directory import check_options
+from harness.environment import dataset_name, load, step_limit_of
 from harness.launch import best_device, describe, run_recipe, summarize
 from harness.options import option, recipe_options
 from harness.output import check_unused, save_config
-from harness.run import Phase, dataset_name, load
+from harness.run import Phase
 from harness.scores import RESULT_SEED
 from harness.spar_options import Loss, SharedOptions
 from omegaconf import DictConfig
@@ -178,7 +179,8 @@ def main(cfg: DictConfig) -> None:
     save_policy(loss, out / "policy.pt", env=env, env_kwargs=env_kwargs, dataset=dataset_name(cfg), seed=cfg.seed)
     for name, policy in (("anchor", loss.anchor), ("spar", loss.actor)):
         returns = evaluate(policy, env, cfg.episodes, RESULT_SEED + 100_000 * cfg.seed, **env_kwargs)
-        print(f"{name}: {describe(summarize(env, returns, env_kwargs), cfg.episodes)}")
+        row = summarize(env, returns, env_kwargs)
+        print(f"{name}: {describe(row, cfg.episodes, step_limit_of(env, env_kwargs))}")
 
 
 if __name__ == "__main__":

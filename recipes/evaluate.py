@@ -18,11 +18,14 @@ from typing import Any
 import imageio.v3 as imageio
 import numpy as np
 import torch
-from harness.launch import best_device, choose_environment, describe, run_recipe, summarize
-from harness.options import option, recipe_options
+from harness.environment import choose_environment, is_same, say_what_differs, shown, step_limit_of
+from harness.launch import best_device, describe, run_recipe, summarize
+from harness.options import PROTOCOL, option, recipe_options
 from omegaconf import DictConfig
+from tensordict.nn import TensorDictModuleBase
+from torchrl.data import Bounded
 
-from torchrl_spar import InputError, SPARActor, environment_sizes, evaluate, load_policy, make_env
+from torchrl_spar import InputError, environment_sizes, evaluate, load_policy, make_env
 
 FRAMES_PER_SECOND = 30
 
@@ -50,7 +53,7 @@ def follow(env: Any) -> None:
             renderer.camera_id = camera
 
 
-def film(policy: SPARActor, env: str, seed: int, path: Path, **env_kwargs: Any) -> None:
+def film(policy: TensorDictModuleBase, env: str, seed: int, path: Path, **env_kwargs: Any) -> None:
     """One episode in real time, about 30 frames a second; the file appears whole or not at all."""
     with closing(make_env(env, **env_kwargs)) as probe:
         speed = probe.metadata.get("render_fps") or FRAMES_PER_SECOND
@@ -86,6 +89,7 @@ class Options:
         None,
         "Arguments of gymnasium.make beside those the policy was trained for, e.g. env_kwargs={continuing_task:false}.",
     )
+    protocol: str | None = option(None, PROTOCOL, choices=("d4rl",))
     episodes: int = option(20, "Number of episodes.", least=1)
     seed: int = option(0, "Seed of the first episode; each next one adds 1.", least=0)
     device: str | None = option(None, "cpu, cuda, ...; null: cuda if there is one, else cpu.")
@@ -93,6 +97,19 @@ class Options:
         None, "Also film the first episode into this file (.gif, or .mp4 where imageio's ffmpeg plugin is installed)."
     )
     threads: int = option(1, "Torch threads (one is fastest for small networks).", least=1)
+
+
+def check_actions(policy: TensorDictModuleBase, name: str, env: str, spec: Bounded) -> None:
+    """Refuses an environment whose action bounds are others than those of the policy, where it has some."""
+    low, high = getattr(policy, "low", None), getattr(policy, "high", None)
+    if low is None or high is None or low.shape != spec.shape:
+        return
+    own = Bounded(low.cpu(), high.cpu(), low.shape, dtype=torch.float32)
+    if not is_same(own, spec):
+        raise InputError(
+            f"policy={name}: its actions are {shown(own)}, those of env={env} are {shown(spec)}; evaluate it in its "
+            "own environment, or train it for this one (action_scale=env)"
+        )
 
 
 def main(cfg: DictConfig) -> None:
@@ -103,9 +120,13 @@ def main(cfg: DictConfig) -> None:
         check_video(Path(cfg.video))
         if sys.platform == "linux" and "DISPLAY" not in os.environ:
             os.environ.setdefault("MUJOCO_GL", "egl")  # Gymnasium's own choice needs a screen
-    environment_sizes(env, **env_kwargs)
+    say_what_differs("the policy", facts.get("env"), facts.get("env_kwargs", {}), env, env_kwargs)
+    _, action_spec = environment_sizes(env, **env_kwargs)
+    if env != facts.get("env"):
+        check_actions(policy, cfg.policy, env, action_spec)
     returns = evaluate(policy, env, cfg.episodes, cfg.seed, **env_kwargs)
-    print(f"{env}: {describe(summarize(env, returns, env_kwargs), cfg.episodes)}")
+    row = summarize(env, returns, env_kwargs)
+    print(f"{env}: {describe(row, cfg.episodes, step_limit_of(env, env_kwargs))}")
     if cfg.video:
         film(policy, env, cfg.seed, Path(cfg.video), **env_kwargs)
         print(f"filmed into {cfg.video}")

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from harness.launch import RECIPES, choose_environment, run_recipe
+from harness.environment import EMBEDDED, choose_environment
+from harness.launch import RECIPES, run_recipe
 from harness.output import named_error
 from harness.plots import BLUE, GREY, ORANGE, plt
-from harness.run import EMBEDDED
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table

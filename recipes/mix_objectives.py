@@ -20,10 +20,10 @@ from statistics import mean
 from typing import Any
 
 import torch
+from harness.environment import EMBEDDED
 from harness.launch import RECIPES, run_recipe
 from harness.options import option, recipe_options
 from harness.output import check_unused, write_json
-from harness.run import EMBEDDED
 from harness.spar_options import Loss, Phase
 from mixing import joint_loss as mixes
 from omegaconf import DictConfig

@@ -19,6 +19,7 @@ from harness.output import data_score, write_text
 from reporting.runs import Run, read_runs, write_table
 
 from torchrl_spar import InputError
+from torchrl_spar.paths import user_path
 
 
 def table(runs: list[Run]) -> str:
@@ -91,7 +92,8 @@ def _scores(run: Run) -> list[float | None]:
 
 if __name__ == "__main__":
     given = [argument for argument in sys.argv[1:] if not argument.startswith("table=")]
-    tables = [Path(argument.removeprefix("table=")) for argument in sys.argv[1:] if argument.startswith("table=")]
+    given = [str(user_path(name)) for name in given]
+    tables = [user_path(argument.removeprefix("table=")) for argument in sys.argv[1:] if argument.startswith("table=")]
     if not given or not all(Path(name.partition("@")[0]).exists() for name in given) or len(tables) > 1:
         sys.exit("error: usage: python recipes/report.py FOLDER[@METHOD]... [table=FILE]: folders with runs or tables")
     try:

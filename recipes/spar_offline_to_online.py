@@ -17,9 +17,9 @@ from typing import Any
 import compare
 import spar_d4rl
 from harness.directory import run_directory
+from harness.environment import dataset_name
 from harness.launch import run_recipe
 from harness.options import option, recipe_options
-from harness.run import dataset_name
 from harness.spar_run import SPARRun
 from omegaconf import DictConfig
 from online.curves import report

@@ -9,9 +9,10 @@ from torchrl_spar.data.returns import returns_to_go
 from torchrl_spar.diagnostics import gradient_cosine, normal_share, support_distance, tangent_normal_split
 from torchrl_spar.errors import InputError, NonFiniteError
 from torchrl_spar.evaluation.background import BackgroundEvaluator
+from torchrl_spar.evaluation.environments import environment_sizes, make_env
 from torchrl_spar.evaluation.policy_file import load_policy, save_policy
 from torchrl_spar.evaluation.reference_scores import normalized_score, reference_returns
-from torchrl_spar.evaluation.rollouts import environment_sizes, evaluate, make_env
+from torchrl_spar.evaluation.rollouts import evaluate
 from torchrl_spar.objective import SPARLoss
 from torchrl_spar.residual import GaussianEncoder, ResidualHead, ResidualVAE, SPARActor
 from torchrl_spar.sharing import share_critics

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from harness.environment import EMBEDDED
 from harness.launch import RECIPES
 from harness.options import option
-from harness.run import EMBEDDED
 from harness.spar_options import Loss, Phase
 from omegaconf import DictConfig
 from tensordict import TensorDictBase

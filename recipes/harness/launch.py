@@ -5,17 +5,19 @@ from __future__ import annotations
 import inspect
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import hydra
 import torch
+from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from harness.options import OPTIONS, checked, explain, print_help
@@ -46,6 +48,7 @@ def run_recipe(main: Callable[[DictConfig], None], name: str) -> None:
     def guarded(cfg: DictConfig) -> None:
         try:
             plain = checked(cfg, name)
+            expand_home(plain)
             check_seeds(plain)
             main(plain)
         except InputError as err:
@@ -61,8 +64,9 @@ def run_recipe(main: Callable[[DictConfig], None], name: str) -> None:
             sys.exit(128 + err.signum)
 
     # Each recipe owns its output: Hydra's log files are not used, and what --multirun notes lies aside.
-    sys.argv += ["hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none"]
-    sys.argv += ["hydra.sweep.dir=outputs/multirun", "hydra.sweep.subdir=."]
+    own = ["hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none"]
+    own += ["hydra.sweep.dir=outputs/multirun", "hydra.sweep.subdir=."]
+    sys.argv[1:] = with_overrides(sys.argv[1:], own)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here instead of being printed
     try:
         with stop.handled():
@@ -73,6 +77,34 @@ def run_recipe(main: Callable[[DictConfig], None], name: str) -> None:
     except Stopped as err:  # between runs, or where there is nothing to go on with
         print(err, file=sys.stderr)
         sys.exit(128 + err.signum)
+
+
+def with_overrides(arguments: Sequence[str], added: Sequence[str]) -> list[str]:
+    """Hydra's flags wherever they stand among the overrides, which its parser takes in one piece alone."""
+    given, _ = get_args_parser().parse_known_intermixed_args(arguments)
+    overrides = Counter(given.overrides)
+    flags: list[str] = []
+    for argument in reversed(arguments):
+        if overrides[argument]:
+            overrides[argument] -= 1
+        else:
+            flags.insert(0, argument)
+    return [*given.overrides, *added, *flags]
+
+
+def expand_home(cfg: DictConfig) -> None:
+    """`~` in every path; where nobody knows the home directory, data is not cached, and other paths must be whole."""
+    for key, value in cfg.items():
+        name = str(key)
+        if isinstance(value, DictConfig):
+            expand_home(value)
+        elif isinstance(value, str) and value.startswith("~"):
+            path = os.path.expanduser(value)
+            if path.startswith("~") and name != "cache":
+                raise InputError(f"{name}={value}: there is no such home directory here; give the whole path")
+            if path.startswith("~"):
+                print(f"cache={value}: there is no home directory here, so data is not cached", file=sys.stderr)
+            cfg[name] = None if path.startswith("~") else path
 
 
 def check_seeds(cfg: DictConfig) -> None:
@@ -91,34 +123,23 @@ def best_device(name: str | None) -> torch.device:
     return device
 
 
-def choose_environment(
-    cfg: DictConfig, source: str, known: str | None, kwargs: Mapping[str, Any]
-) -> tuple[str, dict[str, Any]]:
-    """The environment that is asked for, else the one that the source knows with its arguments; `env_kwargs` adds."""
-    env = cfg.env or known
-    if env is None:
-        raise InputError(f"env: {source} does not name its environment; give one, e.g. env=Hopper-v5")
-    asked = cfg.env_kwargs
-    if not (asked is None or isinstance(asked, DictConfig)):
-        raise InputError(f"env_kwargs={asked}: must be names and values, e.g. env_kwargs={{continuing_task:false}}")
-    added: Any = {} if asked is None else OmegaConf.to_container(asked, resolve=True)
-    for name in added:
-        if not isinstance(name, str) or name in RESERVED:
-            raise InputError(f"env_kwargs: {name!r} is no argument of an environment that can be set here")
-    return env, {**(kwargs if env == known else {}), **added}
-
-
 def summarize(env: str, returns: torch.Tensor, env_kwargs: Mapping[str, Any]) -> dict[str, float | None]:
     """Mean, spread and normalised score of episodes; None where D4RL has no reference for what the returns count."""
     mean, score = returns.mean().item(), None
-    # Else the kitchen rewards all steps after a task: the sum is no number of tasks.
-    if "kitchen" not in env.lower() or env_kwargs.get("remove_task_when_completed", True):
+    # Else it is another environment under a known name, or a kitchen that rewards all steps after a task.
+    if is_own(env_kwargs.get("entry_point")) and env_kwargs.get("remove_task_when_completed", True):
         with suppress(InputError):
             score = normalized_score(env, returns).mean().item()
     return {"return_mean": mean, "return_std": returns.std(correction=0).item(), "normalized": score}
 
 
-def describe(row: Mapping[str, float | None], episodes: int) -> str:
-    """What `summarize` returns, as a line's end."""
+def is_own(entry_point: str | None) -> bool:
+    """Whether an environment is what Gymnasium or gymnasium-robotics registers by its id."""
+    return entry_point is None or entry_point.startswith(("gymnasium.", "gymnasium_robotics."))
+
+
+def describe(row: Mapping[str, float | None], episodes: int, steps: int | None = None) -> str:
+    """What `summarize` returns, as a line's end; with the steps after which the episodes are cut, if any."""
     score = "" if row["normalized"] is None else f", normalised score {row['normalized']:.1f}"
-    return f"return {row['return_mean']:.1f} +- {row['return_std']:.1f} over {episodes} episodes{score}"
+    limit = "" if steps is None else f" of up to {steps} steps"
+    return f"return {row['return_mean']:.1f} +- {row['return_std']:.1f} over {episodes} episodes{limit}{score}"

@@ -18,6 +18,10 @@ from torchrl_spar import InputError
 T = TypeVar("T")
 # The dataclass of each recipe, by the recipe's name.
 OPTIONS: dict[str, Any] = {}
+PROTOCOL = (
+    "d4rl: the environment counts as D4RL's does (Adroit's horizons, rewards and ends; AntMaze ends at the goal; the "
+    "kitchen rewards a task once); null: it is left as it is."
+)
 KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
 
 

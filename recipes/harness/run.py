@@ -13,7 +13,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
@@ -22,39 +21,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from harness.checkpoints import Checkpoints, P
-from harness.launch import RECIPES, best_device, choose_environment, summarize
+from harness.environment import dataset_name, load, longest_episode, step_limit_of
+from harness.launch import RECIPES, best_device, summarize
 from harness.loggers import make_logger
 from harness.output import MetricLog, save_config, write_json
 from harness.scores import Scores
-from torchrl_spar import InputError, OfflineReplayBuffer, Progress, environment_sizes, load_offline_dataset
+from torchrl_spar import Progress
 
-EMBEDDED = "torchrl-spar/hopper/medium-v0"
 VERSIONED = ("torchrl-spar", "torch", "torchrl", "tensordict", "gymnasium", "mujoco")
 # Updates that are made without a look at anything else, at most.
 LONGEST_BLOCK = 100
-
-
-def dataset_name(cfg: DictConfig) -> str:
-    return EMBEDDED if cfg.dataset == "embedded" else str(cfg.dataset)
-
-
-def load(cfg: DictConfig, device: torch.device) -> tuple[OfflineReplayBuffer, str, dict[str, Any]]:
-    """The data, the environment and its arguments, checked against each other."""
-    source = RECIPES / "data" / EMBEDDED if cfg.dataset == "embedded" else cfg.dataset
-    data = load_offline_dataset(
-        source, batch_size=cfg.batch_size, device=device, cache=cfg.cache, end_at_success=cfg.end_at_success
-    )
-    if not len(data.episode_returns):
-        raise InputError(f"dataset={cfg.dataset}: its rows are in no order of time, and the critics start from returns")
-    env, env_kwargs = choose_environment(cfg, cfg.dataset, data.env_id, data.env_kwargs)
-    observation_dim, action_spec = environment_sizes(env, **env_kwargs)
-    for name, found, expected in (
-        ("observations", data.observation_loc.numel(), observation_dim),
-        ("actions", data.action_spec.shape[-1], action_spec.shape[-1]),
-    ):
-        if found != expected:
-            raise InputError(f"dataset={cfg.dataset}: {name} have size {found}, env={env} has {expected}")
-    return data, env, env_kwargs
 
 
 class Phase:
@@ -107,6 +83,7 @@ class Run:
         self.device = best_device(cfg.device)
         self.data, self.env, self.env_kwargs = load(cfg, self.device)
         self.data_scores = summarize(self.env, self.data.episode_returns, self.data.env_kwargs)
+        self.steps = {"data": longest_episode(self.data), "evaluation": step_limit_of(self.env, self.env_kwargs)}
 
     @property
     def method(self) -> str:
@@ -160,7 +137,7 @@ class Run:
         results = {
             "dataset": dataset_name(cfg), "env": self.env, "env_kwargs": self.env_kwargs, "seed": self.seed,
             "method": self.method,
-            "updates": cfg.spar.updates, **self.scores.results, "data": self.data_scores,
+            "updates": cfg.spar.updates, **self.scores.results, "data": self.data_scores, "steps": self.steps,
             "episodes": cfg.eval.final_episodes, "updates_per_second": updates_per_second,
             "wall_seconds": self.checkpoints.seconds,
             "versions": {name: version(name) for name in VERSIONED}, "commit": commit(),
@@ -293,15 +270,18 @@ def commit() -> str | None:
 def show(results: dict[str, Any], out: Path) -> None:
     table = Table(title=f"{results['method']}, {results['env']}, {results['dataset']}, {results['episodes']} episodes")
     table.add_column("")
-    for name in ("return", "+-", "score"):
+    for name in ("return", "+-", "score", "steps up to"):
         table.add_column(name, justify="right")
     for name in ("data", "anchor", "spar", "policy"):
         if (row := results.get(name)) is None:
             continue
         normalized = "-" if row["normalized"] is None else f"{row['normalized']:.1f}"
-        table.add_row(name, f"{row['return_mean']:.1f}", f"{row['return_std']:.1f}", normalized)
+        steps = results["steps"]["data" if name == "data" else "evaluation"]
+        table.add_row(name, f"{row['return_mean']:.1f}", f"{row['return_std']:.1f}", normalized, str(steps))
     console = Console()
     console.print(table)
+    if results["steps"]["data"] > results["steps"]["evaluation"]:
+        console.print("The data's episodes go on for longer than an evaluation: their returns do not compare.")
     console.print(
         f"{results['updates_per_second']:.1f} updates/s, {results['wall_seconds']:.0f} s in all; files in {out}"
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from harness.options import option, recipe_options
+from harness.options import PROTOCOL, option, recipe_options
 
 
 @dataclass
@@ -63,7 +63,18 @@ class SharedOptions:
     env_kwargs: Any = option(
         None,
         "Arguments of gymnasium.make beside the data set's own, e.g. env_kwargs={continuing_task:false} "
-        "(+env_kwargs=... where a preset has some); null: no others.",
+        "null: no others.",
+    )
+    protocol: str | None = option(None, PROTOCOL, choices=("d4rl",))
+    action_bounds: Any = option(
+        None,
+        "Bounds of the data's actions: two numbers or two lists of them, [low,high]; env: the environment's. null: "
+        "those that a Minari set records; of a file -1 to 1, or the environment's where they go beyond.",
+    )
+    action_scale: str | None = option(
+        None,
+        "env: actions are rescaled from their bounds to the environment's; null: bounds that differ are refused.",
+        choices=("env",),
     )
     end_at_success: bool = option(
         False, "Whether a success ends its episode and 1 is taken from all rewards: for mazes with rewards of 0 and 1."

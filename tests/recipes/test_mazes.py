@@ -200,7 +200,8 @@ class Corridor(gymnasium.Env):
         return {key: space.low for key, space in SPACE.spaces.items()}, self.pay, ended, self.now == 5, {}
 
 
-gymnasium.register("Corridor-v0", f"{__name__}:Corridor")  # a name, as Minari keeps it in its JSON
+CORRIDOR = {"entry_point": f"{__name__}:Corridor"}  # a name, as Minari keeps it in its JSON
+gymnasium.register("Corridor-v0", **CORRIDOR)
 
 
 def make_set(root, **options):
@@ -211,11 +212,11 @@ def test_arguments_are_those_of_evaluation_else_of_the_collection(tmp_path):
     collected = gymnasium.make("Corridor-v0", pay=3.0, halls=[[1, "g"], [0, 1]])
     meant = gymnasium.make("Corridor-v0", pay=7.0)
     plain = load_offline_dataset(make_set(tmp_path / "a", env=collected))
-    assert (plain.env_id, plain.env_kwargs) == ("Corridor-v0", {"pay": 3.0, "halls": [[1, "g"], [0, 1]]})
+    assert (plain.env_id, plain.env_kwargs) == ("Corridor-v0", {"pay": 3.0, "halls": [[1, "g"], [0, 1]], **CORRIDOR})
     path = make_set(tmp_path / "b", env=collected, eval_env=meant)
     for _ in range(2):  # written to the cache, then read from it
         buffer = load_offline_dataset(path, cache=tmp_path / "cache")
-        assert (buffer.env_id, buffer.env_kwargs) == ("Corridor-v0", {"pay": 7.0})
+        assert (buffer.env_id, buffer.env_kwargs) == ("Corridor-v0", {"pay": 7.0, **CORRIDOR})
     assert load_offline_dataset(make_set(tmp_path / "c")).env_kwargs == {}
 
 
@@ -252,14 +253,14 @@ def test_a_run_its_policy_and_the_evaluate_recipe_use_the_arguments(tmp_path, mo
 
 
 def test_wrong_arguments_are_named(tmp_path):
-    from harness.run import load
+    from harness.environment import load
 
     path = make_set(tmp_path, env=gymnasium.make("Corridor-v0"))
     dense = f"dataset={write(tmp_path / 'dense.npz', ARRAYS)}"
     for options, message in (
         (["env_kwargs={colour:red}"], r"Corridor-v0.*env_kwargs=.*colour"),
         (["env_kwargs=3"], r"env_kwargs=3: must be names and values"),
-        ([dense, "env=Corridor-v0", "end_at_success=true"], r"dense.npz: end_at_success: 7 rewards"),
+        ([dense, "end_at_success=true"], r"dense.npz: end_at_success: 7 rewards"),
     ):
         cfg = compose_recipe("spar_d4rl", f"dataset={path}", "cache=null", "out=x", *options)
         with pytest.raises(InputError, match=message):
@@ -269,7 +270,7 @@ def test_wrong_arguments_are_named(tmp_path):
 def test_the_kitchens_tasks_are_the_data_sets(tmp_path):
     """Its observation has two entries a task, so that the wrong tasks do not fit; a preset adds how tasks count."""
     pytest.importorskip("gymnasium_robotics")
-    from harness.run import load
+    from harness.environment import load
 
     from torchrl_spar import make_env
 

@@ -56,8 +56,8 @@ def test_of_several_presets_the_last_wins():
     assert field["end_at_success"] is True and field["eval.final_episodes"] == 100
     assert smoke["spar.updates"] == 120 and smoke["eval.final_episodes"] == 2 and smoke["spar.loss.expectile"] == 0.9
     assert both["spar.updates"] == 1_000_000 and both["eval.final_episodes"] == 10
-    mine = composed("preset=[d4rl,antmaze]", "eval.final_episodes=3", "+env_kwargs={pay:1}")
-    assert mine["eval.final_episodes"] == 3 and mine["env_kwargs"] == {"continuing_task": False, "pay": 1}
+    mine = composed("preset=[d4rl,antmaze]", "eval.final_episodes=3", "env_kwargs={pay:1}")
+    assert mine["eval.final_episodes"] == 3 and mine["protocol"] == "d4rl" and mine["env_kwargs"] == {"pay": 1}
 
 
 @pytest.mark.parametrize("name", PRESETS)

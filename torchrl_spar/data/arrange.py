@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from torchrl_spar.data.horizon import has_fixed_horizon
 from torchrl_spar.data.jumps import FEWEST, find_jumps, go_on, is_disordered
 from torchrl_spar.data.order import Links, are_unrelated, chained, equal_rows, find_links, is_cut
 
@@ -121,6 +122,8 @@ def _episodes(
     jumps = find_jumps(observation, told | terminated)
     disordered = is_disordered(observation, told | terminated)
     again[rows] = go_on(observation, rows) & (not disordered)
+    if has_fixed_horizon(terminated, stop):
+        again = terminated & ~told
     ends = told | (terminated & ~again)
     if disordered:
         notes.append(

@@ -29,6 +29,7 @@ from torchrl_spar.data.success import end_at_success as relabel
 from torchrl_spar.data.tables import SUFFIXES, Columns, find_lerobot, read_lerobot, read_table
 from torchrl_spar.data.tensordicts import read_tensordict
 from torchrl_spar.errors import InputError, check_bounds
+from torchrl_spar.paths import user_path
 
 # Float32 rounding and simulators leave actions this far outside their bounds.
 ACTION_TOLERANCE = 1e-6
@@ -225,7 +226,7 @@ def load_offline_dataset(
                 field: names if isinstance(names, str) else list(names) for field, names in (columns or {}).items()
             }
             options = [None if given is None else [bound.tolist() for bound in given], end_at_success, named]
-            content, facts = load_cached(path, options, Path(cache).expanduser(), build) if cache else build()
+            content, facts = load_cached(path, options, user_path(cache), build) if cache else build()
     except InputError as err:
         raise InputError(f"{name}: {err}") from err.__cause__
     for note in facts["notes"]:
@@ -257,7 +258,7 @@ def _find(
     if isinstance(source, str) and source.startswith("lerobot:"):
         return find_lerobot(source.removeprefix("lerobot:"), root), partial(read_lerobot, columns=columns)
     if isinstance(source, (str, os.PathLike)):
-        path = Path(source).expanduser()
+        path = user_path(source)
         if path.suffix.lower() in SUFFIXES:
             return path, partial(read_table, columns=columns)
         if columns:

@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 
 from torchrl_spar.data.arrange import arrange
+from torchrl_spar.data.environment import recorded_environment
 from torchrl_spar.data.observations import flatten_observation
 from torchrl_spar.data.sources import environment_variable, missing_array, readable, require
 from torchrl_spar.data.steps import Steps, check_continuous, check_numbers, clean, columns_in_need, unit_bounds
 from torchrl_spar.errors import InputError
+from torchrl_spar.paths import user_path
 
 # Each field's names in a file, D4RL's first.
 _FILE_KEYS = {
@@ -29,8 +31,7 @@ _FILE_KEYS = {
 def find_minari(dataset_id: str, root: str | os.PathLike[str] | None) -> Path:
     """The directory of a Minari data set, downloaded if it is not there."""
     minari = require("minari")
-    default = os.environ.get("MINARI_DATASETS_PATH") or Path.home() / ".minari" / "datasets"
-    base = Path(root or default).expanduser()
+    base = user_path(root or os.environ.get("MINARI_DATASETS_PATH") or "~/.minari/datasets")
     if not (base / dataset_id / "data").exists():
         with environment_variable("MINARI_DATASETS_PATH", str(base)):  # the only way to tell Minari where
             try:
@@ -47,6 +48,12 @@ def find_minari(dataset_id: str, root: str | os.PathLike[str] | None) -> Path:
 def read_minari(directory: Path, *, with_success: bool = False) -> Steps:
     """A Minari data set; every step has its next observation. ``with_success``: also its ``infos["success"]``."""
     if not (directory / "data" / "metadata.json").is_file():
+        if (directory / "data" / "main_data.hdf5").is_file():
+            raise InputError(
+                "a data set from before Minari 0.5: it has no data/metadata.json. Download it again with today's "
+                "Minari, or read it with the Minari that wrote it (pip install 'minari<0.5') and give its arrays as a "
+                ".npz file"
+            )
         raise InputError("the directory is no Minari data set: it holds no data/metadata.json")
     minari = require("minari")
     with readable():
@@ -73,14 +80,14 @@ def read_minari(directory: Path, *, with_success: bool = False) -> Steps:
         labels["success"] = "success"
     fields = clean({name: (label, arrays.pop(label)) for name, label in labels.items()})
     spec = dataset._eval_env_spec or dataset.env_spec  # what the authors mean to evaluate in, if they say so
+    env_id, env_kwargs = recorded_environment(spec)
     return Steps(
         **fields,
         known=np.ones(sum(lengths), dtype=bool),
         episode=np.repeat(np.arange(len(lengths)), lengths),
         action_bounds=(space.low, space.high),
-        env_id=None if spec is None else spec.id,
-        # How the collector looked on is no property of the task.
-        env_kwargs=None if spec is None else {key: x for key, x in spec.kwargs.items() if key != "render_mode"},
+        env_id=env_id,
+        env_kwargs=env_kwargs,
     )
 
 

@@ -21,13 +21,17 @@ from torchrl.envs.utils import exploration_type, set_exploration_type
 from torchrl_spar.errors import InputError
 from torchrl_spar.evaluation.rollouts import evaluate
 
+# The exit code of a process that has come upon this class again while it read the script.
+_NO_GUARD = 96
+
 
 class BackgroundEvaluator:
     """:func:`evaluate` in a process of its own, one evaluation after the other.
 
     The returns are those of :func:`evaluate` with one torch thread. Leaving the ``with`` block,
     or the end of this process however it comes, ends the other one and what it has not finished.
-    The process is spawned: as always in Python, a script needs ``if __name__ == "__main__":``.
+    The process is spawned: as always in Python, a script needs ``if __name__ == "__main__":``. Without it the first
+    evaluation ends in an :class:`InputError` that says so.
 
     Source: ours. TorchRL's ``Evaluator`` gives its episodes no seeds.
 
@@ -44,6 +48,8 @@ class BackgroundEvaluator:
     """
 
     def __init__(self) -> None:
+        if getattr(multiprocessing.current_process(), "_inheriting", False):
+            os._exit(_NO_GUARD)  # which the script's own process reports
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs,), name="evaluation", daemon=True)
@@ -137,12 +143,17 @@ class BackgroundEvaluator:
 
     def _lost(self) -> InputError:
         self._process.join()
-        code = self._process.exitcode or 0
-        how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"gone with exit code {code}"
-        return InputError(
-            f"evaluation {self._unfinished[0][0]!r}: its process {self._process.pid} was {how}; "
-            "if memory ran out, evaluate in line or with fewer episodes"
-        )
+        code, what = self._process.exitcode or 0, f"evaluation {self._unfinished[0][0]!r}: its process"
+        if code == _NO_GUARD:
+            return InputError(
+                f"{what} is started anew while it reads your script, which lacks the guard: put what the script does "
+                'under if __name__ == "__main__":, or evaluate in line'
+            )
+        if code < 0:
+            how = f"was killed by {signal.Signals(-code).name}; the system does so where memory runs out (SIGKILL)"
+        else:
+            how = f"ended with exit code {code}; what it printed says why"
+        return InputError(f"{what} {self._process.pid} {how}. Evaluate in line to do without it")
 
 
 def _serve(connection: Connection) -> None:

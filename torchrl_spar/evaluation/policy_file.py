@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import os
 import pickle
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from tensordict.nn import TensorDictModuleBase
 from torchrl_spar.build import rebuild_actor
 from torchrl_spar.errors import InputError, first_line
 from torchrl_spar.objective import SPARLoss
+from torchrl_spar.paths import user_path
 
 FORMAT = "torchrl_spar.evaluation.policy_file.1"
 
@@ -59,7 +59,7 @@ def save_policy(policy: SPARLoss | TensorDictModuleBase, path: str | os.PathLike
                 f"{name}={value!r}: of type {type(value).__name__}; facts must be numbers, strings, None, or lists "
                 "and dictionaries of them"
             )
-    path = Path(path)
+    path = user_path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with partial.open("wb") as file:
@@ -104,7 +104,7 @@ def load_policy(
         >>> policy(observation=torch.zeros(4, 3)).shape, facts["env"]
         (torch.Size([4, 2]), 'Toy-v0')
     """
-    path = Path(path)
+    path = user_path(path)
     if not path.is_file():
         raise InputError(f"{path}: no such policy file")
     try:

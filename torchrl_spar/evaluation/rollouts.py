@@ -2,86 +2,20 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from tensordict.nn import TensorDictModuleBase
-from torchrl.data import Bounded
 
 from torchrl_spar.data.observations import flatten_observation
-from torchrl_spar.errors import InputError, check_bounds
+from torchrl_spar.errors import InputError
+from torchrl_spar.evaluation.environments import make_env, step_limit
 from torchrl_spar.evaluation.fast_policy import action_function
 
-
-def make_env(env_id: str, **kwargs: Any) -> Any:
-    """``gymnasium.make`` that knows gymnasium-robotics and names what is missing.
-
-    Args:
-        env_id: a registered Gymnasium environment.
-        **kwargs: passed to ``gymnasium.make``.
-
-    Returns:
-        The Gymnasium environment, wrappers of its registration included.
-
-    Raises:
-        InputError: if Gymnasium or the environment is missing, or it does not take an argument.
-
-    Source: ours.
-
-    Examples:
-        >>> make_env("NoSuchRobot-v0")
-        Traceback (most recent call last):
-            ...
-        torchrl_spar.errors.InputError: environment 'NoSuchRobot-v0' cannot be made: ...
-    """
-    try:
-        import gymnasium
-    except ImportError:
-        raise InputError("evaluation needs gymnasium: pip install 'torchrl-spar[recipes]'") from None
-    if env_id not in gymnasium.registry and importlib.util.find_spec("gymnasium_robotics") is not None:
-        gymnasium.register_envs(importlib.import_module("gymnasium_robotics"))
-    try:
-        return gymnasium.make(env_id, **kwargs)
-    except Exception as err:  # a constructor fails on a wrong argument in any way it likes
-        given = f" with env_kwargs={kwargs}" if kwargs else ""
-        raise InputError(f"environment {env_id!r} cannot be made{given}: {err}") from None
-
-
-def environment_sizes(env_id: str, **env_kwargs: Any) -> tuple[int, Bounded]:
-    """What an environment expects of a policy.
-
-    Args:
-        env_id: a registered Gymnasium environment with a bounded continuous action.
-        **env_kwargs: passed to ``gymnasium.make``.
-
-    Returns:
-        The size of the flattened observation, and the action spec (float32).
-
-    Raises:
-        InputError: if the environment is missing or its action is not a bounded box.
-
-    Source: ours.
-
-    Examples:
-        >>> size, spec = environment_sizes("Pendulum-v1")
-        >>> size, spec.shape, spec.space.high
-        (3, torch.Size([1]), tensor([2.]))
-    """
-    env = make_env(env_id, **env_kwargs)
-    try:
-        observation, _ = env.reset(seed=0)
-        space = env.action_space
-        if not hasattr(space, "low") or len(space.shape) != 1:
-            raise InputError(f"environment {env_id!r} has the action space {space}; SPAR needs a bounded 1-d Box")
-        check_bounds(f"environment {env_id!r}: its action space", space.low, space.high)
-        low, high = torch.as_tensor(space.low).float(), torch.as_tensor(space.high).float()
-        return flatten_observation(observation).shape[-1], Bounded(low, high, low.shape, dtype=torch.float32)
-    finally:
-        env.close()
+# Where an environment has no step limit: an episode this long will not end by itself.
+LONGEST_EPISODE = 5_000
 
 
 def evaluate(
@@ -102,18 +36,19 @@ def evaluate(
     Args:
         policy: a module that reads ``"observation"`` ``[n, observation_dim]`` (raw units,
             dictionaries flattened by :func:`flatten_observation`) and writes ``"action"``.
-        env_id: a registered Gymnasium environment.
+        env_id: a Gymnasium environment. One without a step limit must end its episodes itself, within 5,000 steps.
         episodes: how many episodes.
         seed: the first episode's seed.
         on_step: called with the list of environments after every step, to record frames.
-        **env_kwargs: passed to ``gymnasium.make``.
+        **env_kwargs: as for :func:`make_env`, ``max_episode_steps`` among them.
 
     Returns:
         Returns in the environment's reward units, float64 ``[episodes]``.
 
     Raises:
-        InputError: if ``episodes`` is below 1, the environment is missing, the policy's sizes do not fit it, or the
-            policy reads more than the observation (a recurrent one its state).
+        InputError: if ``episodes`` is below 1, the environment is missing or does not end, the policy does not accept
+            its observations or its actions do not fit, or the policy reads more than the observation (a recurrent one
+            its state).
 
     Source: ours.
 
@@ -134,6 +69,8 @@ def evaluate(
     device = state[0].device if state else torch.device("cpu")
     # What a policy was trained on in float64, float32 is too coarse for.
     dtype = np.float64 if any(tensor.dtype == torch.float64 for tensor in state) else np.float32
+    types = {tensor.dtype for tensor in state if tensor.is_floating_point()}
+    own = types.pop() if len(types) == 1 else None  # as of a policy in bfloat16
     act = action_function(policy)
     envs = [make_env(env_id, **env_kwargs) for _ in range(episodes)]
     try:
@@ -141,11 +78,12 @@ def evaluate(
         returns = [0.0] * episodes
         observations = [flatten_observation(env.reset(seed=seed + i)[0], dtype=dtype) for i, env in enumerate(envs)]
         running = list(range(episodes))
-        while running:
+        limit = step_limit(envs[0]) or LONGEST_EPISODE
+        for _ in range(limit):
             batch = np.empty((len(running), *observations[0].shape), dtype)
             for row, observation in enumerate(observations):
                 batch[row] = observation
-            actions = _act(act, torch.from_numpy(batch).to(device), env_id, space)
+            actions = _act(act, torch.from_numpy(batch).to(device, own), env_id, space)
             still_running, observations = [], []
             for i, action in zip(running, actions):
                 observation, reward, terminated, truncated, _ = envs[i].step(action)
@@ -156,6 +94,13 @@ def evaluate(
             running = still_running
             if on_step is not None:
                 on_step(envs)
+            if not running:
+                break
+        else:
+            raise InputError(
+                f"environment {env_id!r} has not ended {len(running)} of {episodes} episodes after {limit} steps: give "
+                "a step limit, max_episode_steps=... (in recipes env_kwargs={max_episode_steps:...})"
+            )
         return torch.tensor(returns, dtype=torch.float64)
     finally:
         for env in envs:
@@ -167,9 +112,10 @@ def _act(act: Callable[[torch.Tensor], torch.Tensor], observation: torch.Tensor,
     try:
         action = act(observation)
     except RuntimeError as err:
+        kind = f"{str(observation.dtype).removeprefix('torch.')} on {observation.device}"
         raise InputError(
-            f"the policy does not accept {env_id!r}'s observations of size {observation.shape[-1]}: {err}"
+            f"the policy fails on {env_id!r}'s observations of size {observation.shape[-1]}, {kind}: {err}"
         ) from None
     if action.shape[1:] != space.shape:
         raise InputError(f"the policy's actions have shape {tuple(action.shape[1:])}, {env_id!r} takes {space.shape}")
-    return action.cpu().numpy().astype(space.dtype, copy=False)
+    return action.cpu().double().numpy().astype(space.dtype)  # numpy has no bfloat16

@@ -1,0 +1,123 @@
+"""Gymnasium environments by their id, or as a data set records them: arguments, step limit, wrappers, entry point."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torchrl.data import Bounded
+
+from torchrl_spar.data.observations import flatten_observation
+from torchrl_spar.errors import InputError, check_bounds
+
+
+def make_env(env_id: str, **kwargs: Any) -> Any:
+    """``gymnasium.make`` that knows gymnasium-robotics, makes what a data set records, and names what is missing.
+
+    Args:
+        env_id: a Gymnasium environment; ``"module:id"`` imports the module that registers it.
+        **kwargs: passed to ``gymnasium.make`` (``max_episode_steps`` among them), but for two parts of a
+            recorded specification: ``entry_point="module:Class"`` makes the environment of an id that nothing
+            registers here, and ``additional_wrappers`` are put around it, in order: Gymnasium's wrapper
+            specifications, as a list of dictionaries with ``name``, ``entry_point`` and ``kwargs``.
+
+    Returns:
+        The Gymnasium environment, wrappers of its registration included.
+
+    Raises:
+        InputError: if Gymnasium, the environment or a module that it names is missing, a wrapper was recorded without
+            its arguments, or the environment does not take an argument.
+
+    Source: ours; the two parts are those of Gymnasium's ``EnvSpec``.
+
+    Examples:
+        >>> make_env("NoSuchRobot-v0")
+        Traceback (most recent call last):
+            ...
+        torchrl_spar.errors.InputError: environment 'NoSuchRobot-v0' cannot be made: ...
+        >>> halved = {"min_action": -0.5, "max_action": 0.5}
+        >>> wrapper = {"name": "", "entry_point": "gymnasium.wrappers:RescaleAction", "kwargs": halved}
+        >>> make_env("Pendulum-v1", additional_wrappers=[wrapper]).action_space
+        Box(-0.5, 0.5, (1,), float32)
+    """
+    try:
+        import gymnasium
+    except ImportError:
+        raise InputError("evaluation needs gymnasium: pip install 'torchrl-spar[recipes]'") from None
+    if env_id not in gymnasium.registry and importlib.util.find_spec("gymnasium_robotics") is not None:
+        gymnasium.register_envs(importlib.import_module("gymnasium_robotics"))
+    arguments = dict(kwargs)
+    entry_point, wrappers = arguments.pop("entry_point", None), arguments.pop("additional_wrappers", None)
+    try:
+        return gymnasium.make(_specification(env_id, entry_point, wrappers or ()), **arguments)
+    except ModuleNotFoundError as err:  # also of the module that an entry point or "module:id" names
+        name = err.name or env_id.partition(":")[0]
+        raise InputError(
+            f"environment {env_id!r} needs the module {name!r}, which is not installed here: install the package "
+            "that has it, or put its folder on PYTHONPATH"
+        ) from None
+    except Exception as err:  # a constructor fails on a wrong argument in any way it likes
+        given = f" with env_kwargs={kwargs}" if kwargs else ""
+        remedy = ""
+        if lost := [wrapper["name"] for wrapper in wrappers or () if wrapper["kwargs"] is None]:
+            remedy = f". Register an environment that contains {', '.join(lost)}, and name it (env=...)"
+        raise InputError(f"environment {env_id!r} cannot be made{given}: {err}{remedy}") from None
+
+
+def _specification(env_id: str, entry_point: str | None, wrappers: Iterable[Mapping[str, Any]]) -> Any:
+    """What ``gymnasium.make`` takes: the id, where nothing else is known."""
+    import gymnasium
+    from gymnasium.envs.registration import EnvSpec, WrapperSpec
+
+    if entry_point is None and not wrappers:
+        return env_id
+    around = tuple(WrapperSpec(wrapper["name"], wrapper["entry_point"], wrapper["kwargs"]) for wrapper in wrappers)
+    spec = gymnasium.spec(env_id) if entry_point is None else EnvSpec(env_id, entry_point)
+    return replace(spec, additional_wrappers=(*spec.additional_wrappers, *around))
+
+
+def environment_sizes(env_id: str, **env_kwargs: Any) -> tuple[int, Bounded]:
+    """What an environment expects of a policy.
+
+    Args:
+        env_id: a Gymnasium environment with a bounded continuous action.
+        **env_kwargs: as for :func:`make_env`.
+
+    Returns:
+        The size of the flattened observation, and the action spec (float32).
+
+    Raises:
+        InputError: if the environment is missing or its action is not a bounded box.
+
+    Source: ours.
+
+    Examples:
+        >>> size, spec = environment_sizes("Pendulum-v1")
+        >>> size, spec.shape, spec.space.high
+        (3, torch.Size([1]), tensor([2.]))
+    """
+    env = make_env(env_id, **env_kwargs)
+    try:
+        observation, _ = env.reset(seed=0)
+        space = env.action_space
+        if not hasattr(space, "low") or len(space.shape) != 1:
+            raise InputError(f"environment {env_id!r} has the action space {space}; SPAR needs a bounded 1-d Box")
+        check_bounds(f"environment {env_id!r}: its action space", space.low, space.high)
+        low, high = torch.as_tensor(space.low).float(), torch.as_tensor(space.high).float()
+        return flatten_observation(observation).shape[-1], Bounded(low, high, low.shape, dtype=torch.float32)
+    finally:
+        env.close()
+
+
+def step_limit(env: Any) -> int | None:
+    """The number of steps after which an environment cuts its episodes; None where its specification has none.
+
+    Examples:
+        >>> step_limit(make_env("Pendulum-v1")), step_limit(make_env("Pendulum-v1", max_episode_steps=-1))
+        (200, None)
+    """
+    return getattr(env.spec, "max_episode_steps", None)
