@@ -219,7 +219,7 @@ def make_loss(actor: SPARActor, critics: Sequence[nn.Module], vae: ResidualVAE, 
     """The package's loss on analytic networks."""
     networks = [TensorDictModule(critic, ["observation", "action"], ["state_action_value"]) for critic in critics]
     value = TensorDictModule(nn.Linear(1, 1, dtype=torch.float64), ["observation"], ["state_value"])
-    return SPARLoss(actor, networks, value, vae, num_qvalue_nets=len(critics), joint_vae=False, **options)
+    return SPARLoss(actor, networks, vae, value, num_qvalue_nets=len(critics), joint_vae=False, **options)
 
 
 class LinearCritic(nn.Module):

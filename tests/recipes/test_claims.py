@@ -16,6 +16,7 @@ from tensordict import TensorDict
 from torch import nn
 
 pytest.importorskip("hydra")
+import claim
 from claims import (
     drift,
     drift_methods,
@@ -145,7 +146,8 @@ def test_drift_draws_what_it_measured(drift_result, tmp_path):
 
 @pytest.mark.parametrize("module", [gradient_conflict, search_space, support, suboptimal_anchors])
 def test_claims_on_data_run(module, tmp_path):
-    cfg = options(module.__name__, SMALL[module.__name__])
+    name = module.__name__.removeprefix("claims.")
+    cfg = options(name, SMALL[name])
     result = module.measure(cfg)
     numbers = [x for x in flatten(result) if isinstance(x, float)]
     assert len(numbers) > 10 and all(map(math.isfinite, numbers))
@@ -237,6 +239,13 @@ def test_density_is_one_over_the_action_space():
 
 
 # ---------------------------------------------------------------------- the scripts
+
+
+def test_help_names_every_claim(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["claim.py", "--help"])
+    claim.main()
+    printed = capsys.readouterr().out
+    assert set(NAMES) == set(claim.NAMES) and all(name in printed for name in NAMES)
 
 
 @pytest.mark.slow
