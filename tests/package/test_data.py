@@ -430,6 +430,9 @@ def test_damaged_minari_sets(tmp_path):
     with pytest.raises(InputError, match="holds no step"):
         load_offline_dataset(path)
     metadata.unlink()
+    with pytest.raises(InputError, match=r"it holds no data/metadata.json, which Minari has written since 0.5"):
+        load_offline_dataset(path)
+    main.unlink()
     with pytest.raises(InputError, match=r"no Minari data set: it holds no data/metadata.json"):
         load_offline_dataset(path)
 

@@ -216,7 +216,7 @@ def test_home_is_expanded_everywhere_alike_and_its_absence_named(tmp_path, monke
 def test_a_set_from_before_minari_0_5_is_named(tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "main_data.hdf5").write_bytes(b"old")
-    with pytest.raises(InputError, match=r"from before Minari 0\.5"):
+    with pytest.raises(InputError, match=r"which Minari has written since 0\.5"):
         load_offline_dataset(tmp_path)
 
 

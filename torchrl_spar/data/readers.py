@@ -50,9 +50,8 @@ def read_minari(directory: Path, *, with_success: bool = False) -> Steps:
     if not (directory / "data" / "metadata.json").is_file():
         if (directory / "data" / "main_data.hdf5").is_file():
             raise InputError(
-                "a data set from before Minari 0.5: it has no data/metadata.json. Download it again with today's "
-                "Minari, or read it with the Minari that wrote it (pip install 'minari<0.5') and give its arrays as a "
-                ".npz file"
+                "it holds no data/metadata.json, which Minari has written since 0.5. Download the data set again with "
+                "today's Minari; one from before can be read with 'minari<0.5', and its arrays given as a .npz file"
             )
         raise InputError("the directory is no Minari data set: it holds no data/metadata.json")
     minari = require("minari")
