@@ -54,6 +54,8 @@ def read_minari(directory: Path, *, with_success: bool = False) -> Steps:
                 "Minari, or read it with the Minari that wrote it (pip install 'minari<0.5') and give its arrays as a "
                 ".npz file"
             )
+        if (directory / "meta" / "info.json").is_file():
+            raise InputError("the directory is a LeRobot set: give it as lerobot:<path>")
         raise InputError("the directory is no Minari data set: it holds no data/metadata.json")
     minari = require("minari")
     with readable():
@@ -168,12 +170,16 @@ def _hdf5_episodes(
     Infos come where there are any.
     """
     h5py = require("h5py")
+    kinds: dict[bytes, tuple[Any, np.dtype]] = {}  # translating HDF5's types takes as long as reading short episodes
 
     def read(group: Any, name: bytes) -> Any:
         item = h5py.h5o.open(group, name)
         if isinstance(item, h5py.h5g.GroupID):
             return {key.decode(): read(item, key) for key in item}
-        array = np.empty(item.shape, item.dtype)
+        kind = item.get_type()
+        if name not in kinds or kinds[name][0] != kind:
+            kinds[name] = kind, item.dtype
+        array = np.empty(item.shape, kinds[name][1])
         item.read(h5py.h5s.ALL, h5py.h5s.ALL, array)
         return array
 
