@@ -8,33 +8,45 @@ from __future__ import annotations
 
 import sys
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from harness.environment import EMBEDDED, choose_environment
-from harness.launch import RECIPES, run_recipe
+from harness.data_options import DataOptions
+from harness.environment import longest_episode, match, read, step_limit_of
+from harness.launch import run_recipe, summarize
+from harness.options import option, recipe_options
 from harness.output import named_error
 from harness.plots import BLUE, GREY, ORANGE, plt
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
+from torchrl.data import Bounded
 
-from torchrl_spar import InputError, OfflineReplayBuffer, environment_sizes, load_offline_dataset
+from torchrl_spar import InputError, OfflineReplayBuffer, environment_sizes
 
 # Columns that the table of observations shows, of many.
 SHOWN = 40
 
 
-def read(cfg: DictConfig) -> tuple[OfflineReplayBuffer, list[str]]:
+@recipe_options("inspect_dataset")
+@dataclass
+class Options(DataOptions):
+    figure: str | None = option("inspect_dataset.png", "The figure that is written; null: none.")
+    duplicates: float = option(
+        0.01, "Share of rows that may be there twice before it counts as a problem.", least=0, most=1
+    )
+    used_range: float = option(
+        0.1, "Least share of its bounds that actions must use in every dimension.", least=0, most=1
+    )
+    largest: float = option(1e6, "Largest observation that is no problem.", least=0)
+
+
+def read_with_warnings(cfg: DictConfig) -> tuple[OfflineReplayBuffer, list[str]]:
     """The data, and what the loader warned of."""
-    columns: Any = None if cfg.columns is None else OmegaConf.to_container(cfg.columns, resolve=True)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        data = load_offline_dataset(
-            RECIPES / "data" / EMBEDDED if cfg.dataset == "embedded" else cfg.dataset,
-            columns=columns, end_at_success=cfg.end_at_success,
-        )  # fmt: skip
+        data = read(cfg)
     return data, [str(warning.message) for warning in caught if issubclass(warning.category, UserWarning)]
 
 
@@ -122,23 +134,30 @@ def duplicate_share(data: OfflineReplayBuffer) -> float:
     return 1 - len(np.unique(keys)) / len(keys)
 
 
-def compare_environment(cfg: DictConfig, data: OfflineReplayBuffer, problems: list[str]) -> Table | None:
-    """The environment that recipes would use, against the data."""
+def environment_table(cfg: DictConfig, data: OfflineReplayBuffer, problems: list[str]) -> Table | None:
+    """The environment in which training evaluates, against the data, which takes its action bounds."""
+    if cfg.env is None and data.env_id is None:
+        print("No environment is compared: the data names none; env=... does.")
+        return None
     try:
-        env, env_kwargs = choose_environment(cfg, cfg.dataset, data.env_id, data.env_kwargs)
+        env, env_kwargs = match(cfg, data)
         size, spec = environment_sizes(env, **env_kwargs)
     except InputError as err:
         problems.append(str(err))
         return None
-    table = Table("", "data", f"{env}", title="Environment", caption=f"arguments: {env_kwargs}" if env_kwargs else None)
-    shapes = (data[:]["observation"].shape[-1], size), (data.action_spec.shape[-1], spec.shape[-1])
-    bounds = [f"{x.space.low.min():.4g} to {x.space.high.max():.4g}" for x in (data.action_spec, spec)]
-    rows = {"observation columns": shapes[0], "action columns": shapes[1], "action bounds": tuple(bounds)}
-    for name, (ours, theirs) in rows.items():
-        table.add_row(name, str(ours), str(theirs))
-        if ours != theirs:
-            problems.append(f"{name}: {ours} in the data, {theirs} in {env}")
+    table = Table("", "data", env, title="Environment", caption=f"arguments: {env_kwargs}" if env_kwargs else None)
+    table.add_row("observation columns", str(data.observation_loc.numel()), str(size))
+    table.add_row("action columns", str(data.action_spec.shape[-1]), str(spec.shape[-1]))
+    table.add_row("action bounds", span(data.action_spec), span(spec))
+    if len(data.episode_returns):
+        table.add_row("steps up to", f"{longest_episode(data):,}", f"{step_limit_of(env, env_kwargs):,}")
+        score = summarize(env, data.episode_returns, data.env_kwargs)["normalized"]
+        table.add_row("normalised score", "-" if score is None else f"{score:.1f}", "")
     return table
+
+
+def span(spec: Bounded) -> str:
+    return f"{spec.space.low.min():.4g} to {spec.space.high.max():.4g}"
 
 
 def draw(data: OfflineReplayBuffer, path: Path) -> None:
@@ -178,13 +197,14 @@ def draw(data: OfflineReplayBuffer, path: Path) -> None:
 
 
 def main(cfg: DictConfig) -> None:
-    data, problems = read(cfg)
+    data, problems = read_with_warnings(cfg)
+    environment = environment_table(cfg, data, problems)
     share = duplicate_share(data)
     tables = (
         overview(data, share),
         action_table(data, problems, cfg.used_range),
         observation_table(data, problems, cfg.largest),
-        compare_environment(cfg, data, problems),
+        environment,
     )
     if share > cfg.duplicates:
         problems.append(f"{share:.1%} of the rows are there twice (the same observation and action)")
@@ -193,7 +213,7 @@ def main(cfg: DictConfig) -> None:
         if table is not None:
             console.print(table)
     if cfg.figure:
-        path = Path(cfg.figure).expanduser()
+        path = Path(cfg.figure)
         draw(data, path)
         print(f"figure in {path}")
     for problem in problems:

@@ -12,6 +12,7 @@ from torchrl.data import Bounded
 
 from harness.launch import RECIPES, RESERVED
 from torchrl_spar import InputError, OfflineReplayBuffer, environment_sizes, load_offline_dataset, make_env
+from torchrl_spar.data.buffer import ActionError
 from torchrl_spar.evaluation.environments import step_limit
 from torchrl_spar.evaluation.protocols import d4rl_protocol
 from torchrl_spar.paths import user_path
@@ -27,22 +28,39 @@ def dataset_name(cfg: DictConfig) -> str:
 
 def load(cfg: DictConfig, device: torch.device) -> tuple[OfflineReplayBuffer, str, dict[str, Any]]:
     """The data, the environment and its arguments, checked against each other."""
-    source = RECIPES / "data" / EMBEDDED if cfg.dataset == "embedded" else cfg.dataset
-    if cfg.action_scale not in (None, "env"):
-        raise InputError(f"action_scale={cfg.action_scale}: must be env or null")
-    options = {"batch_size": cfg.batch_size, "device": device, "cache": cfg.cache}
-    known, action_spec = records_environment(source), None
-    if cfg.action_bounds is not None or (cfg.env is not None and not known):
+    data = read(cfg, batch_size=cfg.batch_size, device=device, cache=cfg.cache)
+    if not len(data.episode_returns):
+        raise InputError(f"dataset={cfg.dataset}: its rows are in no order of time, and the critics start from returns")
+    return data, *match(cfg, data)
+
+
+def read(cfg: DictConfig, **options: Any) -> OfflineReplayBuffer:
+    """The data, before anything is known of its environment but what it records."""
+    action_spec = None
+    if cfg.action_bounds is not None or (cfg.env is not None and not records_bounds(cfg)):
         action_spec = accepted_bounds(cfg)
+    columns: Any = cfg.columns
+    if not (columns is None or isinstance(columns, DictConfig)):
+        raise InputError(f"columns={columns}: must be names and values, e.g. columns={{observation:[x,v],action:[u]}}")
+    options |= {
+        "action_spec": action_spec, "end_at_success": cfg.end_at_success, "clip_actions": cfg.clip_actions,
+        "columns": None if columns is None else OmegaConf.to_container(columns, resolve=True),
+    }  # fmt: skip
     try:
-        data = load_offline_dataset(source, **options, end_at_success=cfg.end_at_success, action_spec=action_spec)
-    except InputError as err:
+        return load_offline_dataset(source_of(cfg), **options)
+    except ActionError as err:
         if action_spec is None:
             raise
         given = f"env={cfg.env}" if cfg.action_bounds is None else f"action_bounds={cfg.action_bounds}"
-        raise InputError(f"{err} (its bounds come from {given}; action_bounds=[low,high] gives others)") from None
-    if not len(data.episode_returns):
-        raise InputError(f"dataset={cfg.dataset}: its rows are in no order of time, and the critics start from returns")
+        raise InputError(f"{err} (the bounds are those of {given})") from None
+
+
+def match(cfg: DictConfig, data: OfflineReplayBuffer) -> tuple[str, dict[str, Any]]:
+    """The data's environment and its arguments; gives the data the environment's action bounds, in place.
+
+    Raises:
+        InputError: if sizes, action bounds or arguments do not fit.
+    """
     env, env_kwargs = choose_environment(cfg, cfg.dataset, data.env_id, data.env_kwargs)
     say_what_differs(cfg.dataset, data.env_id, data.env_kwargs, env, env_kwargs)
     observation_dim, action_spec = environment_sizes(env, **env_kwargs)
@@ -52,16 +70,21 @@ def load(cfg: DictConfig, device: torch.device) -> tuple[OfflineReplayBuffer, st
     ):
         if found != expected:
             raise InputError(f"dataset={cfg.dataset}: {name} have size {found}, env={env} has {expected}")
-    settle_actions(cfg, data, env, action_spec, is_recorded=known)
-    if step_limit_of(env, env_kwargs) is None:
+    settle_actions(cfg, data, env, action_spec, is_recorded=records_bounds(cfg))
+    if step_limit_of(env, env_kwargs) is None and len(data.episode_returns):
         env_kwargs["max_episode_steps"] = longest_episode(data)
         print(f"env={env}: has no step limit; episodes end after {longest_episode(data)} steps, the data's longest")
-    return data, env, env_kwargs
+    return env, env_kwargs
 
 
-def records_environment(source: Any) -> bool:
+def source_of(cfg: DictConfig) -> Any:
+    return RECIPES / "data" / EMBEDDED if cfg.dataset == "embedded" else cfg.dataset
+
+
+def records_bounds(cfg: DictConfig) -> bool:
     """Whether a source is a Minari set, which records its action bounds."""
-    return str(source).startswith("minari:") or user_path(source).is_dir()
+    source = str(source_of(cfg))
+    return source.startswith("minari:") or (not source.startswith("lerobot:") and user_path(source).is_dir())
 
 
 def accepted_bounds(cfg: DictConfig) -> Bounded:

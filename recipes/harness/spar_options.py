@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from harness.options import PROTOCOL, option, recipe_options
+from harness.data_options import DataOptions
+from harness.options import option, recipe_options
 
 
 @dataclass
@@ -49,35 +50,12 @@ class Loss:
 
 
 @dataclass
-class SharedOptions:
+class SharedOptions(DataOptions):
     """What recipes that train on a data set have in common."""
 
-    dataset: str = option(
-        "embedded", "Source: embedded (recipes/data), minari:<id>, or a path to a Minari set, D4RL HDF5 or NPZ."
-    )
     cache: str | None = option(
         "${oc.env:XDG_CACHE_HOME,'~/.cache'}/torchrl_spar",
         "Directory where data, once read and checked, is kept as a memory map for the next start; null: nowhere.",
-    )
-    env: str | None = option(None, "Gymnasium environment to evaluate in; null: the data set's own.")
-    env_kwargs: Any = option(
-        None,
-        "Arguments of gymnasium.make beside the data set's own, e.g. env_kwargs={continuing_task:false} "
-        "null: no others.",
-    )
-    protocol: str | None = option(None, PROTOCOL, choices=("d4rl",))
-    action_bounds: Any = option(
-        None,
-        "Bounds of the data's actions: two numbers or two lists of them, [low,high]; env: the environment's. null: "
-        "those that a Minari set records; of a file -1 to 1, or the environment's where they go beyond.",
-    )
-    action_scale: str | None = option(
-        None,
-        "env: actions are rescaled from their bounds to the environment's; null: bounds that differ are refused.",
-        choices=("env",),
-    )
-    end_at_success: bool = option(
-        False, "Whether a success ends its episode and 1 is taken from all rewards: for mazes with rewards of 0 and 1."
     )
     seed: int = option(0, "Seed of networks, sampling and evaluation.", least=0)
     device: str | None = option(None, "cpu, cuda, ...; null: cuda if there is one, else cpu.")

@@ -39,6 +39,10 @@ SCALE_FLOOR = 1e-6
 WIDE_SCALE_FLOOR = 1e-12
 
 
+class ActionError(InputError):
+    """Actions leave their bounds."""
+
+
 class OfflineReplayBuffer(TensorDictReplayBuffer):
     """A whole data set as a read-only :class:`~torchrl.data.TensorDictReplayBuffer`.
 
@@ -118,6 +122,7 @@ def load_offline_dataset(
     action_spec: TensorSpec | None = None,
     end_at_success: bool = False,
     columns: Columns | None = None,
+    clip_actions: bool = False,
     cache: str | os.PathLike[str] | None = None,
     **kwargs: Any,
 ) -> OfflineReplayBuffer:
@@ -153,6 +158,8 @@ def load_offline_dataset(
         columns: of a table, the columns' names: ``observation``, ``action`` (lists of names, or one that holds lists),
             ``reward``, of ``terminated``, ``truncated``, ``done``, ``episode`` at least one, and ``step`` and
             ``next_observation`` if there are any. Of a LeRobot set, those that differ from its own.
+        clip_actions: whether actions beyond their bounds are clipped to them, with a warning that counts them: right
+            where the environment clipped them, too. Otherwise they are refused.
         cache: a directory of your own, such as ``~/.cache/torchrl_spar`` (the recipes' choice). What is read from a
             source on disk is written there, and the next load maps it into memory instead of reading the source; it
             is the same bit for bit, and copy-on-write. A source whose path, size or times changed is read
@@ -215,20 +222,21 @@ def load_offline_dataset(
     try:
         given = None if action_spec is None else _bounds(action_spec)
         if in_memory:
-            content, facts = _check(read_tensordict(source), given, end_at_success)
+            content, facts = _check(read_tensordict(source), given, end_at_success, clip_actions)
         else:
             path, read = _find(source, root, end_at_success, columns)
 
             def build() -> Content:
-                return _check(read(path), given, end_at_success)
+                return _check(read(path), given, end_at_success, clip_actions)
 
             named = {
                 field: names if isinstance(names, str) else list(names) for field, names in (columns or {}).items()
             }
-            options = [None if given is None else [bound.tolist() for bound in given], end_at_success, named]
+            bounds = None if given is None else [bound.tolist() for bound in given]
+            options = [bounds, end_at_success, clip_actions, named]
             content, facts = load_cached(path, options, user_path(cache), build) if cache else build()
     except InputError as err:
-        raise InputError(f"{name}: {err}") from err.__cause__
+        raise type(err)(f"{name}: {err}") from err.__cause__
     for note in facts["notes"]:
         warnings.warn(f"{name}: {note}", stacklevel=2)
     low, high = content["action_low"], content["action_high"]
@@ -274,10 +282,12 @@ def _find(
     )
 
 
-def _check(steps: Steps, given: tuple[torch.Tensor, torch.Tensor] | None, end_at_success: bool) -> Content:
+def _check(
+    steps: Steps, given: tuple[torch.Tensor, torch.Tensor] | None, end_at_success: bool, clip_actions: bool
+) -> Content:
     """The rows in TED form and all that belongs to them, as the cache keeps it."""
     bounds = given or tuple(torch.as_tensor(bound, dtype=torch.float32) for bound in steps.action_bounds)
-    _check_actions(steps, *bounds)
+    _check_actions(steps, *bounds, clip_actions)
     returns = torch.from_numpy(_returns(steps))
     if end_at_success:
         relabel(steps)
@@ -312,21 +322,30 @@ def _bounds(spec: TensorSpec) -> tuple[torch.Tensor, torch.Tensor]:
     return spec.space.low.float().cpu(), spec.space.high.float().cpu()
 
 
-def _check_actions(steps: Steps, low: torch.Tensor, high: torch.Tensor) -> None:
+def _check_actions(steps: Steps, low: torch.Tensor, high: torch.Tensor, clip: bool) -> None:
     shape = steps.action.shape[1:]
     if low.shape != shape:
         raise InputError(f"actions are of shape {tuple(shape)}, their bounds of shape {tuple(low.shape)}")
     check_bounds("the action space", low, high)
     least, most = low.numpy(), high.numpy()
     extremes = np.maximum(least - steps.action.min(axis=0), steps.action.max(axis=0) - most)
-    if (extremes > ACTION_TOLERANCE).any():
-        outside = np.maximum(least - steps.action, steps.action - most) > ACTION_TOLERANCE
-        row, column = np.argwhere(outside)[0]
-        raise InputError(
-            f"{outside.any(axis=1).sum()} of {len(outside)} actions leave their bounds, the first in row {row}: "
-            f"component {column} is {steps.action[row, column]:.6g}, its bounds are {least[column]:.6g} to "
-            f"{most[column]:.6g}. Clip the actions, or give the true bounds as action_spec=Bounded(low, high, shape)"
+    if not (extremes > ACTION_TOLERANCE).any():
+        return
+    outside = np.maximum(least - steps.action, steps.action - most) > ACTION_TOLERANCE
+    if clip:
+        steps.action = steps.action.clip(least, most)
+        steps.notes += (
+            f"{outside.sum()} of {outside.size} components of actions ({outside.mean():.1%}) went up to "
+            f"{extremes.max():.3g} beyond their bounds and have been clipped",
         )
+        return
+    row, column = np.argwhere(outside)[0]
+    raise ActionError(
+        f"{outside.any(axis=1).sum()} of {len(outside)} actions leave their bounds, the first in row {row}: "
+        f"component {column} is {steps.action[row, column]:.6g}, its bounds are {least[column]:.6g} to "
+        f"{most[column]:.6g}. If the environment clipped them, clip_actions=True does (in recipes clip_actions=true); "
+        "else give the true bounds, action_spec=Bounded(low, high, shape) (in recipes action_bounds=[low,high])"
+    )
 
 
 def _to_ted(steps: Steps) -> TensorDict:

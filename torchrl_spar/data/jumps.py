@@ -11,8 +11,8 @@ JUMP, SPREADS = 3.0, 0.6
 # 0.69 and 0.87; shuffled ones 1, interleaved ones below 0.6 at the lag of their number.
 DISORDER, INTERLEAVED = 0.85, 0.6
 LAGS = 64
-# Fewer rows say nothing, and more are not needed for the quantiles.
-FEWEST, SAMPLED = 100, 20_000
+# Fewer rows say nothing; more than these are not needed for the quantiles (of one lag in many, and of all).
+FEWEST, FEW, SAMPLED = 100, 2_000, 20_000
 _BLOCK = 65_536
 
 
@@ -36,14 +36,14 @@ def find_jumps(observation: np.ndarray, end: np.ndarray) -> np.ndarray:
     live, spread = _live_columns(observation)
     if len(inside) < FEWEST or not live.any():
         return jumps
-    sample = _sample(inside)
-    usual = np.maximum(np.quantile(_steps(observation, sample)[:, live], 0.9, axis=0), 1e-9 * spread)
-    level = JUMP * np.quantile(np.minimum(_steps(observation, sample)[:, live] / usual, 10).mean(axis=1), 0.9)
+    steps = _steps(observation, _sample(inside))[:, live]
+    usual = np.maximum(np.quantile(steps, 0.9, axis=0), 1e-9 * spread).astype(spread.dtype)
+    level = JUMP * np.quantile(np.minimum(steps / usual, 10).mean(axis=1), 0.9)
     for start in range(0, len(inside), _BLOCK):
         rows = inside[start : start + _BLOCK]
         steps = _steps(observation, rows)[:, live]
-        rows, steps = (part[np.minimum(steps / spread, 2).mean(axis=1) > SPREADS] for part in (rows, steps))
-        jumps[rows] = np.minimum(steps / usual, 10).mean(axis=1) > level
+        far = np.minimum(steps / spread, 2).mean(axis=1) > SPREADS
+        jumps[rows[far]] = np.minimum(steps[far] / usual, 10).mean(axis=1) > level
     return jumps
 
 
@@ -88,14 +88,14 @@ def is_disordered(observation: np.ndarray, end: np.ndarray) -> bool:
         return False
     sample = _sample(inside)
     other = np.random.default_rng(0).permutation(sample)
-    apart = np.median(np.abs(observation[sample].astype(np.float64) - observation[other]), axis=0)
+    apart = np.median(np.abs(observation[sample] - observation[other]), axis=0)
     live = apart > 1e-9
     if not live.any():
         return False
     step = np.median(_steps(observation, sample)[:, live], axis=0)
     if np.quantile(step / apart[live], 0.25) > DISORDER:
         return True
-    early = sample[sample < len(observation) - LAGS][:: max(1, len(sample) // 4000)]
+    early = sample[sample < len(observation) - LAGS][:: max(1, len(sample) // FEW)]
     if len(early) < FEWEST or not (step > 1e-9).all():
         return False
     later = (np.median(_steps(observation, early, lag)[:, live], axis=0) for lag in range(2, LAGS + 1))
@@ -111,8 +111,8 @@ def _live_columns(observation: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     rows = observation[_sample(np.arange(len(observation)))].astype(np.float64)
     spread = rows.std(axis=0)
     live = spread > 1e-6 * np.maximum(1, np.abs(rows.mean(axis=0)))
-    return live, spread[live]
+    return live, spread[live].astype(observation.dtype)
 
 
 def _steps(observation: np.ndarray, rows: np.ndarray, lag: int = 1) -> np.ndarray:
-    return np.abs(observation[rows + lag].astype(np.float64) - observation[rows])
+    return np.abs(observation[rows + lag] - observation[rows])

@@ -12,6 +12,8 @@ from torch import Tensor
 UNRELATED = 0.9
 # A next observation equals the following observation up to float32 rounding and this share of a column's spread.
 TOLERANCE = 1e-5
+# Rows that tell a column's spread well enough.
+SAMPLED = 20_000
 # Odd numbers below 2^63 by which bits are mixed (multiples of 2^64 over the golden ratio).
 _MIX = (0x1E3779B97F4A7C15, 0x3C6EF372FE94F82B)
 
@@ -146,7 +148,8 @@ def equal_rows(left: Tensor, right: Tensor) -> Tensor:
     equal = (left == right).all(-1)
     rows = (~equal).nonzero().squeeze(-1)
     if len(rows) and left.is_floating_point():
-        spread = right.double().std(0, correction=0).to(right.dtype) if len(right) > 1 else right.new_zeros(1)
+        some = right[:: max(1, len(right) // SAMPLED)].double()
+        spread = some.std(0, correction=0).to(right.dtype) if len(some) > 1 else right.new_zeros(1)
         difference = (left[rows] - right[rows]).abs()
         equal[rows] = (difference <= TOLERANCE * spread + 1e-6 * right[rows].abs()).all(-1)
     return equal

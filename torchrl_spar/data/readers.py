@@ -53,6 +53,8 @@ def read_minari(directory: Path, *, with_success: bool = False) -> Steps:
                 "it holds no data/metadata.json, which Minari has written since 0.5. Download the data set again with "
                 "today's Minari; one from before can be read with 'minari<0.5', and its arrays given as a .npz file"
             )
+        if (directory / "meta" / "info.json").is_file():
+            raise InputError("the directory is a LeRobot set: give it as lerobot:<path>")
         raise InputError("the directory is no Minari data set: it holds no data/metadata.json")
     minari = require("minari")
     with readable():
@@ -167,12 +169,16 @@ def _hdf5_episodes(
     Infos come where there are any.
     """
     h5py = require("h5py")
+    kinds: dict[bytes, tuple[Any, np.dtype]] = {}  # translating HDF5's types takes as long as reading short episodes
 
     def read(group: Any, name: bytes) -> Any:
         item = h5py.h5o.open(group, name)
         if isinstance(item, h5py.h5g.GroupID):
             return {key.decode(): read(item, key) for key in item}
-        array = np.empty(item.shape, item.dtype)
+        kind = item.get_type()
+        if name not in kinds or kinds[name][0] != kind:
+            kinds[name] = kind, item.dtype
+        array = np.empty(item.shape, kinds[name][1])
         item.read(h5py.h5s.ALL, h5py.h5s.ALL, array)
         return array
 

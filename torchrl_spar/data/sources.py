@@ -32,7 +32,7 @@ def readable(what: str = "") -> Iterator[None]:
         raise
     except Exception as err:
         reason = f"{type(err).__name__}: {first_line(err)}"
-        raise InputError(f"{what}cannot be read, it may be damaged ({reason})") from err
+        raise InputError(f"{what}cannot be read ({reason})") from err
 
 
 @contextmanager

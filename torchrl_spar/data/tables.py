@@ -14,6 +14,7 @@ from torchrl_spar.data.arrange import arrange
 from torchrl_spar.data.sources import missing_array, readable, require
 from torchrl_spar.data.steps import Steps, clean, unit_bounds
 from torchrl_spar.errors import InputError
+from torchrl_spar.paths import user_path
 
 SUFFIXES = (".parquet", ".arrow", ".feather", ".csv")
 Columns = Mapping[str, str | Sequence[str]]
@@ -41,10 +42,10 @@ def read_table(path: Path, columns: Columns | None) -> Steps:
 
 def find_lerobot(name: str, root: str | os.PathLike[str] | None) -> Path:
     """The directory of a LeRobot data set by its path or id, downloaded without its videos if it is not there."""
-    if Path(name).expanduser().is_dir():
-        return Path(name).expanduser()
-    home = root or os.environ.get("HF_LEROBOT_HOME") or Path("~/.cache/huggingface/lerobot")
-    path = Path(home).expanduser() / name
+    if name.startswith(("/", ".", "~")) or user_path(name).is_dir():
+        return user_path(name)
+    home = user_path(root or os.environ.get("HF_LEROBOT_HOME") or "~/.cache/huggingface/lerobot")
+    path = home / name
     if not (path / "meta" / "info.json").is_file():
         hub = require("huggingface_hub")
         try:
