@@ -14,6 +14,10 @@ from torchrl_spar.evaluation.policy_file import load_policy, save_policy
 from torchrl_spar.evaluation.reference_scores import normalized_score, reference_returns
 from torchrl_spar.evaluation.rollouts import evaluate
 from torchrl_spar.objective import SPARLoss
+from torchrl_spar.ope.estimate import estimate_value
+from torchrl_spar.ope.fit import fit_fqe
+from torchrl_spar.ope.objective import FQELoss
+from torchrl_spar.ope.select import residual_family, select_policy
 from torchrl_spar.residual import GaussianEncoder, ResidualHead, ResidualVAE, SPARActor
 from torchrl_spar.sharing import share_critics
 from torchrl_spar.training.health import HealthCheck, check_finite
@@ -28,6 +32,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BackgroundEvaluator",
     "BatchSampler",
+    "FQELoss",
     "FrozenAnchor",
     "GaussianEncoder",
     "HealthCheck",
@@ -44,9 +49,11 @@ __all__ = [
     "check_finite",
     "chunk_actions",
     "environment_sizes",
+    "estimate_value",
     "evaluate",
     "fit_anchor",
     "fit_critics",
+    "fit_fqe",
     "fit_vae",
     "flatten_observation",
     "gradient_cosine",
@@ -60,8 +67,10 @@ __all__ = [
     "normalized_score",
     "pretrain",
     "reference_returns",
+    "residual_family",
     "returns_to_go",
     "save_policy",
+    "select_policy",
     "share_critics",
     "support_distance",
     "tangent_normal_split",

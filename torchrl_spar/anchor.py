@@ -33,6 +33,8 @@ class FrozenAnchor(TensorDictModuleBase):
     Args:
         actor: reads its ``in_keys``, writes ``action_key``; the caller's actor is not touched.
         action_key: where the actor writes its action ``[*B, action_dim]``.
+        exploration_type: how the actor is asked; ``ExplorationType.RANDOM`` draws its actions, for
+            :class:`~torchrl_spar.FQELoss`.
 
     Raises:
         InputError: if ``actor`` is not a TensorDictModule, does not write ``action_key`` or has lazy parameters.
@@ -51,7 +53,13 @@ class FrozenAnchor(TensorDictModuleBase):
         ([], False)
     """
 
-    def __init__(self, actor: TensorDictModuleBase, *, action_key: NestedKey = "action") -> None:
+    def __init__(
+        self,
+        actor: TensorDictModuleBase,
+        *,
+        action_key: NestedKey = "action",
+        exploration_type: ExplorationType = ExplorationType.DETERMINISTIC,
+    ) -> None:
         super().__init__()
         if not isinstance(actor, TensorDictModuleBase):
             raise InputError(f"the anchor must be a TensorDictModule, not {type(actor).__name__}: wrap it in one")
@@ -62,6 +70,7 @@ class FrozenAnchor(TensorDictModuleBase):
         self.state_keys = [("next", *_path(key)) for key in actor.in_keys if ("next", *_path(key)) in actor.out_keys]
         self.out_keys = [action_key, *self.state_keys]
         self.action_key = action_key
+        self.exploration_type = exploration_type
         self.actor = _freeze(deepcopy(actor))
         self.train(False)
 
@@ -69,7 +78,7 @@ class FrozenAnchor(TensorDictModuleBase):
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Writes the anchor's action ``[*B, action_dim]`` (and a recurrent anchor's next state), without gradient."""
         scratch = tensordict.select(*self.in_keys)
-        with torch.no_grad(), set_exploration_type(ExplorationType.DETERMINISTIC):
+        with torch.no_grad(), set_exploration_type(self.exploration_type):
             scratch = self.actor(scratch)
         for key in self.out_keys:
             tensordict.set(key, scratch.get(key))

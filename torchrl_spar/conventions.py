@@ -20,7 +20,88 @@ from torchrl_spar.functional import call, call_ensemble
 from torchrl_spar.residual import ResidualVAE, SPARActor
 
 
-class SPARLossBase(LossModule):
+class Conventions(LossModule):
+    """TorchRL's conventions that do not depend on the networks: keys, masks, weights, the value estimator.
+
+    A subclass has ``tensor_keys`` for ``reward``, ``done``, ``terminated``, ``value`` and ``priority_weight``, and
+    says in ``_list_in_keys`` what it reads.
+
+    Source: ours; the conventions are TorchRL's.
+    """
+
+    default_value_estimator = ValueEstimators.TD0
+    SUPPORTED_VALUE_ESTIMATORS: tuple[ValueEstimators, ...] = (ValueEstimators.TD0,)
+    use_prioritized_weights: bool | Literal["auto"]
+    _in_keys: list[NestedKey] | None = None
+    tensor_keys: Any
+
+    def make_value_estimator(self, value_type: ValueEstimators | None = None, **hyperparams: Any) -> LossModule | None:
+        """Chooses the target, ``gamma`` included: ``loss.make_value_estimator(gamma=0.995)``.
+
+        Args:
+            value_type: TD0 (default) or another that the loss supports; TD1 and TDLambda take ``[B, T]`` batches.
+            **hyperparams: ``gamma`` (0.99 by default), ``lmbda``, and what else TorchRL's estimator takes.
+        """
+        value_type = value_type or self.default_value_estimator
+        if isinstance(value_type, (ValueEstimatorBase, type)):
+            return super().make_value_estimator(value_type, **hyperparams)
+        hyperparams.setdefault("device", self._default_device)
+        dispatch_value_estimator(
+            self,
+            value_type,
+            supported=self.SUPPORTED_VALUE_ESTIMATORS,
+            tensor_keys={key: getattr(self.tensor_keys, key) for key in ("value", "reward", "done", "terminated")},
+            value_network=None,
+            **hyperparams,
+        )
+        return self
+
+    @property
+    def in_keys(self) -> list[NestedKey]:
+        """Every entry the loss reads."""
+        if self._in_keys is None:
+            self._in_keys = list(dict.fromkeys(self._list_in_keys()))
+        return self._in_keys
+
+    @in_keys.setter
+    def in_keys(self, values: list[NestedKey]) -> None:
+        self._in_keys = values
+
+    def check_entries(self, tensordict: TensorDictBase) -> None:
+        """Raises an :class:`~torchrl_spar.InputError` that names the entries of a batch that the loss lacks."""
+        missing = [key for key in self._needed_keys(tensordict) if tensordict.get(key, None) is None]
+        if missing:
+            raise InputError(f"the batch lacks {missing}; if they have other names, tell the loss by set_keys")
+
+    def _list_in_keys(self) -> list[NestedKey]:
+        raise NotImplementedError
+
+    def _needed_keys(self, tensordict: TensorDictBase) -> list[NestedKey]:
+        """The in_keys, less those that are not read for this batch."""
+        return self.in_keys
+
+    def _forward_value_estimator_keys(self, **kwargs: Any) -> None:
+        super()._forward_value_estimator_keys(**kwargs)
+        self._in_keys = None
+
+    def _valid(self, tensordict: TensorDictBase, like: Tensor) -> Tensor | None:
+        """The padding mask in the shape of a per-position tensor, or None."""
+        valid = None
+        for key in self._loss_mask_keys():
+            mask = tensordict.get(key, None)
+            if mask is not None:
+                mask = self._expand_loss_mask(mask, like)
+                valid = mask if valid is None else valid & mask
+        return valid
+
+    def _reduce(self, loss: Tensor, tensordict: TensorDictBase) -> Tensor:
+        # Not TorchRL's _maybe_get_priority_weight, which fails on a nested key.
+        use, key = self.use_prioritized_weights in (True, "auto"), self.tensor_keys.priority_weight
+        weights = tensordict.get(key, None) if use else None
+        return self._reduce_loss(loss, tensordict=tensordict, weights=weights)
+
+
+class SPARLossBase(Conventions):
     """The networks of :class:`~torchrl_spar.SPARLoss` and how they are called, without the method.
 
     Args:
@@ -82,7 +163,6 @@ class SPARLossBase(LossModule):
 
     tensor_keys: _AcceptedKeys
     default_keys = _AcceptedKeys
-    default_value_estimator = ValueEstimators.TD0
     SUPPORTED_VALUE_ESTIMATORS = (ValueEstimators.TD0, ValueEstimators.TD1, ValueEstimators.TDLambda)
 
     actor_network: SPARActor
@@ -129,7 +209,6 @@ class SPARLossBase(LossModule):
             raise InputError(
                 f"qvalue_network: a list of {len(qvalue_network)} critics, but num_qvalue_nets={num_qvalue_nets}"
             )
-        self._in_keys: list[NestedKey] | None = None
         self.convert_to_functional(residual_vae, "residual_vae")
         # Head B shares the decoder's parameters with the VAE; the target is then their common average.
         self.convert_to_functional(actor_network, "actor_network", create_target_params=True)
@@ -247,27 +326,6 @@ class SPARLossBase(LossModule):
 
     # ------------------------------------------------------------------ TorchRL's conventions
 
-    def make_value_estimator(self, value_type: ValueEstimators | None = None, **hyperparams: Any) -> LossModule | None:
-        """Chooses the target, ``gamma`` included: ``loss.make_value_estimator(gamma=0.995)``.
-
-        Args:
-            value_type: TD0 (default), TD1 or TDLambda; the latter two for ``[B, T]`` batches.
-            **hyperparams: ``gamma`` (0.99 by default), ``lmbda``, and what else TorchRL's estimator takes.
-        """
-        value_type = value_type or self.default_value_estimator
-        if isinstance(value_type, (ValueEstimatorBase, type)):
-            return super().make_value_estimator(value_type, **hyperparams)
-        hyperparams.setdefault("device", self._default_device)
-        dispatch_value_estimator(
-            self,
-            value_type,
-            supported=self.SUPPORTED_VALUE_ESTIMATORS,
-            tensor_keys={key: getattr(self.tensor_keys, key) for key in ("value", "reward", "done", "terminated")},
-            value_network=None,
-            **hyperparams,
-        )
-        return self
-
     def reset_parameters_recursive(self) -> None:
         """Draws new parameters for every network but the anchor, and copies them to the targets."""
         value = ["value_network"] if self.has_value else []
@@ -304,26 +362,14 @@ class SPARLossBase(LossModule):
                 read += module.decoder.in_keys
         return [key for key in dict.fromkeys(read) if key not in internal]
 
-    @property
-    def in_keys(self) -> list[NestedKey]:
-        """Every entry the loss reads."""
-        if self._in_keys is None:
-            keys = self.tensor_keys
-            # The anchor may read an action (a chunk's history, say), so its keys are listed whole.
-            now = [
-                *self.actor_network.in_keys,
-                *self._state_keys(self.residual_vae, self.qvalue_network, *self._values),
-            ]
-            later = [*self.actor_network.in_keys, *self._state_keys(self.qvalue_network)]
-            if self.value_mix > 0:
-                later += self._state_keys(*self._values)
-            later += [keys.reward, keys.done, keys.terminated]
-            self._in_keys = list(dict.fromkeys([keys.action, *now, *(under_next(key) for key in later)]))
-        return self._in_keys
-
-    @in_keys.setter
-    def in_keys(self, values: list[NestedKey]) -> None:
-        self._in_keys = values
+    def _list_in_keys(self) -> list[NestedKey]:
+        keys = self.tensor_keys
+        # The anchor may read an action (a chunk's history, say), so its keys are listed whole.
+        now = [*self.actor_network.in_keys, *self._state_keys(self.residual_vae, self.qvalue_network, *self._values)]
+        later = [*self.actor_network.in_keys, *self._state_keys(self.qvalue_network)]
+        if self.value_mix > 0:
+            later += self._state_keys(*self._values)
+        return [keys.action, *now, *(under_next(key) for key in (*later, keys.reward, keys.done, keys.terminated))]
 
     @property
     def _rectifiers(self) -> list[TensorDictModuleBase]:
@@ -334,12 +380,6 @@ class SPARLossBase(LossModule):
     @property
     def _values(self) -> list[TensorDictModuleBase]:
         return [self.value_network] if self.has_value else []
-
-    def check_entries(self, tensordict: TensorDictBase) -> None:
-        """Raises an :class:`~torchrl_spar.InputError` that names the entries of a batch that the loss lacks."""
-        missing = [key for key in self._needed_keys(tensordict) if tensordict.get(key, None) is None]
-        if missing:
-            raise InputError(f"the batch lacks {missing}; if they have other names, tell the loss by set_keys")
 
     @torch.no_grad()
     def explain(self, tensordict: TensorDictBase) -> None:
@@ -380,30 +420,10 @@ class SPARLossBase(LossModule):
             spared.update(under_next(key) for key in anchors)
         return [key for key in self.in_keys if key not in spared]
 
-    def _forward_value_estimator_keys(self, **kwargs: Any) -> None:
-        super()._forward_value_estimator_keys(**kwargs)
-        self._in_keys = None
-
     def _noise(self, tensordict: TensorDictBase, key: NestedKey, like: Tensor) -> Tensor:
         """The batch's own noise, else standard normal noise of the shape of `like`."""
         noise = tensordict.get(key, None)
         return torch.randn_like(like) if noise is None else check_shape(noise, like.shape, key)
-
-    def _valid(self, tensordict: TensorDictBase, like: Tensor) -> Tensor | None:
-        """The padding mask in the shape of a per-position tensor, or None."""
-        valid = None
-        for key in self._loss_mask_keys():
-            mask = tensordict.get(key, None)
-            if mask is not None:
-                mask = self._expand_loss_mask(mask, like)
-                valid = mask if valid is None else valid & mask
-        return valid
-
-    def _reduce(self, loss: Tensor, tensordict: TensorDictBase) -> Tensor:
-        # Not TorchRL's _maybe_get_priority_weight, which fails on a nested key.
-        use, key = self.use_prioritized_weights in (True, "auto"), self.tensor_keys.priority_weight
-        weights = tensordict.get(key, None) if use else None
-        return self._reduce_loss(loss, tensordict=tensordict, weights=weights)
 
 
 def under_next(key: NestedKey) -> NestedKey:

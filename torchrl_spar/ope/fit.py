@@ -1,0 +1,227 @@
+"""Fits FQE critics to a data set, less the episodes that are held out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModuleBase
+from torch import Tensor
+from torchrl.data import ReplayBuffer
+from torchrl.envs.utils import ExplorationType
+from torchrl.modules import ValueOperator
+from torchrl.objectives import SoftUpdate
+
+from torchrl_spar.build import HIDDEN
+from torchrl_spar.data.buffer import OfflineReplayBuffer
+from torchrl_spar.data.returns import episode_ends, returns_to_go
+from torchrl_spar.data.rows import rows_of
+from torchrl_spar.errors import InputError, check_options
+from torchrl_spar.networks import ObservationNorm, StateMLP
+from torchrl_spar.ope.objective import FQELoss
+from torchrl_spar.training.pretrain import Report, _fit
+from torchrl_spar.training.progress import Progress
+from torchrl_spar.training.sampling import ROWS_PER_CALL, batch_size_of
+
+MASK = ("collector", "mask")
+
+
+class FQEFit(NamedTuple):
+    """What :func:`fit_fqe` returns.
+
+    Attributes:
+        loss: with the trained critics.
+        held_out: rows ``[M]`` of the episodes that the critics have not seen, in order, with ``"episode"`` 0, 1, ...
+            and ``"return_to_go"``.
+
+    Source: ours.
+    """
+
+    loss: FQELoss
+    held_out: TensorDictBase
+
+
+def fit_fqe(
+    policy: TensorDictModuleBase,
+    data: ReplayBuffer,
+    *,
+    qvalue_network: Sequence[TensorDictModuleBase] | None = None,
+    num_qvalue_nets: int = 5,
+    hidden: Sequence[int] = HIDDEN,
+    gamma: float = 0.99,
+    lmbda: float = 0.9,
+    slice_len: int = 16,
+    exploration_type: ExplorationType = ExplorationType.DETERMINISTIC,
+    warm_steps: int = 3_000,
+    steps: int = 20_000,
+    lr: float = 5e-4,
+    target_rate: float = 0.01,
+    held_out: float = 0.2,
+    seed: int = 0,
+    start: FQELoss | None = None,
+    report: Report | None = None,
+) -> FQEFit:
+    """Fitted Q Evaluation of a policy: critics of its value, never those that trained it.
+
+    A share of the episodes is held out. Each critic sees its own bootstrap sample of the others, starts from a
+    regression on their returns-to-go (the behaviour's value) and bootstraps from its own target. Fits with one seed
+    share the split, the samples, the initial critics and the batches, so that their differences are paired.
+
+    Args:
+        policy: a TensorDictModule that writes the action; copied and frozen.
+        data: as :func:`~torchrl_spar.load_offline_dataset` returns it; ``batch_size`` rows a step.
+        qvalue_network: critics of your own, for other observations than one vector; their number is E.
+        num_qvalue_nets: number of critics E.
+        hidden: widths of their hidden layers.
+        gamma: discount.
+        lmbda: the largest trace, see :class:`FQELoss`; near is within one standard deviation of the data's actions.
+        slice_len: rows of an episode in a piece that traces follow; a batch has ``batch_size // slice_len`` pieces.
+        exploration_type: whether the policy's mode or its distribution (``RANDOM``) is evaluated.
+        warm_steps: gradient steps on the returns-to-go.
+        steps: gradient steps of FQE.
+        lr: initial learning rate of Adam in both, falling to zero along a cosine.
+        target_rate: of ``SoftUpdate``.
+        held_out: share of the episodes that the critics do not see.
+        seed: of split, bootstrap, critics and batches.
+        start: a loss whose critics these start from, instead of new ones on the returns-to-go.
+        report: called as ``report(step, metrics)`` after every step of FQE.
+
+    Returns:
+        :class:`FQEFit`: the loss and the held-out rows.
+
+    Raises:
+        InputError: for an option out of range, data of fewer than four episodes or out of order.
+        NonFiniteError: within 100 steps of a loss or parameter that is NaN or infinite.
+
+    Source: Le et al. 2019 (https://arxiv.org/abs/1903.08738); the warm start, traces and ensemble are ours.
+
+    Examples:
+        >>> import torch
+        >>> from tensordict import TensorDict
+        >>> from torchrl_spar import fit_fqe, load_offline_dataset, make_anchor
+        >>> step = {"reward": torch.randn(40, 1), "terminated": torch.arange(40).unsqueeze(-1) % 5 == 4}
+        >>> data = TensorDict({"observation": torch.randn(40, 3), "action": torch.rand(40, 2),
+        ...                    "next": {"observation": torch.randn(40, 3), **step}}, [40])
+        >>> buffer = load_offline_dataset(data, batch_size=8)
+        >>> loss, held_out = fit_fqe(make_anchor(buffer), buffer, warm_steps=2, steps=2, slice_len=4, hidden=[8])
+        >>> loss.state_value(held_out).shape
+        torch.Size([5, 10])
+    """
+    batch_size = batch_size_of(data)
+    check_options(
+        (0 <= gamma <= 1, "gamma", gamma, "between 0 and 1"),
+        (1 <= slice_len <= batch_size, "slice_len", slice_len, f"between 1 and the batch size {batch_size}"),
+        (0 < held_out < 1, "held_out", held_out, "between 0 and 1, exclusive"),
+        (0 <= target_rate <= 1, "target_rate", target_rate, "between 0 and 1"),
+    )
+    rows = episodes_of(data, gamma)
+    train, held = split_episodes(rows, held_out, seed)
+    device = train["episode"].device
+    critics = qvalue_network or _critics(data, rows, num_qvalue_nets, hidden, seed)
+    width = rows["action"].std(0).clamp_min(1e-3)
+    loss = FQELoss(
+        policy, critics, num_qvalue_nets=len(critics), lmbda=lmbda, trace_width=width, exploration_type=exploration_type
+    ).to(device)
+    loss.make_value_estimator(gamma=gamma)
+    keep = list(dict.fromkeys([*loss.in_keys, "return_to_go", "episode", "steps_to_next_obs"]))
+    train, held = (part.select(*keep, strict=False) for part in (train, held))
+    if exploration_type is ExplorationType.DETERMINISTIC:
+        for part in (train, held):
+            _add_policy_actions(loss, part)
+
+    generator = torch.Generator(device).manual_seed(seed)
+    train.set("member_weight", _bootstrap_weights(train["episode"], len(critics), generator))
+    batches = _slices(train, batch_size // slice_len, slice_len, generator)
+    if start is None:
+        spread = train["return_to_go"].std()
+        loss.reward_scale.copy_(1 / spread if spread > 0 else torch.ones(()))
+
+        def regression(batch: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
+            return loss.qvalue_regression(batch, batch["return_to_go"].squeeze(-1) * loss.reward_scale)
+
+        params = loss.qvalue_network_params
+        _fit("warm_start", regression, params, batches.__next__, warm_steps, lr, Progress(), finish=loss.sync_targets)
+    else:
+        for name in ("qvalue_network_params", "target_qvalue_network_params", "reward_scale"):
+            source, own = (one._modules.get(name, one._buffers.get(name)) for one in (start, loss))
+            own.data.copy_(source.data)
+    progress = Progress(SoftUpdate(loss, tau=target_rate).step)
+    _fit("loss_qvalue", loss.qvalue_loss, loss.qvalue_network_params, batches.__next__, steps, lr, progress, report)
+    return FQEFit(loss, held)
+
+
+def episodes_of(data: ReplayBuffer, gamma: float) -> TensorDictBase:
+    """The rows ``[N]`` in order, with their ``"episode"`` ``[N]`` 0, 1, ... and ``"return_to_go"`` ``[N, 1]``."""
+    rows = rows_of(data).copy()
+    if "return_to_go" not in rows.keys():
+        if "steps_to_next_obs" in rows.keys():
+            raise InputError("rewards of several steps ('steps_to_next_obs'): give 'return_to_go' of the single steps")
+        rows.set("return_to_go", returns_to_go(rows, gamma))
+    end = episode_ends(rows).reshape(-1)
+    return rows.set("episode", end.cumsum(0) - end.long())
+
+
+def split_episodes(rows: TensorDictBase, share: float, seed: int) -> tuple[TensorDictBase, TensorDictBase]:
+    """The rows to train on and those held out, a share of the episodes, at least two on each side; ids from 0."""
+    episode = rows["episode"]
+    count = int(episode[-1]) + 1
+    if count < 4:
+        raise InputError(f"{count} episodes: off-policy evaluation needs at least 4 (what ends them is 'done')")
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    chosen = torch.zeros(count, dtype=torch.bool)
+    chosen[order[: min(max(2, round(share * count)), count - 2)]] = True
+    held = chosen.to(episode.device)[episode]
+    parts = rows[~held], rows[held]
+    return parts[0].set("episode", _renumbered(parts[0])), parts[1].set("episode", _renumbered(parts[1]))
+
+
+def _renumbered(rows: TensorDictBase) -> Tensor:
+    return rows["episode"].unique_consecutive(return_inverse=True)[1]
+
+
+def _critics(
+    data: ReplayBuffer, rows: TensorDictBase, count: int, hidden: Sequence[int], seed: int
+) -> list[ValueOperator]:
+    """Default critics, the same for the same seed."""
+    if not isinstance(data, OfflineReplayBuffer):
+        raise InputError("default critics need data as load_offline_dataset returns it; else give qvalue_network=[...]")
+    loc, scale = data.observation_loc, data.observation_scale
+    size = loc.numel() + rows["action"].shape[-1]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        nets = [StateMLP(ObservationNorm(loc, scale), size, 1, hidden=hidden, layer_norm=True) for _ in range(count)]
+    return [ValueOperator(net, in_keys=["observation", "action"]) for net in nets]
+
+
+def _add_policy_actions(loss: FQELoss, rows: TensorDictBase) -> None:
+    """Asks a deterministic policy once for each state."""
+    policy = loss.actor_network
+    for state in (rows, rows["next"]):
+        if missing := [key for key in policy.in_keys if key not in state.keys(True)]:
+            raise InputError(f"the data lacks {missing}, which the policy reads")
+        actions = torch.cat([loss.policy_action(chunk) for chunk in state.select(*policy.in_keys).split(ROWS_PER_CALL)])
+        state.set("policy_action", actions)
+    first = rows[:1].select(*policy.in_keys)
+    if not torch.allclose(loss.policy_action(first), rows[:1]["policy_action"], atol=1e-4):
+        raise InputError("the policy's action is random, even its mode: give exploration_type=ExplorationType.RANDOM")
+
+
+def _bootstrap_weights(episode: Tensor, members: int, generator: torch.Generator) -> Tensor:
+    """How often each row's episode is in each critic's resample of the episodes, ``[N, E]``."""
+    count = int(episode[-1]) + 1
+    drawn = torch.randint(count, (members, count), generator=generator, device=episode.device)
+    weight = torch.zeros(members, count, device=episode.device).scatter_add_(1, drawn, torch.ones_like(drawn).float())
+    return weight[:, episode].T.contiguous()
+
+
+def _slices(rows: TensorDictBase, count: int, length: int, generator: torch.Generator) -> Iterator[TensorDictBase]:
+    """Endless batches ``[count, length]`` of pieces of episodes that begin anywhere, masked beyond their ends."""
+    offset = torch.arange(length, device=generator.device)
+    while True:
+        begin = torch.randint(len(rows), (count, 1), generator=generator, device=generator.device)
+        index = (begin + offset).clamp_max(len(rows) - 1)
+        batch = rows[index]
+        own = (batch["episode"] == batch["episode"][:, :1]) & (begin + offset < len(rows))
+        yield batch.set(MASK, own.unsqueeze(-1))

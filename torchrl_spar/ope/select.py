@@ -1,0 +1,140 @@
+"""A safe choice of a policy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from typing import Any, NamedTuple
+
+import torch
+from tensordict.nn import TensorDictModuleBase
+from torchrl.data import ReplayBuffer
+
+from torchrl_spar.errors import InputError, check_options
+from torchrl_spar.ope.estimate import ValueEstimate, bootstrap, episode_terms
+from torchrl_spar.ope.fit import fit_fqe
+from torchrl_spar.residual import SPARActor
+
+SCALES = (0.25, 0.5, 0.75, 1.0)
+
+
+class Selection(NamedTuple):
+    """What :func:`select_policy` chose, and why.
+
+    Attributes:
+        name: of the chosen candidate, ``"anchor"`` where none is surely better.
+        policy: the chosen policy.
+        gains: by name, the estimated value less the anchor's, with joint bounds.
+
+    Source: ours.
+    """
+
+    name: str
+    policy: TensorDictModuleBase
+    gains: dict[str, ValueEstimate]
+
+
+def residual_family(actor: SPARActor, scales: Sequence[float] = SCALES) -> dict[str, TensorDictModuleBase]:
+    """The policies ``clamp(a_b + c * rho * Delta, low, high)`` for c in ``scales``, named ``"c=0.5"``.
+
+    Args:
+        actor: the policy; not changed.
+        scales: c, between 0 and 1; 0 gives the anchor itself.
+
+    Raises:
+        InputError: for a scale out of range.
+
+    Source: ours.
+
+    Examples:
+        >>> from torchrl.data import Bounded
+        >>> from torchrl_spar import make_spar_loss, residual_family
+        >>> sorted(residual_family(make_spar_loss(3, Bounded(-1, 1, (2,))).actor, [0.5, 1]))
+        ['c=0.5', 'c=1']
+    """
+    family: dict[str, TensorDictModuleBase] = {}
+    for scale in scales:
+        check_options((0 <= scale <= 1, "scales", scale, "between 0 and 1"))
+        scaled = deepcopy(actor)
+        scaled.residual_scale.mul_(scale)
+        family[f"c={scale:g}"] = scaled if scale else scaled.anchor
+    return family
+
+
+def select_policy(
+    candidates: SPARActor | Mapping[str, TensorDictModuleBase],
+    data: ReplayBuffer,
+    *,
+    anchor: TensorDictModuleBase | None = None,
+    behaviour: TensorDictModuleBase | None = None,
+    confidence: float = 0.95,
+    draws: int = 2_000,
+    seed: int = 0,
+    **options: Any,
+) -> Selection:
+    """The candidate whose lower bound on its gain over the anchor is highest; the anchor where none is above zero.
+
+    All policies are evaluated by :func:`fit_fqe` from the same start, with the same seed, on the same held-out
+    episodes, so that what they share cancels in the differences. The bounds hold for all candidates together:
+    adding candidates does not make a lucky one more likely. They hold as far as those of
+    :func:`~torchrl_spar.estimate_value` do.
+
+    Args:
+        candidates: policies by name; or a :class:`~torchrl_spar.SPARActor`, whose :func:`residual_family` is taken
+            and whose anchor is the anchor.
+        data: see :func:`fit_fqe`.
+        anchor: the policy to fall back to; needed with a mapping.
+        behaviour: see :func:`~torchrl_spar.estimate_value`.
+        confidence: that no candidate's gain is below its lower bound.
+        draws: number of bootstrap draws.
+        seed: of everything random.
+        **options: of :func:`fit_fqe`.
+
+    Returns:
+        :class:`Selection`.
+
+    Raises:
+        InputError: without candidates or an anchor, or as :func:`~torchrl_spar.estimate_value`.
+        NonFiniteError: as :func:`fit_fqe`.
+
+    Source: high-confidence policy improvement, Thomas et al. 2015 (https://proceedings.mlr.press/v37/thomas15.html);
+    falling back to the behaviour, SPIBB (https://arxiv.org/abs/1712.06924); paired FQE and joint bounds are ours.
+
+    Examples:
+        >>> import torch
+        >>> from tensordict import TensorDict
+        >>> from torchrl_spar import load_offline_dataset, make_spar_loss, select_policy
+        >>> step = {"reward": torch.zeros(40, 1), "terminated": torch.arange(40).unsqueeze(-1) % 5 == 4}
+        >>> data = TensorDict({"observation": torch.randn(40, 3), "action": torch.rand(40, 2),
+        ...                    "next": {"observation": torch.randn(40, 3), **step}}, [40])
+        >>> buffer = load_offline_dataset(data, batch_size=8)
+        >>> small = {"warm_steps": 2, "steps": 2, "slice_len": 4, "hidden": [8]}
+        >>> choice = select_policy(make_spar_loss(buffer).actor, buffer, **small)
+        >>> choice.name, list(choice.gains)
+        ('anchor', ['c=0.25', 'c=0.5', 'c=0.75', 'c=1'])
+    """
+    if isinstance(candidates, SPARActor):
+        anchor = candidates.anchor if anchor is None else anchor
+        candidates = residual_family(candidates)
+    if anchor is None or not candidates:
+        raise InputError("select_policy needs at least one candidate, and with a mapping anchor=... to fall back to")
+    check_options((0 < confidence < 1, "confidence", confidence, "between 0 and 1, exclusive"))
+    start = fit_fqe(anchor, data, seed=seed, **{**options, "steps": 0}).loss
+    options = {**options, "seed": seed, "start": start}
+    terms = [
+        episode_terms(fit_fqe(policy, data, **options), policy, behaviour) for policy in (anchor, *candidates.values())
+    ]
+    means, drawn = bootstrap(terms, draws, seed)
+    gain, drawn = means[1:] - means[0], drawn[1:] - drawn[0]
+    spread = drawn.std(1).clamp_min(torch.finfo(torch.float64).tiny)
+    # One multiple of the spreads that bounds all candidates at once.
+    excess = ((drawn - gain[:, None]) / spread[:, None]).amax(0)
+    reach = torch.quantile(excess, confidence) * spread
+    gains = {
+        name: ValueEstimate(mean, (mean - far, mean + far))
+        for name, mean, far in zip(candidates, gain.tolist(), reach.tolist())
+    }
+    best = max(gains, key=lambda name: gains[name].interval[0])
+    if gains[best].interval[0] > 0:
+        return Selection(best, candidates[best], gains)
+    return Selection("anchor", anchor, gains)
