@@ -99,8 +99,7 @@ class BatchSampler(Iterator[TensorDictBase]):
         seed: of the generator.
         target_interval: batches between two renewals of the targets along the trajectories
             (:meth:`SPARLoss.value_targets`), which take one pass over the data. With None, and for rows of several
-            steps (``"steps_to_next_obs"``) or sequences ``[B, T]``, the batches hold what one-step targets need
-            instead (ours: 1,000).
+            steps (``"steps_to_next_obs"``) or sequences ``[B, T]``, targets are one-step ones (ours: 1,000).
 
     Returns:
         On ``next(sampler)``, a block ``[length, B]`` on the data's device.
@@ -150,8 +149,7 @@ class BatchSampler(Iterator[TensorDictBase]):
         self.target_interval = target_interval if is_ordered and loss.lmbda > 0 else None
         if self.target_interval is not None:
             self.ends = episode_ends(self.data, done_key=keys.done)
-            target = torch.zeros_like(self.data[under_next(keys.reward)])
-            self.rows = self.rows.exclude("next").set(keys.value_target, target)
+            self.rows.set(keys.value_target, torch.zeros_like(self.data[under_next(keys.reward)]))
         self.noise = loss.noise_shapes(self.rows[:1])
 
     def __next__(self) -> TensorDictBase:
