@@ -60,8 +60,62 @@ def with_anchor_actions(loss: SPARLoss, replay_buffer: ReplayBuffer) -> TensorDi
         chunks = state.select(*anchor.in_keys).split(ROWS_PER_CALL)
         actions = torch.cat([anchor(chunk)[key] for chunk in chunks])
         state.set(loss.tensor_keys.anchor_action, actions)
+    return _fixed_buffer(rows, replay_buffer.batch_size)
+
+
+def with_value_targets(loss: SPARLoss, replay_buffer: ReplayBuffer) -> TensorDictReplayBuffer:
+    """The data with the critics' targets along its trajectories, see :meth:`SPARLoss.value_targets`.
+
+    They age as the critics and the policy move: call it again every thousand updates or so. Targets that are never
+    renewed improve the policy on the data's own returns alone. :class:`BatchSampler` does all this itself.
+
+    Args:
+        loss: of which the target critics and the moving average of the policy are asked.
+        replay_buffer: the data in order, with the anchor's actions (:func:`with_anchor_actions`).
+
+    Returns:
+        The same buffer where it holds ``value_target`` already, which is overwritten; else one that shares its memory
+        and holds ``value_target`` ``[N, 1]`` beside.
+
+    Raises:
+        InputError: if the rows are out of order, or steps of several (``"steps_to_next_obs"``).
+
+    Source: ours.
+
+    Examples:
+        >>> import torch
+        >>> from tensordict import TensorDict
+        >>> from torchrl_spar import load_offline_dataset, pretrain, with_value_targets
+        >>> step = {"reward": torch.randn(8, 1), "terminated": torch.arange(8).unsqueeze(-1) == 7}
+        >>> data = TensorDict({"observation": torch.randn(8, 3), "action": torch.full((8, 2), 0.5),
+        ...                    "next": {"observation": torch.randn(8, 3), **step}}, [8])
+        >>> few = {"steps": 2}
+        >>> loss, rows = pretrain(load_offline_dataset(data, batch_size=4), anchor=few, vae=few, critics=few)
+        >>> for step in range(3):
+        ...     if step % 2 == 0:
+        ...         rows = with_value_targets(loss, rows)
+        ...     losses = loss(rows.sample())
+    """
+    rows, keys = replay_buffer[:], loss.tensor_keys
+    if not has_trajectories(loss, replay_buffer):
+        raise InputError("targets along trajectories need lmbda > 0 and rows [N] of single steps, without a mask")
+    targets = loss.value_targets(rows, episode_ends(rows, done_key=keys.done))
+    if keys.value_target in rows.keys(True):
+        rows[keys.value_target].copy_(targets)
+        return replay_buffer
+    rows = rows.copy().set(keys.value_target, targets)
+    return _fixed_buffer(rows, replay_buffer.batch_size)
+
+
+def has_trajectories(loss: SPARLoss, replay_buffer: ReplayBuffer) -> bool:
+    """Whether targets can follow the data: rows ``[N]`` of single steps, and a loss that asks for them."""
+    rows = replay_buffer[:]
+    return loss.lmbda > 0 and rows.ndim == 1 and valid_mask(rows) is None and "steps_to_next_obs" not in rows.keys()
+
+
+def _fixed_buffer(rows: TensorDictBase, batch_size: int | None) -> TensorDictReplayBuffer:
     storage = TensorStorage(rows, device=rows.device)
-    return TensorDictReplayBuffer(storage=storage, writer=ImmutableDatasetWriter(), batch_size=replay_buffer.batch_size)
+    return TensorDictReplayBuffer(storage=storage, writer=ImmutableDatasetWriter(), batch_size=batch_size)
 
 
 def batch_size_of(replay_buffer: ReplayBuffer) -> int:
@@ -141,7 +195,7 @@ class BatchSampler(Iterator[TensorDictBase]):
         self.loss, self.data = loss, replay_buffer[:]
         self.shape = (length, batch_size_of(replay_buffer))
         self.generator = torch.Generator(self.data[keys.action].device).manual_seed(seed)
-        self.rows = self.data.exclude("episode", "return_to_go")
+        self.rows = self.data.exclude("episode", "return_to_go", keys.value_target)
         self.drawn = self.due = 0
         is_ordered = (
             self.data.ndim == 1 and valid_mask(self.data) is None and "steps_to_next_obs" not in self.data.keys()
