@@ -96,7 +96,7 @@ class SPARLoss(SPARLossBase):
             gradients are not touched.
         temperature: tau of the candidates' weights; small is greedy (ours: 0.3).
         evidence_scale: the spread of the candidates' values, in scaled units, at which self-imitation weighs
-            ``lsi_coeff`` (ours: 0.02 standard deviations of the returns-to-go).
+            ``lsi_coeff``; with None it always does (ours: 0.0125 standard deviations of the returns-to-go).
         lsi_coeff: weight of self-imitation, a buffer that can be scheduled (ours: 1). 0 removes the term for good,
             for the ablation; a schedule must start above 0.
         trust_coeff: lambda, the weight of the advantage-weighted fit to the data's own residuals; likewise (ours: 1).
@@ -169,7 +169,7 @@ class SPARLoss(SPARLossBase):
         latent_bound: float = 2.0,
         candidate_dtype: torch.dtype | None = None,
         temperature: float = 0.3,
-        evidence_scale: float = 0.02,
+        evidence_scale: float | None = 0.0125,
         lsi_coeff: float = 1.0,
         trust_coeff: float = 1.0,
         reduction: Literal["mean", "sum", "none"] | None = None,
@@ -415,8 +415,10 @@ class SPARLoss(SPARLossBase):
         """
         target, diagnostics = self.self_imitation_target(state, residual, latent, mask, noise)
         prediction = residual if latent is None else latent
-        evidence = (diagnostics["candidate_spread"] / self.evidence_scale).clamp(*EVIDENCE_RANGE)
-        return evidence * (prediction - target).pow(2).mean(-1), diagnostics
+        imitation = (prediction - target).pow(2).mean(-1)
+        if self.evidence_scale is not None:
+            imitation = imitation * (diagnostics["candidate_spread"] / self.evidence_scale).clamp(*EVIDENCE_RANGE)
+        return imitation, diagnostics
 
     @torch.no_grad()
     def self_imitation_target(
@@ -600,7 +602,7 @@ def _check_options(loss: SPARLoss, scale: float, lsi: float, trust: float) -> No
         (loss.latent_std > 0, "latent_std", loss.latent_std, "positive"),
         (loss.latent_bound > 0, "latent_bound", loss.latent_bound, "positive"),
         (loss.temperature > 0, "temperature", loss.temperature, "positive"),
-        (loss.evidence_scale > 0, "evidence_scale", loss.evidence_scale, "positive"),
+        (loss.evidence_scale is None or loss.evidence_scale > 0, "evidence_scale", loss.evidence_scale, "positive"),
         (lsi >= 0, "lsi_coeff", lsi, "at least 0"),
         (trust >= 0, "trust_coeff", trust, "at least 0"),
         (lsi + trust > 0, "trust_coeff", trust, "positive where lsi_coeff is 0"),

@@ -47,8 +47,10 @@ class Loss:
         None, "What the critics' hidden layers compute in while they score candidates, e.g. bfloat16; null: float32."
     )
     temperature: float = option(0.3, "Of the candidates' weights; small is greedy.", above=0)
-    evidence_scale: float = option(
-        0.02, "Spread of the candidates' values at which self-imitation weighs lsi_coeff, in scaled returns.", above=0
+    evidence_scale: float | None = option(
+        0.0125,
+        "Spread of the candidates' values, in scaled returns, at which self-imitation weighs lsi_coeff; null: always.",
+        above=0,
     )
     lsi_coeff: float = option(1.0, "Weight of Latent Self-Imitation; 0 leaves it out.", least=0)
     trust_coeff: float = option(1.0, "Weight of the advantage-weighted fit to the data; 0 leaves it out.", least=0)
