@@ -8,8 +8,9 @@ Three parts train it; ``r = (a - a_b) / rho`` is the data's residual, ``Delta`` 
 
 1. ``vae_loss``: a conditional VAE learns the data's residuals, so that its latent space covers the corrections that
    the data supports:  ``|g(s, a_b, z) - r|^2 + beta KL``.
-2. ``qvalue_loss``: critics bootstrap from a lower bound of the slowly moving policy's own action, never from an
-   unconstrained maximum:  ``Q_e(s, a) -> r + gamma LCB_e Q_e(s', pi(s'))``.
+2. ``qvalue_loss``: critics learn what the data's trajectories earn, up to where the data errs, and from there a lower
+   bound of the slowly moving policy's own action, never an unconstrained maximum:
+   ``G_t = r_t + gamma ((1 - c_{t+1}) LCB_e Q_e(s_{t+1}, pi(s_{t+1})) + c_{t+1} G_{t+1})``.
 3. ``actor_loss``: Latent Self-Imitation. Candidates ``z_k`` are drawn in the latent space, weighted by their
    conservative value relative to the policy's own residual, and regressed onto:
    ``|Delta - sum_k w_k g(s, a_b, z_k)|^2``. No gradient of a critic with respect to an action is ever taken.
