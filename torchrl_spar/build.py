@@ -225,8 +225,9 @@ class _Networks:
             anchor, ResidualHead(network, STATE, ["latent" if is_latent else "residual"]),
             action_spec=self.action_spec, decoder=decoder if is_latent else None,
         ).to(self.device)  # fmt: skip
+        low, high = (bound.tolist() for bound in action_bounds(self.action_spec))  # ours may be on the meta device
         actor.architecture = {
-            "observation_dim": self.observation_dim, "low": self.low.tolist(), "high": self.high.tolist(),
+            "observation_dim": self.observation_dim, "low": low, "high": high,
             "head": head, "latent_dim": self.latent_dim, "hidden": list(self.hidden),
         }  # fmt: skip
         return actor

@@ -10,15 +10,16 @@ import json
 import os
 import warnings
 import zipfile
+from functools import partial
 
 import h5py
 import numpy as np
 import pytest
 import torch
-from fuzz_sources import FLAGS, KEYS, TWINS, draw_arrays, draw_defects, expected_rows, spoil
+from fuzz_sources import KEYS, TWINS, draw_arrays, draw_defects, expected_rows, expected_sequences, spoil
 from gymnasium.spaces import Box, Dict
 from helpers import make_batch
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from minari.serialization import serialize_space
 from tensordict import TensorDict
@@ -35,6 +36,7 @@ from torchrl_spar import (
     load_offline_dataset,
     make_anchor,
     make_spar_loss,
+    returns_to_go,
 )
 
 EXAMPLES = os.environ.get("FUZZ_EXAMPLES")
@@ -79,10 +81,12 @@ def assert_rows(buffer: OfflineReplayBuffer, rows: dict[str, np.ndarray]) -> Non
     data = buffer[:]
     assert len(buffer) == len(rows["observation"])
     found = {
-        "observation": data["observation"], "action": data["action"], "episode": data["episode"],
+        "observation": data["observation"], "action": data["action"],
         "next_observation": data["next", "observation"], "reward": data["next", "reward"].squeeze(-1),
         "terminated": data["next", "terminated"].squeeze(-1), "truncated": data["next", "truncated"].squeeze(-1),
     }  # fmt: skip
+    if rows["ordered"]:
+        found["episode"] = data["episode"]
     for key, tensor in found.items():
         np.testing.assert_array_equal(tensor.numpy(), rows[key].astype(tensor.numpy().dtype), err_msg=key)
     np.testing.assert_allclose(buffer.episode_returns, rows["returns"], rtol=1e-9, atol=1e-6)
@@ -102,8 +106,13 @@ def check(source, rows, culprits, prefix) -> None:
             assert any(culprit in message for culprit in culprits), (culprits, message)
             return
         assert not culprits, f"{culprits} were not refused"
-        assert_rows(buffer, rows())
-        assert_trains(buffer)
+        expected = rows()
+        assert_rows(buffer, expected)
+        if expected["ordered"]:
+            assert_trains(buffer)
+        else:
+            with pytest.raises(InputError, match="go on in rows elsewhere"):
+                returns_to_go(buffer[:], 0.9)
 
 
 # ---------------------------------------------------------------- files
@@ -119,13 +128,6 @@ def write_hdf5(path, arrays):
             file[key] = array
 
 
-def tells_its_ends(arrays, episode) -> bool:
-    """Whether flags end every episode but the last and no two terminals are neighbours: no evidence is needed."""
-    terminal, timeout = (arrays[key].reshape(-1) != 0 for key in FLAGS)
-    changes = episode[1:] != episode[:-1]
-    return bool((terminal | timeout)[:-1][changes].all() and not (terminal[1:] & terminal[:-1]).any())
-
-
 FORMS = {".npz": write_npz, ".hdf5": write_hdf5}
 
 
@@ -139,7 +141,6 @@ def test_files(directory, suffix):
         st.integers(0, 20),
     )
     def run(drawn, defects, absent, row):
-        assume(tells_its_ends(*drawn) and not ("timeouts" in absent and drawn[0]["timeouts"].any()))
         arrays = {key: array for key, array in drawn[0].items() if key not in absent}
         culprits = [] if len(arrays["rewards"]) else ["holds no step"]
         culprits += [key for kind, key in defects if spoil(arrays, kind, key, row)]
@@ -171,29 +172,21 @@ def test_an_npz_that_holds_a_key_twice_is_refused(directory, entry):
 @fuzz
 @given(draw_arrays(), draw_defects("scalar", "shorter", "longer", "empty", "twin"), st.integers(0, 20), st.data())
 def test_tensordicts(drawn, defects, row, data):
-    assume(tells_its_ends(*drawn))
-    original, episode = drawn
-    arrays = dict(original)
+    arrays, episode = dict(drawn[0]), drawn[1]
     culprits = [] if len(episode) else ["holds no step"]
     refused = [key for kind, key in defects if spoil(arrays, kind, key, row) or key == "next_observations"]
     culprits += [str(TED_KEYS[key]) for key in refused]
-    labels = None
-    if data.draw(st.booleans()):
-        labels = torch.from_numpy(2**60 + episode)
-    else:  # nothing but the flags tells where an episode ends
-        flags = [original[key].reshape(-1) != 0 for key in FLAGS if key in arrays]
-        ended = np.cumsum(np.any([np.zeros(len(episode), bool), *flags], axis=0))
-        episode = np.concatenate([np.zeros_like(ended[:1]), ended[:-1]])
+    label = episode if data.draw(st.booleans()) else None
     source = TensorDict(batch_size=[len(episode)])
     for key, array in arrays.items():
         source[TED_KEYS[key]] = "text" if array.dtype.kind == "S" else torch.from_numpy(array)
-    if labels is not None:
-        source["episode"] = labels
-    length = data.draw(st.sampled_from([size for size in (1, 2, 3) if len(episode) % size == 0]))
-    if data.draw(st.booleans()):  # [B, T], whose rows are trajectories of their own
-        source = source.unflatten(0, (-1, length)) if len(episode) else source
-        episode = episode * len(episode) + np.arange(len(episode)) // length
-    check(source, lambda: expected_rows(arrays, episode), culprits, "TensorDict")
+    if label is not None:
+        source["episode"] = torch.from_numpy(2**60 + label)
+    rows = partial(expected_rows, arrays, label=label)
+    if len(episode) and data.draw(st.booleans()):
+        length = data.draw(st.sampled_from([size for size in (1, 2, 3) if len(episode) % size == 0]))
+        source, rows = source.unflatten(0, (-1, length)), partial(expected_sequences, arrays, label, length)
+    check(source, rows, culprits, "TensorDict")
 
 
 @pytest.mark.parametrize(
@@ -305,7 +298,7 @@ def test_minari(directory, drawn, defects, form, row):
         written.append({MINARI_KEYS[key]: part[key] for key in MINARI_KEYS if key in part})
     path = directory / "minari"
     write_minari(path, written, len(episode), space, arrays["actions"].shape[1])
-    check(path, lambda: expected_rows(arrays, episode), culprits, path)
+    check(path, lambda: expected_rows(arrays, episode=episode), culprits, path)
 
 
 # ---------------------------------------------------------------- what it found in training

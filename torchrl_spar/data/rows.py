@@ -60,11 +60,14 @@ def parts_of(source: Any) -> Iterator[TensorDictBase]:
         elif isinstance(source, LazyStackedTensorDict):
             for part in source.tensordicts:
                 yield from parts_of(part)
-        else:
+        elif any(leaf.is_nested for leaf in source.values(True, True) if isinstance(leaf, Tensor)):
             raise InputError(
                 "its sequences are nested tensors: give a list of TensorDicts [T], or padded sequences with a 'mask' "
                 "(split_trajectories with as_nested=False)"
             )
+        else:  # tensordict's unflatten(0, (-1, T)) leaves -1 in the batch size
+            shape = next(iter(source.values(True, True))).shape[: source.ndim]
+            yield source.apply(lambda leaf: leaf, batch_size=shape)
     else:
         raise InputError(
             f"it holds a {type(source).__name__}; expected TensorDicts [n] or [B, T], a list or a lazy stack of them, "
