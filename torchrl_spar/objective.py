@@ -289,8 +289,8 @@ class SPARLoss(SPARLossBase):
         following = torch.cat(values).roll(-1)  # of all rows but the last of each episode
         following[ends] = torch.cat([self._policy_value(part) for part in rows["next"][ends].split(ROWS_PER_CALL)])
         trace = (self.lmbda * torch.cat(traces).roll(-1)).masked_fill(ends, 0.0)
-        gamma = torch.where(terminated, 0.0, float(self.value_estimator.gamma))
         reward = self.reward_scale * rows[under_next(keys.reward)].squeeze(-1)
+        gamma = float(self.value_estimator.gamma) * (~terminated).to(reward)
         return discounted_sums(reward + gamma * (1 - trace) * following, gamma * trace).unsqueeze(-1)
 
     @torch.no_grad()

@@ -61,7 +61,7 @@ def returns_to_go(
     reward = data["next"][reward_key]
     terminated = data["next"][terminated_key].reshape(-1)
     end = episode_ends(data, done_key=done_key, observation_key=observation_key).reshape(-1)
-    returns = discounted_sums(reward.reshape(-1).double(), torch.where(end, 0.0, gamma))
+    returns = discounted_sums(reward.reshape(-1).double(), gamma * (~end).double())
     cut = end & ~terminated
     if cut.any():
         row = torch.arange(len(returns), device=returns.device)
