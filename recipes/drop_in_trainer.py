@@ -46,18 +46,23 @@ from torchrl_spar import (
     make_spar_loss,
     pretrain,
     save_policy,
+    with_anchor_actions,
+    with_value_targets,
 )
+from torchrl_spar.training.sampling import has_trajectories
 
 
 @dataclass
 class TrainerOptions:
     updates: int = option(24_000, "Updates of everything in all.", least=1)
     round: int = option(
-        100, "Updates in a round of the Trainer, which logs their mean and shows one step of its bar.", least=1
+        1_000,
+        "Updates in a round of the Trainer, which renews the critics' targets, logs means and moves its bar.",
+        least=1,
     )
     lr: float = option(5e-4, "Initial learning rate of Adam, of all networks (cosine to zero).", least=0)
     target_rate: float = option(0.01, "Polyak rate of all targets, the deployed head included.", least=0, most=1)
-    log_interval: int = option(199, "A number is logged when more than this many updates have passed.", least=0)
+    log_interval: int = option(999, "A number is logged when more than this many updates have passed.", least=0)
     save_interval: int = option(
         1_999,
         "A checkpoint is written when more than this many updates have passed, and at the end; two are kept.",
@@ -114,12 +119,33 @@ class DetachedStepper(DefaultOptimizationStepper):
         return super().step(trainer, sub_batch).detach()
 
 
+class TargetRenewal:
+    """Renews the critics' targets in the data; a hook of the Trainer before each round."""
+
+    def __init__(self, loss: SPARLoss, replay_buffer: ReplayBuffer) -> None:
+        self.loss, self.replay_buffer = loss, replay_buffer
+
+    def __call__(self, batch: TensorDictBase) -> TensorDictBase:
+        with_value_targets(self.loss, self.replay_buffer)
+        return batch
+
+
 def rotation(out: Path) -> CheckpointRotation:
     return CheckpointRotation(out / "checkpoints", keep_last=2)
 
 
-def make_trainer(loss: SPARLoss, replay_buffer: ReplayBuffer, cfg: DictConfig, out: Path) -> Trainer:
-    """TorchRL's Trainer on a data set; its csv logs and checkpoints lie in `out`."""
+def make_trainer(
+    loss: SPARLoss, replay_buffer: ReplayBuffer, cfg: DictConfig, out: Path, saved: Path | None = None
+) -> Trainer:
+    """TorchRL's Trainer on a data set; its csv logs and checkpoints lie in `out`.
+
+    Args:
+        loss: to be trained.
+        replay_buffer: the data; the critics' targets are renewed before each round.
+        cfg: the options `trainer`.
+        out: the directory.
+        saved: the checkpoint to resume from.
+    """
     optimizer = torch.optim.Adam(loss.parameters(), lr=cfg.lr)
     trainer = Trainer(
         collector=NothingCollected(cfg.round),
@@ -135,11 +161,21 @@ def make_trainer(loss: SPARLoss, replay_buffer: ReplayBuffer, cfg: DictConfig, o
         checkpoint_rotation=rotation(out),
         save_trainer_interval=cfg.save_interval,
     )
-    # Not registered as a module: the data set would be in every checkpoint.
-    trainer.register_op("process_optim_batch", ReplayBufferTrainer(replay_buffer).sample)
     trainer.register_op("post_optim", TargetNetUpdaterHook(SoftUpdate(loss, tau=cfg.target_rate)))
     LRSchedulerHook(CosineAnnealingLR(optimizer, cfg.updates), interval="optim").register(trainer)
     trainer.register_op("post_optim_complete_log", show)
+    if saved:
+        try:
+            trainer.load_from_file(saved)
+        except CheckpointError as err:
+            raise InputError(f"out={out}: its checkpoint cannot be loaded, remove it: {err}") from None
+    # Now, since they are asked of the loss as it was saved.
+    replay_buffer = with_anchor_actions(loss, replay_buffer)
+    if has_trajectories(loss, replay_buffer):
+        replay_buffer = with_value_targets(loss, replay_buffer)
+        trainer.register_op("pre_epoch", TargetRenewal(loss, replay_buffer))
+    # Not registered as a module: the data set would be in every checkpoint.
+    trainer.register_op("process_optim_batch", ReplayBufferTrainer(replay_buffer).sample)
     return trainer
 
 
@@ -166,13 +202,8 @@ def main(cfg: DictConfig) -> None:
         phases = {name: cfg[name] for name in ("anchor", "vae", "critics")}
         bars = {name: Phase(name, phase.steps, [], phase.steps, 0) for name, phase in phases.items()}
         loss, _ = pretrain(data, **phases, report=bars.get, **cfg.loss)
-    trainer = make_trainer(loss, data, cfg.trainer, out)
-    if saved:
-        try:
-            trainer.load_from_file(saved)
-        except CheckpointError as err:
-            raise InputError(f"out={out}: its checkpoint cannot be loaded, remove it: {err}") from None
-    else:
+    trainer = make_trainer(loss, data, cfg.trainer, out, saved)
+    if saved is None:
         trainer.save_trainer(force_save=True)
     if trainer.collected_frames < updates:
         trainer.train()

@@ -83,6 +83,8 @@ def train(
             checkpoints.add("update", update)
             phase = MainPhase(runs, "spar", stack.copy_back if stack else lambda: None)
             for step in phase.steps():
+                if stack:
+                    stack.copy_back()  # the samplers read the losses where they renew their targets
                 blocks = [next(sampler) for sampler in samplers]
                 phase.after(step, update.run(torch.stack(blocks, 1) if stack else blocks[0]))
             for run in runs:

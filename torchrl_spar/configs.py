@@ -63,6 +63,9 @@ class SPARLossConfig:
     kappa: float = 1.0
     expectile: float = 0.7
     value_mix: float = 0.0
+    lmbda: float = 1.0
+    cut_margin: float = 0.1
+    cut_temperature: float = 0.1
     policy_noise: float = 0.2
     noise_clip: float = 0.5
     loss_function: str = "l2"
@@ -75,6 +78,7 @@ class SPARLossConfig:
     latent_bound: float = 2.0
     candidate_dtype: str | None = None
     temperature: float = 0.3
+    evidence_scale: float | None = 0.0125
     lsi_coeff: float = 1.0
     trust_coeff: float = 1.0
     reduction: str | None = None

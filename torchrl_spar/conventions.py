@@ -140,6 +140,7 @@ class SPARLossBase(Conventions):
             reward: read under ``"next"``.
             done: read under ``"next"``.
             terminated: read under ``"next"``; alone masks the bootstrap.
+            value_target: of the critics, ``[*B, 1]`` in scaled reward units; one-step targets where it is missing.
             priority: where the TD error is written for prioritised buffers (not in a locked batch).
             priority_weight: importance weights of a prioritised buffer, used when present.
         """
@@ -158,6 +159,7 @@ class SPARLossBase(Conventions):
         reward: NestedKey = "reward"
         done: NestedKey = "done"
         terminated: NestedKey = "terminated"
+        value_target: NestedKey = "value_target"
         priority: NestedKey = "td_error"
         priority_weight: NestedKey = "priority_weight"
 
@@ -409,7 +411,7 @@ class SPARLossBase(Conventions):
             attempt("the value network", network, lambda: self._value(row))
 
     def _needed_keys(self, tensordict: TensorDictBase) -> list[NestedKey]:
-        """The in_keys, less what the anchor alone reads where its action is given."""
+        """The in_keys, less what only the anchor reads if its action is given, and the outcome if a target is."""
         keys = self.tensor_keys
         others = self._state_keys(*self._rectifiers, self.residual_vae, self.qvalue_network, *self._values)
         anchors = {*self.actor_network.anchor.in_keys}.difference(others, [keys.action])
@@ -418,6 +420,8 @@ class SPARLossBase(Conventions):
             spared.update(anchors)
         if tensordict.get(under_next(keys.anchor_action), None) is not None:
             spared.update(under_next(key) for key in anchors)
+        if tensordict.get(keys.value_target, None) is not None:
+            spared.update(key for key in self.in_keys if isinstance(key, tuple) and key[0] == "next")
         return [key for key in self.in_keys if key not in spared]
 
     def _noise(self, tensordict: TensorDictBase, key: NestedKey, like: Tensor) -> Tensor:

@@ -8,8 +8,9 @@ Three parts train it; ``r = (a - a_b) / rho`` is the data's residual, ``Delta`` 
 
 1. ``vae_loss``: a conditional VAE learns the data's residuals, so that its latent space covers the corrections that
    the data supports:  ``|g(s, a_b, z) - r|^2 + beta KL``.
-2. ``qvalue_loss``: critics bootstrap from a lower bound of the slowly moving policy's own action, never from an
-   unconstrained maximum:  ``Q_e(s, a) -> r + gamma LCB_e Q_e(s', pi(s'))``.
+2. ``qvalue_loss``: critics learn what the data's trajectories earn, up to where the data errs, and from there a lower
+   bound of the slowly moving policy's own action, never an unconstrained maximum:
+   ``G_t = r_t + gamma ((1 - c_{t+1}) LCB_e Q_e(s_{t+1}, pi(s_{t+1})) + c_{t+1} G_{t+1})``.
 3. ``actor_loss``: Latent Self-Imitation. Candidates ``z_k`` are drawn in the latent space, weighted by their
    conservative value relative to the policy's own residual, and regressed onto:
    ``|Delta - sum_k w_k g(s, a_b, z_k)|^2``. No gradient of a critic with respect to an action is ever taken.
@@ -29,13 +30,18 @@ from torch import Tensor
 from torchrl.objectives.utils import distance_loss
 
 from torchrl_spar.conventions import SPARLossBase, check_shape, masked_mean, under_next
+from torchrl_spar.data.returns import discounted_sums
 from torchrl_spar.ensemble import Bound, lower_bound, spread
 from torchrl_spar.errors import InputError, check_options
 from torchrl_spar.residual import ResidualVAE, SPARActor
 
 # The weights lie between exp(-5) and exp(2.3) = 10 before they are divided by their mean.
 TRUST_LOG_WEIGHT_RANGE = (-5.0, 2.3)
+# By how much the evidence changes the weight of self-imitation, at most.
+EVIDENCE_RANGE = (0.5, 4.0)
 TINY = 1e-8
+# Of a data set, at once.
+ROWS_PER_CALL = 16_384
 
 
 class SPARLoss(SPARLossBase):
@@ -68,8 +74,12 @@ class SPARLoss(SPARLossBase):
             https://arxiv.org/abs/2110.06169).
         value_mix: share of ``state_value`` in the bootstrapped value, between 0 (the
             policy's lower bound alone) and 1 (in-sample value alone) (ours: 0).
-        policy_noise: standard deviation of the noise on the bootstrapped action, in half
-            action ranges (TD3's 0.2, https://arxiv.org/abs/1802.09477).
+        lmbda: decay of the traces that :meth:`value_targets` follows; 0 gives one-step targets (ours: 1).
+        cut_margin: how far, in scaled units, the data's action may be below the policy's before its trace is cut
+            (ours: 0.1 standard deviations of the returns-to-go).
+        cut_temperature: how fast the trace falls beyond it (ours: 0.1, likewise).
+        policy_noise: standard deviation of the noise on the bootstrapped action of one-step targets,
+            in half action ranges (TD3's 0.2, https://arxiv.org/abs/1802.09477).
         noise_clip: bound of that noise (TD3's 0.5).
         loss_function: TorchRL's name of the critics' regression loss (ours: ``"l2"``).
         reward_scale: factor on the rewards inside the loss, so that learning rates mean the same
@@ -86,6 +96,8 @@ class SPARLoss(SPARLossBase):
             candidates, such as ``torch.bfloat16``; by default the parameters' own type. Weights and
             gradients are not touched.
         temperature: tau of the candidates' weights; small is greedy (ours: 0.3).
+        evidence_scale: the spread of the candidates' values, in scaled units, at which self-imitation weighs
+            ``lsi_coeff``; with None it always does (ours: 0.0125 standard deviations of the returns-to-go).
         lsi_coeff: weight of self-imitation, a buffer that can be scheduled (ours: 1). 0 removes the term for good,
             for the ablation; a schedule must start above 0.
         trust_coeff: lambda, the weight of the advantage-weighted fit to the data's own residuals; likewise (ours: 1).
@@ -123,7 +135,7 @@ class SPARLoss(SPARLossBase):
 
     # What self_imitation reports.
     lsi_metrics: tuple[str, ...] = (
-        "effective_sample_size", "candidate_diversity", "lsi_advantage", "candidate_value_std",
+        "candidate_spread", "effective_sample_size", "candidate_diversity", "lsi_advantage", "candidate_value_std",
     )  # fmt: skip
     _schedulable_buffers = frozenset({"lsi_coeff", "trust_coeff", "reward_scale"})
 
@@ -143,6 +155,9 @@ class SPARLoss(SPARLossBase):
         kappa: float = 1.0,
         expectile: float = 0.7,
         value_mix: float = 0.0,
+        lmbda: float = 1.0,
+        cut_margin: float = 0.1,
+        cut_temperature: float = 0.1,
         policy_noise: float = 0.2,
         noise_clip: float = 0.5,
         loss_function: str = "l2",
@@ -155,6 +170,7 @@ class SPARLoss(SPARLossBase):
         latent_bound: float = 2.0,
         candidate_dtype: torch.dtype | None = None,
         temperature: float = 0.3,
+        evidence_scale: float | None = 0.0125,
         lsi_coeff: float = 1.0,
         trust_coeff: float = 1.0,
         reduction: Literal["mean", "sum", "none"] | None = None,
@@ -168,6 +184,9 @@ class SPARLoss(SPARLossBase):
         self.kappa = kappa
         self.expectile = expectile
         self.value_mix = value_mix
+        self.lmbda = lmbda
+        self.cut_margin = cut_margin
+        self.cut_temperature = cut_temperature
         self.policy_noise = policy_noise
         self.noise_clip = noise_clip
         self.loss_function = loss_function
@@ -179,6 +198,7 @@ class SPARLoss(SPARLossBase):
         self.latent_bound = latent_bound
         self.candidate_dtype = candidate_dtype
         self.temperature = temperature
+        self.evidence_scale = evidence_scale
         self.has_lsi, self.has_trust = lsi_coeff > 0, trust_coeff > 0
         device = self._default_device
         self.register_coeff_buffer("reward_scale", float(reward_scale), device=device)
@@ -217,51 +237,100 @@ class SPARLoss(SPARLossBase):
         return self._reduce(error + self.kl_coeff * kl, tensordict), metadata
 
     def qvalue_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
-        """(ii) Conservative value: all critics regress on ``r + gamma (1 - terminated) LCB(s', pi(s') + noise)``.
+        """(ii) Conservative value: regression of all critics on the batch's ``value_target``.
 
-        The bootstrapped action comes from the moving average of the policy, the bound from
-        the target critics. Reaches the critics alone; summed over them.
+        The target comes from :meth:`value_targets`, which looks along the data's trajectories. Without it a batch is
+        regressed onto one step, ``r + gamma (1 - terminated) V(s')`` with ``V(s) = LCB_e Q_e(s, pi(s) + noise)``, the
+        policy's moving average and the target critics. Reaches the critics alone; summed over them.
 
         Returns:
-            The loss and ``td_error`` (largest squared error of the critics, ``[*B]``),
-            ``pred_value``, ``target_value``, ``next_state_value`` (means).
+            The loss and ``td_error`` (largest squared error of the critics, ``[*B]``), ``pred_value`` and
+            ``target_value`` (means).
 
         Source: conservative values are the paper's; bound, noise (TD3) and targets are ours.
         """
-        with torch.no_grad():
-            keys = self.tensor_keys
-            next_value = self._next_value(tensordict)
-            outcome = tensordict.select(*(under_next(key) for key in (keys.reward, keys.done, keys.terminated)))
-            outcome.set(under_next(keys.reward), self.reward_scale * outcome[under_next(keys.reward)])
-            outcome.set(under_next(keys.value), next_value.unsqueeze(-1))
-            # Written by TorchRL's MultiStep and by chunk_actions: gamma to the power of it.
-            steps = self.value_estimator.tensor_keys.steps_to_next_obs
-            outcome.update(tensordict.select(steps, strict=False))
-            target = self.value_estimator.value_estimate(outcome).squeeze(-1)
-        loss, metadata = self.qvalue_regression(tensordict, target)
-        return loss, metadata | {"next_state_value": masked_mean(next_value, self._valid(tensordict, target))}
+        target = tensordict.get(self.tensor_keys.value_target, None)
+        if target is None:
+            target = self._one_step_target(tensordict)
+        return self.qvalue_regression(tensordict, target.squeeze(-1))
 
-    def _next_value(self, tensordict: TensorDictBase) -> Tensor:
-        """The bootstrapped value of the next state, ``[*B]``."""
-        following = tensordict["next"]
+    @torch.no_grad()
+    def value_targets(self, rows: TensorDictBase, ends: Tensor) -> Tensor:
+        """Targets of a whole data set along its trajectories: Watkins's Q(lambda) with soft cuts.
+
+        ``G_t = r_t + gamma ((1 - c_{t+1}) V(s_{t+1}) + c_{t+1} G_{t+1})`` with ``V(s) = LCB_e Q_e(s, pi(s))``. The
+        trace ``c_t = lmbda min(1, exp((A_t + cut_margin) / cut_temperature))`` follows the data while its action is
+        about as good as the policy's, ``A_t = mean_e [Q_e(s_t, a_t) - Q_e(s_t, pi(s_t))]``, and bootstraps where the
+        data errs. Nothing follows a terminated row; the last row of an episode that was cut off bootstraps.
+
+        One-step targets repeat what the critics believe. Along a trajectory the critics hear what came of an action:
+        where all of them are wrong alike, they are corrected before the policy follows them.
+
+        Args:
+            rows: the data ``[N]``, episodes in order: what the actor and the critics read.
+            ends: whether a row is the last of its episode, ``[N, 1]``.
+
+        Returns:
+            Targets ``[N, 1]`` in scaled reward units, to be stored as ``value_target``. They age as the critics and the
+            policy move; :class:`~torchrl_spar.BatchSampler` renews them.
+
+        Source: ours. Cuts at the data's mistakes are Watkins's (1989); uncorrected traces for conservative values are
+            those of Peng's Q(lambda) (https://arxiv.org/abs/2605.14779).
+        """
+        keys = self.tensor_keys
+        values, traces = [], []
+        for part in rows.split(ROWS_PER_CALL):
+            state, action = self._policy_action(part)
+            actions = torch.stack((part[keys.action], action))
+            data, policy = self._qvalue(state, actions, self.target_params("qvalue_network")).unbind(1)
+            values.append(self._mixed_value(part, self._lower_bound(policy)))
+            traces.append((((data - policy).mean(0) + self.cut_margin) / self.cut_temperature).exp().clamp(max=1.0))
+        ends, terminated = ends.squeeze(-1), rows[under_next(keys.terminated)].squeeze(-1)
+        following = torch.cat(values).roll(-1)  # of all rows but the last of each episode
+        following[ends] = torch.cat([self._policy_value(part) for part in rows["next"][ends].split(ROWS_PER_CALL)])
+        trace = (self.lmbda * torch.cat(traces).roll(-1)).masked_fill(ends, 0.0)
+        reward = self.reward_scale * rows[under_next(keys.reward)].squeeze(-1)
+        gamma = float(self.value_estimator.gamma) * (~terminated).to(reward)
+        return discounted_sums(reward + gamma * (1 - trace) * following, gamma * trace).unsqueeze(-1)
+
+    @torch.no_grad()
+    def _one_step_target(self, tensordict: TensorDictBase) -> Tensor:
+        keys = self.tensor_keys
+        noise = self._noise(tensordict, keys.action_noise, tensordict[keys.action])
+        next_value = self._policy_value(tensordict["next"], noise)
+        outcome = tensordict.select(*(under_next(key) for key in (keys.reward, keys.done, keys.terminated)))
+        outcome.set(under_next(keys.reward), self.reward_scale * outcome[under_next(keys.reward)])
+        outcome.set(under_next(keys.value), next_value.unsqueeze(-1))
+        # Written by TorchRL's MultiStep and by chunk_actions: gamma to the power of it.
+        steps = self.value_estimator.tensor_keys.steps_to_next_obs
+        outcome.update(tensordict.select(steps, strict=False))
+        return self.value_estimator.value_estimate(outcome)
+
+    def _policy_value(self, tensordict: TensorDictBase, noise: Tensor | None = None) -> Tensor:
+        """``V(s)``: the lower bound of the moving average's action, ``[*B]``; with noise, of actions near it."""
         if self.value_mix == 1:
-            return self._value(following)
-        state = self._anchored(following, *self._rectifiers, self.qvalue_network)
-        action = self._compose(state.get(self.tensor_keys.anchor_action), self._rectify(state, target=True)[1])
-        low, high = self.actor_network_params.get("low"), self.actor_network_params.get("high")
-        noise = self._noise(tensordict, self.tensor_keys.action_noise, action)
-        noise = (noise * self.policy_noise).clamp(-self.noise_clip, self.noise_clip)
-        action = (action + noise * (high - low) / 2).clamp(low, high)
+            return self._value(tensordict)
+        state, action = self._policy_action(tensordict)
+        if noise is not None:
+            low, high = self.actor_network_params.get("low"), self.actor_network_params.get("high")
+            noise = (noise * self.policy_noise).clamp(-self.noise_clip, self.noise_clip)
+            action = (action + noise * (high - low) / 2).clamp(low, high)
         value = self._lower_bound(self._qvalue(state, action, self.target_params("qvalue_network")))
-        if self.value_mix > 0:
-            value = value.lerp(self._value(following), self.value_mix)
-        return value
+        return self._mixed_value(tensordict, value)
+
+    def _mixed_value(self, tensordict: TensorDictBase, value: Tensor) -> Tensor:
+        return value.lerp(self._value(tensordict), self.value_mix) if self.value_mix > 0 else value
+
+    def _policy_action(self, tensordict: TensorDictBase) -> tuple[TensorDictBase, Tensor]:
+        """What the critics read of the state, and the action of the policy's moving average."""
+        state = self._anchored(tensordict, *self._rectifiers, self.qvalue_network)
+        return state, self._compose(state.get(self.tensor_keys.anchor_action), self._rectify(state, target=True)[1])
 
     def qvalue_regression(self, tensordict: TensorDictBase, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Regression of all critics, at the data's actions, on a target ``[*B]`` in scaled reward units.
 
         Returns:
-            As :meth:`qvalue_loss`, without ``next_state_value``.
+            As :meth:`qvalue_loss`.
 
         Source: ours; :func:`~torchrl_spar.fit_critics` starts the critics with it.
         """
@@ -338,14 +407,19 @@ class SPARLoss(SPARLossBase):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Squared distance of the residual (head B: the latent) to :meth:`self_imitation_target`, ``[*B]``.
 
-        Arguments as there; a mean over dimensions. This is the step that improves the policy: a subclass may put
-        another in its place, with :attr:`lsi_metrics` as the names of what it reports.
+        It counts by the evidence: times ``S / evidence_scale``, clipped to half and four times, where S is how much
+        the candidates' values differ. Where no action makes a difference that the returns would show, the trust term
+        holds the policy to the data. Arguments as there; a mean over dimensions. This is the step that improves the
+        policy: a subclass may put another in its place, with :attr:`lsi_metrics` as the names of what it reports.
 
         Source: the regression onto the candidates is the paper's.
         """
         target, diagnostics = self.self_imitation_target(state, residual, latent, mask, noise)
         prediction = residual if latent is None else latent
-        return (prediction - target).pow(2).mean(-1), diagnostics
+        imitation = (prediction - target).pow(2).mean(-1)
+        if self.evidence_scale is not None:
+            imitation = imitation * (diagnostics["candidate_spread"] / self.evidence_scale).clamp(*EVIDENCE_RANGE)
+        return imitation, diagnostics
 
     @torch.no_grad()
     def self_imitation_target(
@@ -379,8 +453,8 @@ class SPARLoss(SPARLossBase):
 
         Returns:
             The target (residual, or latent where ``latent`` is given), without gradient,
-            and ``effective_sample_size``, ``candidate_diversity`` (rms distance of the candidates to the
-            first), ``lsi_advantage`` (weighted mean of ``A_k``), ``candidate_value_std``.
+            and ``candidate_spread`` (S), ``effective_sample_size``, ``candidate_diversity`` (rms distance of the
+            candidates to the first), ``lsi_advantage`` (weighted mean of ``A_k``), ``candidate_value_std``.
 
         Source: latent candidates weighted by their conservative value are the paper's; where they are drawn, the
         paired advantages and the scale are ours.
@@ -403,6 +477,7 @@ class SPARLoss(SPARLossBase):
         weight = (advantage / (self.temperature * scale)).softmax(0)
         target = (weight.unsqueeze(-1) * (residuals if latent is None else latents)).sum(0)
         metadata = {
+            "candidate_spread": scale,
             "effective_sample_size": masked_mean(1 / weight.pow(2).sum(0), mask),
             "candidate_diversity": masked_mean((residuals - residuals[:1]).pow(2).mean((0, -1)), mask).sqrt(),
             "lsi_advantage": masked_mean((weight * advantage).sum(0), mask),
@@ -479,7 +554,9 @@ class SPARLoss(SPARLossBase):
         keys, state = self.tensor_keys, self._anchored(tensordict, self.residual_vae)
         residual = self._data_residual(tensordict, state)
         action, latent = residual.shape[-1], self._encode(state, residual)[0].shape[-1]
-        shapes: dict[NestedKey, tuple[int, ...]] = {keys.action_noise: (action,)}
+        shapes: dict[NestedKey, tuple[int, ...]] = {}
+        if keys.value_target not in tensordict.keys(True):
+            shapes[keys.action_noise] = (action,)
         if self.has_lsi:
             shapes[keys.candidate_noise] = (self.num_candidates, latent)
         if self.joint_vae:
@@ -492,7 +569,7 @@ class SPARLoss(SPARLossBase):
     def _list_out_keys(self) -> list[str]:
         fit = ["loss_vae", "reconstruction_error", "kl"] if self.joint_vae else []
         value = ["loss_value"] if self.has_value else []
-        value += ["loss_qvalue", "pred_value", "target_value", "next_state_value"]
+        value += ["loss_qvalue", "pred_value", "target_value"]
         trust = ["trust_advantage", "data_value_std"]
         return [
             *fit, *value, "loss_actor",
@@ -513,6 +590,9 @@ def _check_options(loss: SPARLoss, scale: float, lsi: float, trust: float) -> No
         (loss.kappa >= 0, "kappa", loss.kappa, "at least 0"),
         (0 < loss.expectile < 1, "expectile", loss.expectile, "between 0 and 1, exclusive"),
         (0 <= loss.value_mix <= 1, "value_mix", loss.value_mix, "between 0 and 1"),
+        (0 <= loss.lmbda <= 1, "lmbda", loss.lmbda, "between 0 and 1"),
+        (loss.cut_margin >= 0, "cut_margin", loss.cut_margin, "at least 0"),
+        (loss.cut_temperature > 0, "cut_temperature", loss.cut_temperature, "positive"),
         (loss.policy_noise >= 0, "policy_noise", loss.policy_noise, "at least 0"),
         (loss.noise_clip >= 0, "noise_clip", loss.noise_clip, "at least 0"),
         (loss.loss_function in ("l1", "l2", "smooth_l1"), "loss_function", loss.loss_function, "l1, l2 or smooth_l1"),
@@ -523,6 +603,7 @@ def _check_options(loss: SPARLoss, scale: float, lsi: float, trust: float) -> No
         (loss.latent_std > 0, "latent_std", loss.latent_std, "positive"),
         (loss.latent_bound > 0, "latent_bound", loss.latent_bound, "positive"),
         (loss.temperature > 0, "temperature", loss.temperature, "positive"),
+        (loss.evidence_scale is None or loss.evidence_scale > 0, "evidence_scale", loss.evidence_scale, "positive"),
         (lsi >= 0, "lsi_coeff", lsi, "at least 0"),
         (trust >= 0, "trust_coeff", trust, "at least 0"),
         (lsi + trust > 0, "trust_coeff", trust, "positive where lsi_coeff is 0"),

@@ -62,8 +62,10 @@ def make_losses(seeds: Sequence[int], hidden: Sequence[int], device: torch.devic
 def spar(
     losses: Sequence[SPARLoss], data: ReplayBuffer, *, block: int = BLOCK, **switches: bool
 ) -> Callable[[], object]:
-    """`block` updates of :class:`SPARUpdate`; several losses are stacked."""
-    samplers = [BatchSampler(loss, data, length=block, seed=seed) for seed, loss in enumerate(losses)]
+    """`block` updates of :class:`SPARUpdate` on one-step targets, as the rivals'; several losses are stacked."""
+    samplers = [
+        BatchSampler(loss, data, length=block, seed=seed, target_interval=None) for seed, loss in enumerate(losses)
+    ]
     if len(losses) == 1:
         update = SPARUpdate(losses[0], **switches)
         return lambda: update.run(next(samplers[0]))

@@ -17,7 +17,7 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from harness.options import OPTIONS, checked, explain, print_help
@@ -94,8 +94,10 @@ def with_overrides(arguments: Sequence[str], added: Sequence[str]) -> list[str]:
 
 def expand_home(cfg: DictConfig) -> None:
     """`~` in every path; where nobody knows the home directory, data is not cached, and other paths must be whole."""
-    for key, value in cfg.items():
-        name = str(key)
+    for key in cfg:
+        if OmegaConf.is_missing(cfg, key):  # TorchRL's own configs leave open what it fills in itself
+            continue
+        name, value = str(key), cfg[key]
         if isinstance(value, DictConfig):
             expand_home(value)
         elif isinstance(value, str) and value.startswith("~"):

@@ -60,13 +60,14 @@ def checked(cfg: DictConfig, name: str) -> DictConfig:
     Raises:
         InputError: if an option is missing or out of range.
     """
+    if name not in OPTIONS:  # TorchRL's own, which leaves open what it fills in itself
+        return cfg
     for missing in sorted(OmegaConf.missing_keys(cfg)):
         raise InputError(f"{missing}: must be given, as {missing}=...")
     plain = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
-    if name in OPTIONS:
-        _refuse_unknown(plain, OPTIONS[name])
-        for path, entry, _ in walk(OPTIONS[name]):
-            _check_range(path, OmegaConf.select(plain, path), entry.metadata)
+    _refuse_unknown(plain, OPTIONS[name])
+    for path, entry, _ in walk(OPTIONS[name]):
+        _check_range(path, OmegaConf.select(plain, path), entry.metadata)
     OmegaConf.set_struct(plain, True)
     assert isinstance(plain, DictConfig)
     return plain

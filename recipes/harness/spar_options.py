@@ -32,7 +32,10 @@ class Loss:
         0.0, "Share of the in-sample value in the bootstrapped one; the rest is the policy's.", least=0, most=1
     )
     expectile: float = option(0.7, "Of the in-sample value, below 1.", above=0, most=1)
-    policy_noise: float = option(0.2, "Noise on the bootstrapped action, in half action ranges.", least=0)
+    lmbda: float = option(1.0, "Decay of the traces along the data; 0: one-step targets.", least=0, most=1)
+    cut_margin: float = option(0.1, "Advantage below which a trace is cut, in scaled returns.", least=0)
+    cut_temperature: float = option(0.1, "How fast a trace falls beyond it, likewise.", above=0)
+    policy_noise: float = option(0.2, "Noise on the action of one-step targets, in half action ranges.", least=0)
     noise_clip: float = option(0.5, "Bound of that noise.", least=0)
     loss_function: str = option("l2", "Regression loss of the critics.", choices=("l1", "l2", "smooth_l1"))
     kl_coeff: float = option(0.1, "Weight of the KL in the VAE's loss.", least=0)
@@ -45,6 +48,11 @@ class Loss:
         None, "What the critics' hidden layers compute in while they score candidates, e.g. bfloat16; null: float32."
     )
     temperature: float = option(0.3, "Of the candidates' weights; small is greedy.", above=0)
+    evidence_scale: float | None = option(
+        0.0125,
+        "Spread of the candidates' values, in scaled returns, at which self-imitation weighs lsi_coeff; null: always.",
+        above=0,
+    )
     lsi_coeff: float = option(1.0, "Weight of Latent Self-Imitation; 0 leaves it out.", least=0)
     trust_coeff: float = option(1.0, "Weight of the advantage-weighted fit to the data; 0 leaves it out.", least=0)
 
@@ -77,6 +85,11 @@ class Spar:
     qvalue_lr: float = option(5e-4, "Learning rate of the critics.", least=0)
     actor_lr: float = option(1e-3, "Learning rate of the residual head.", least=0)
     target_rate: float = option(0.01, "Polyak rate of all targets, the deployed head included.", least=0, most=1)
+    target_interval: int | None = option(
+        1_000,
+        "Updates between two renewals of the critics' targets, which take a pass over the data; null: one-step.",
+        least=1,
+    )
     policy_interval: int = option(2, "Updates of the critics for one of the head.", least=1)
     decay: bool = option(True, "Whether both learning rates fall to zero along a cosine.")
     compile: bool = option(

@@ -30,7 +30,7 @@ from torchrl_spar.training.compiling import check_compiler
 # The metrics of SPAR's phases.
 COLUMNS = (
     "loss_bc", "loss_vae", "reconstruction_error", "kl", "loss_value", "loss_qvalue", "pred_value", "target_value",
-    "next_state_value", "loss_actor", "effective_sample_size", "candidate_diversity", "lsi_advantage",
+    "loss_actor", "candidate_spread", "effective_sample_size", "candidate_diversity", "lsi_advantage",
     "candidate_value_std", "trust_advantage", "data_value_std", "residual_ratio",
 )  # fmt: skip
 # The method's name without compare.py, which gives one.
@@ -67,7 +67,8 @@ class SPARRun(Run):
 
     def make_sampler(self) -> BatchSampler:
         """Blocks of batches for the main phase, each with the noise of its updates."""
-        sampler = BatchSampler(self.loss, self.anchored_data, length=block_length(self.cfg), seed=self.seed)
+        length, interval = block_length(self.cfg), self.cfg.spar.target_interval
+        sampler = BatchSampler(self.loss, self.anchored_data, length=length, seed=self.seed, target_interval=interval)
         return self.keep("sampler", sampler)
 
     def record(self, phase: str, step: int, metrics: dict[str, Tensor]) -> None:

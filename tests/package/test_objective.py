@@ -148,8 +148,10 @@ def test_qvalue_loss_matches_reference(case, value_mix, gamma):
 
 @pytest.mark.parametrize("candidates", ["prior", "policy"])
 @pytest.mark.parametrize("bound", ["lcb", "min"])
-def test_residual_loss_matches_reference(case, bound, candidates):
+@pytest.mark.parametrize("evidence_scale", [0.002, 0.05, 5.0])  # beyond both ends of the weight's range, and within
+def test_residual_loss_matches_reference(case, bound, candidates, evidence_scale):
     loss, ref, batch = case
+    loss.evidence_scale = evidence_scale
     loss.bound, loss.candidates, loss.latent_std = bound, candidates, 0.5
     bound_of = ref.lcb if bound == "lcb" else (lambda q: torch.stack(list(q)).min(0).values)
     torch.manual_seed(3)
@@ -179,10 +181,11 @@ def test_residual_loss_matches_reference(case, bound, candidates):
         candidates = residuals if latent is None else latents
         target = sum(w * c[i] for w, c in zip(weights, candidates))
         prediction = residual[i] if latent is None else latent[i]
-        expected += (prediction - target).pow(2).mean()
+        expected += (scale / loss.evidence_scale).clamp(0.5, 4) * (prediction - target).pow(2).mean()
         expected += u[i] / u.mean() * (residual[i] - (a[i] - a_b[i]) / ref.rho).pow(2).mean()
     torch.testing.assert_close(value, expected / 12)
     torch.testing.assert_close(metadata["effective_sample_size"], sum(sizes) / 12)
+    torch.testing.assert_close(metadata["candidate_spread"], scale)
     ratio = residual.pow(2).mean() / ((a - a_b) / ref.rho).pow(2).mean()
     torch.testing.assert_close(metadata["residual_ratio"], ratio.sqrt())
 

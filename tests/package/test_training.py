@@ -437,7 +437,7 @@ def test_blocks_depend_on_their_seed_alone(fitted):
         index = (rows["observation"].unsqueeze(0) == batch["observation"].unsqueeze(1)).all(-1).int().argmax(1)
         for key in ("action", ("next", "reward"), ("next", "terminated")):
             assert rows[key][index].equal(batch[key])
-    big = next(BatchSampler(loss, data, length=50, seed=0))
+    big = next(BatchSampler(loss, data, length=50, seed=0, target_interval=None))
     for key in ("action_noise", "candidate_noise"):
         assert abs(big[key].mean()) < 0.02 and abs(big[key].std() - 1) < 0.02
 
@@ -445,13 +445,14 @@ def test_blocks_depend_on_their_seed_alone(fitted):
 def test_only_noise_that_a_term_reads_is_drawn(fitted):
     _, data = fitted
     expected = {
-        (1.0, True): {"action_noise", "candidate_noise", "latent_noise"},
-        (1.0, False): {"action_noise", "candidate_noise"},
-        (0.0, False): {"action_noise"},
+        (1.0, True, None): {"action_noise", "candidate_noise", "latent_noise"},
+        (1.0, False, None): {"action_noise", "candidate_noise"},
+        (0.0, False, None): {"action_noise"},
+        (1.0, False, 10): {"candidate_noise"},
     }
-    for (lsi_coeff, joint_vae), keys in expected.items():
+    for (lsi_coeff, joint_vae, interval), keys in expected.items():
         loss = make_spar_loss(2, Bounded(-1, 1, (2,)), hidden=[4], lsi_coeff=lsi_coeff, joint_vae=joint_vae)
-        block = next(BatchSampler(loss, data, length=2, seed=0))
+        block = next(BatchSampler(loss, data, length=2, seed=0, target_interval=interval))
         assert {key for key in block.keys() if key.endswith("_noise")} == keys
         SPARUpdate(loss).run(block)
 

@@ -61,7 +61,7 @@ def returns_to_go(
     reward = data["next"][reward_key]
     terminated = data["next"][terminated_key].reshape(-1)
     end = episode_ends(data, done_key=done_key, observation_key=observation_key).reshape(-1)
-    returns = torch.tensor(_discounted_sums(reward, end, gamma), dtype=torch.float64, device=reward.device)
+    returns = discounted_sums(reward.reshape(-1).double(), gamma * (~end).double())
     cut = end & ~terminated
     if cut.any():
         row = torch.arange(len(returns), device=returns.device)
@@ -73,16 +73,6 @@ def returns_to_go(
         beyond = returns[settled].mean() if settled.any() else returns.mean()
         returns += before_cut * beyond * torch.pow(torch.tensor(gamma, dtype=torch.float64), left.cpu()).to(returns)
     return returns.to(reward.dtype).view_as(reward)
-
-
-def _discounted_sums(reward: Tensor, end: Tensor, gamma: float) -> list[float]:
-    """To the end of each row's episode. A loop is linear in its length, and takes 0.1 s for 10^6 rows."""
-    sums, total = [], 0.0
-    for value, last in zip(reversed(reward.reshape(-1).tolist()), reversed(end.tolist())):
-        total = value if last else value + gamma * total
-        sums.append(total)
-    sums.reverse()
-    return sums
 
 
 def episode_ends(
@@ -127,3 +117,24 @@ def episode_ends(
         end |= is_cut(links)
     end[-1:] = True
     return end.view_as(done)
+
+
+def discounted_sums(values: Tensor, factors: Tensor) -> Tensor:
+    """``x_t = values_t + factors_t x_{t+1}``, ``[N]``, in float64: a loop, linear in N, 0.1 s for 10^6 rows.
+
+    Args:
+        values: ``[N]``.
+        factors: ``[N]``; 0 where a row is the last of its episode.
+
+    Source: ours.
+
+    Examples:
+        >>> import torch
+        >>> discounted_sums(torch.ones(3), torch.tensor([0.5, 0.0, 0.5]))
+        tensor([1.5000, 1.0000, 1.0000])
+    """
+    sums, total = [], 0.0
+    for value, factor in zip(reversed(values.tolist()), reversed(factors.tolist())):
+        total = value + factor * total
+        sums.append(total)
+    return torch.tensor(sums[::-1], dtype=values.dtype, device=values.device)

@@ -24,7 +24,7 @@ from torchrl_spar.objective import SPARLoss
 from torchrl_spar.training.health import CHECK_INTERVAL, check_finite
 from torchrl_spar.training.optimization import adam, descend
 from torchrl_spar.training.progress import Progress
-from torchrl_spar.training.sampling import batch_size_of, with_anchor_actions
+from torchrl_spar.training.sampling import batch_size_of, has_trajectories, with_anchor_actions, with_value_targets
 
 Report = Callable[[int, dict[str, Tensor]], None]
 Term = Callable[[TensorDictBase], tuple[Tensor, dict[str, Tensor]]]
@@ -61,7 +61,9 @@ def pretrain(
         **options: of :func:`~torchrl_spar.make_spar_loss`; ``joint_vae`` is False by default: the VAE is trained here.
 
     Returns:
-        The loss, and the data with the anchor's actions, see :func:`~torchrl_spar.with_anchor_actions`.
+        The loss, and the data with the anchor's actions (:func:`~torchrl_spar.with_anchor_actions`) and, if the critics
+        are started and the rows are single steps in order, their first targets
+        (:func:`~torchrl_spar.with_value_targets`).
 
     Raises:
         InputError: for an unknown or impossible option, or data that lacks an entry.
@@ -94,6 +96,8 @@ def pretrain(
     fit_vae(loss, rows, **part("vae", vae))
     if critics is not None:
         fit_critics(loss, rows, **part("critics", critics))
+        if has_trajectories(loss, rows):
+            rows = with_value_targets(loss, rows)
     return loss, rows
 
 

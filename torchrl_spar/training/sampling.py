@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torchrl.data import ImmutableDatasetWriter, ReplayBuffer, TensorDictReplayBuffer, TensorStorage
 
-from torchrl_spar.data.rows import MASK_KEYS, whole_of
-from torchrl_spar.errors import InputError
-from torchrl_spar.objective import SPARLoss
+from torchrl_spar.conventions import under_next
+from torchrl_spar.data.returns import episode_ends
+from torchrl_spar.data.rows import MASK_KEYS, valid_mask, whole_of
+from torchrl_spar.errors import InputError, check_options
+from torchrl_spar.objective import ROWS_PER_CALL, SPARLoss
 
-ROWS_PER_CALL = 16_384
 # What the data holds beside the loss's in_keys: see fit_critics and chunk_actions.
 BESIDE = ("episode", "return_to_go", "steps_to_next_obs", *MASK_KEYS)
 
@@ -58,8 +60,62 @@ def with_anchor_actions(loss: SPARLoss, replay_buffer: ReplayBuffer) -> TensorDi
         chunks = state.select(*anchor.in_keys).split(ROWS_PER_CALL)
         actions = torch.cat([anchor(chunk)[key] for chunk in chunks])
         state.set(loss.tensor_keys.anchor_action, actions)
+    return _fixed_buffer(rows, replay_buffer.batch_size)
+
+
+def with_value_targets(loss: SPARLoss, replay_buffer: ReplayBuffer) -> TensorDictReplayBuffer:
+    """The data with the critics' targets along its trajectories, see :meth:`SPARLoss.value_targets`.
+
+    They age as the critics and the policy move: call it again every thousand updates or so. Targets that are never
+    renewed improve the policy on the data's own returns alone. :class:`BatchSampler` does all this itself.
+
+    Args:
+        loss: of which the target critics and the moving average of the policy are asked.
+        replay_buffer: the data in order, with the anchor's actions (:func:`with_anchor_actions`).
+
+    Returns:
+        The same buffer where it holds ``value_target`` already, which is overwritten; else one that shares its memory
+        and holds ``value_target`` ``[N, 1]`` beside.
+
+    Raises:
+        InputError: if the rows are out of order, or steps of several (``"steps_to_next_obs"``).
+
+    Source: ours.
+
+    Examples:
+        >>> import torch
+        >>> from tensordict import TensorDict
+        >>> from torchrl_spar import load_offline_dataset, pretrain, with_value_targets
+        >>> step = {"reward": torch.randn(8, 1), "terminated": torch.arange(8).unsqueeze(-1) == 7}
+        >>> data = TensorDict({"observation": torch.randn(8, 3), "action": torch.full((8, 2), 0.5),
+        ...                    "next": {"observation": torch.randn(8, 3), **step}}, [8])
+        >>> few = {"steps": 2}
+        >>> loss, rows = pretrain(load_offline_dataset(data, batch_size=4), anchor=few, vae=few, critics=few)
+        >>> for step in range(3):
+        ...     if step % 2 == 0:
+        ...         rows = with_value_targets(loss, rows)
+        ...     losses = loss(rows.sample())
+    """
+    rows, keys = replay_buffer[:], loss.tensor_keys
+    if not has_trajectories(loss, replay_buffer):
+        raise InputError("targets along trajectories need lmbda > 0 and rows [N] of single steps, without a mask")
+    targets = loss.value_targets(rows, episode_ends(rows, done_key=keys.done))
+    if keys.value_target in rows.keys(True):
+        rows[keys.value_target].copy_(targets)
+        return replay_buffer
+    rows = rows.copy().set(keys.value_target, targets)
+    return _fixed_buffer(rows, replay_buffer.batch_size)
+
+
+def has_trajectories(loss: SPARLoss, replay_buffer: ReplayBuffer) -> bool:
+    """Whether targets can follow the data: rows ``[N]`` of single steps, and a loss that asks for them."""
+    rows = replay_buffer[:]
+    return loss.lmbda > 0 and rows.ndim == 1 and valid_mask(rows) is None and "steps_to_next_obs" not in rows.keys()
+
+
+def _fixed_buffer(rows: TensorDictBase, batch_size: int | None) -> TensorDictReplayBuffer:
     storage = TensorStorage(rows, device=rows.device)
-    return TensorDictReplayBuffer(storage=storage, writer=ImmutableDatasetWriter(), batch_size=replay_buffer.batch_size)
+    return TensorDictReplayBuffer(storage=storage, writer=ImmutableDatasetWriter(), batch_size=batch_size)
 
 
 def batch_size_of(replay_buffer: ReplayBuffer) -> int:
@@ -84,7 +140,7 @@ def _check_anchor(anchor: TensorDictModuleBase, state: TensorDictBase, action_ke
 
 
 class BatchSampler(Iterator[TensorDictBase]):
-    """Endless blocks of uniform batches, each with its noise, from one generator.
+    """Endless blocks of uniform batches, each with its noise, from one generator; renews the critics' targets.
 
     One gather for a whole block costs less than one for each batch. The generator is the sampler's own, so a run
     does not depend on what else draws random numbers in the process.
@@ -95,12 +151,15 @@ class BatchSampler(Iterator[TensorDictBase]):
             computed unless it holds them (:func:`with_anchor_actions`).
         length: batches in a block.
         seed: of the generator.
+        target_interval: batches between two renewals of the targets along the trajectories
+            (:meth:`SPARLoss.value_targets`), which take one pass over the data. With None, and for rows of several
+            steps (``"steps_to_next_obs"``) or sequences ``[B, T]``, targets are one-step ones (ours: 1,000).
 
     Returns:
         On ``next(sampler)``, a block ``[length, B]`` on the data's device.
 
     Raises:
-        InputError: for a buffer without ``batch_size``.
+        InputError: for a buffer without ``batch_size``, or data that is not in order.
 
     Source: ours.
 
@@ -114,31 +173,61 @@ class BatchSampler(Iterator[TensorDictBase]):
         ...                    "next": {"observation": torch.randn(8, 3), **step}}, [8])
         >>> loss = make_spar_loss(3, Bounded(-1, 1, (2,)))
         >>> block = next(BatchSampler(loss, load_offline_dataset(data, batch_size=4), length=10, seed=0))
-        >>> block.shape, block["candidate_noise"].shape
-        (torch.Size([10, 4]), torch.Size([10, 4, 8, 4]))
+        >>> block.shape, block["candidate_noise"].shape, block["value_target"].shape
+        (torch.Size([10, 4]), torch.Size([10, 4, 8, 4]), torch.Size([10, 4, 1]))
     """
 
-    def __init__(self, loss: SPARLoss, replay_buffer: ReplayBuffer, *, length: int, seed: int) -> None:
+    def __init__(
+        self,
+        loss: SPARLoss,
+        replay_buffer: ReplayBuffer,
+        *,
+        length: int,
+        seed: int,
+        target_interval: int | None = 1_000,
+    ) -> None:
         keys = loss.tensor_keys
+        check_options(
+            (target_interval is None or target_interval >= 1, "target_interval", target_interval, "at least 1, or None")
+        )
         if keys.anchor_action not in replay_buffer[:1].keys(True):
             replay_buffer = with_anchor_actions(loss, replay_buffer)
-        self.rows = replay_buffer[:].exclude("episode", "return_to_go")
+        self.loss, self.data = loss, replay_buffer[:]
         self.shape = (length, batch_size_of(replay_buffer))
-        self.generator = torch.Generator(self.rows[keys.action].device).manual_seed(seed)
+        self.generator = torch.Generator(self.data[keys.action].device).manual_seed(seed)
+        self.rows = self.data.exclude("episode", "return_to_go", keys.value_target)
+        self.drawn = self.due = 0
+        is_ordered = (
+            self.data.ndim == 1 and valid_mask(self.data) is None and "steps_to_next_obs" not in self.data.keys()
+        )
+        self.target_interval = target_interval if is_ordered and loss.lmbda > 0 else None
+        if self.target_interval is not None:
+            self.ends = episode_ends(self.data, done_key=keys.done)
+            self.rows.set(keys.value_target, torch.zeros_like(self.data[under_next(keys.reward)]))
         self.noise = loss.noise_shapes(self.rows[:1])
 
     def __next__(self) -> TensorDictBase:
+        if self.target_interval is not None and self.drawn >= self.due:
+            self.rows[self.loss.tensor_keys.value_target] = self.loss.value_targets(self.data, self.ends)
+            self.due = self.drawn + self.target_interval
         device = self.generator.device
         index = torch.randint(len(self.rows), self.shape, generator=self.generator, device=device)
         block = self.rows[index]
         for key, shape in self.noise.items():
             block.set(key, torch.randn(*self.shape, *shape, generator=self.generator, device=device))
+        self.drawn += len(block)
         return block
 
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        """The generator's state; loading it repeats the blocks that follow."""
-        return {"generator": self.generator.get_state()}
+    def state_dict(self) -> dict[str, Any]:
+        """The generator's state and the targets: the blocks that follow are the same again once it is loaded."""
+        state = {"generator": self.generator.get_state(), "drawn": self.drawn, "due": self.due}
+        if self.target_interval is not None:
+            state["value_target"] = self.rows[self.loss.tensor_keys.value_target]
+        return state
 
-    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Loads a :meth:`state_dict`."""
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes a :meth:`state_dict`."""
         self.generator.set_state(state["generator"].cpu())
+        self.drawn, self.due = state["drawn"], state["due"]
+        if self.target_interval is not None:
+            self.rows[self.loss.tensor_keys.value_target].copy_(state["value_target"])
