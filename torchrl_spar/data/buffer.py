@@ -287,7 +287,7 @@ def _check(
 ) -> Content:
     """The rows in TED form and all that belongs to them, as the cache keeps it."""
     bounds = given or tuple(torch.as_tensor(bound, dtype=torch.float32) for bound in steps.action_bounds)
-    _check_actions(steps, *bounds, clip_actions)
+    _check_actions(steps, bounds[0], bounds[1], clip_actions)
     returns = torch.from_numpy(_returns(steps))
     if end_at_success:
         relabel(steps)
