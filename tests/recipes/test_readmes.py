@@ -154,7 +154,7 @@ def test_a_log_becomes_a_policy_in_its_units(short):
     known = ~log["timeouts"]  # the observation after a cut is not in the log
     assert torch.equal(rows["action"], torch.from_numpy(log["actions"][known]).float())
     assert torch.equal(names["action"], names["loss"].actor(observation=torch.zeros(11)))
-    random = names["policy"](observation=100 * torch.randn(1000, 11))
+    random = names["policy"](observation=100 * rows["observation"].std(0) * torch.randn(1000, 11))
     low, high = torch.tensor([-40.0, 0.0]), torch.tensor([40.0, 1.0])
     assert ((low <= random) & (random <= high)).all()
     assert (random.amax(0) - random.amin(0) > 0.5 * (high - low)).all(), "the actions are in the units of the log"
