@@ -22,13 +22,6 @@ from omegaconf.errors import OmegaConfBaseException
 
 from harness.options import OPTIONS, checked, explain, print_help
 from harness.stopping import Stopped, stop
-
-if "MUJOCO_GL" in os.environ:
-    try:
-        import mujoco  # noqa: F401  # as TorchRL does, which fails where the OpenGL that is asked for is missing
-    except Exception as err:
-        sys.exit(f"error: MUJOCO_GL={os.environ['MUJOCO_GL']}: MuJoCo cannot be loaded with it ({err}); unset it")
-
 from torchrl_spar import InputError, evaluate, normalized_score
 from torchrl_spar.errors import first_line
 
