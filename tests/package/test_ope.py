@@ -10,6 +10,7 @@ import torch
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import nn
+from torchrl.data import Bounded
 from torchrl.modules import ProbabilisticActor, ValueOperator
 from torchrl.objectives import SoftUpdate
 
@@ -378,3 +379,21 @@ def test_a_choice_needs_candidates_and_an_anchor():
         select_policy({}, data, anchor=make_anchor(data))
     with pytest.raises(InputError, match=r"scales=1\.5"):
         residual_family(make_spar_loss(data).actor, [1.5])
+
+
+def test_a_choice_by_importance_ratios_needs_and_uses_densities():
+    """Reward is the action: the shifted Gaussian is better by its shift."""
+    generator = torch.Generator().manual_seed(0)
+    action, ended = torch.randn(600, 1, generator=generator).clamp(-4, 4), torch.ones(600, 1, dtype=torch.bool)
+    state = torch.randn(600, 2, generator=generator)
+    step = {"observation": state, "reward": action, "terminated": ended}
+    rows = TensorDict({"observation": state, "action": action, "next": step}, [600])
+    data = load_offline_dataset(rows, batch_size=64, action_spec=Bounded(-4, 4, (1,)))
+    small = {"qvalue_network": [ValueOperator(Wrong(), in_keys=["observation", "action"])], "warm_steps": 5}
+    choice = select_policy(
+        {"up": gaussian(0.5), "down": gaussian(-0.5)}, data, anchor=gaussian(0.0), behaviour=gaussian(0.0),
+        held_out=0.9, slice_len=1, steps=2, **small,
+    )  # fmt: skip
+    assert choice.name == "up"
+    assert choice.gains["up"].mean == pytest.approx(0.5, abs=0.2)
+    assert choice.gains["down"].interval[1] < 0

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from tensordict.nn import TensorDictModuleBase
 from torchrl.data import ReplayBuffer
+from torchrl.envs.utils import ExplorationType
 
 from torchrl_spar.errors import InputError, check_options
 from torchrl_spar.ope.estimate import ValueEstimate, bootstrap, episode_terms
@@ -119,6 +120,8 @@ def select_policy(
     if anchor is None or not candidates:
         raise InputError("select_policy needs at least one candidate, and with a mapping anchor=... to fall back to")
     check_options((0 < confidence < 1, "confidence", confidence, "between 0 and 1, exclusive"))
+    if behaviour is not None:
+        options.setdefault("exploration_type", ExplorationType.RANDOM)
     start = fit_fqe(anchor, data, seed=seed, **{**options, "steps": 0}).loss
     options = {**options, "seed": seed, "start": start}
     terms = [
