@@ -173,6 +173,19 @@ def test_a_seed_gives_the_same_fit_and_another_one_another():
     assert len(values[0].unique()) == 5  # five critics, each with its own data
 
 
+def test_the_callers_critics_stay_and_each_fit_begins_alike():
+    data, critics = CHAIN.data(30, seed=0), tables(2)
+    small = {**FAST, "steps": 10, "warm_steps": 10}
+    first, again = (fit_fqe(policy_of(1, 1, 1), data, qvalue_network=critics, **small).loss for _ in range(2))
+    start = fit_fqe(policy_of(1, 1, 1), data, qvalue_network=critics, **{**small, "steps": 0}).loss
+    before = start.qvalue_network_params.data.clone()
+    fit_fqe(policy_of(-1, 1, 1), data, qvalue_network=critics, start=start, **small)
+    assert not any(critic.module.linear.weight.any() for critic in critics)
+    assert (first.qvalue_network_params.data == again.qvalue_network_params.data).all()
+    assert (first.qvalue_network_params.data != before).any()
+    assert (start.qvalue_network_params.data == before).all()
+
+
 def test_held_out_episodes_do_not_reach_the_critics():
     data = CHAIN.data(20, seed=0)
     _, held = fit_fqe(policy_of(1, 1, 1), data, qvalue_network=tables(), **{**FAST, "steps": 0, "warm_steps": 0})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from copy import deepcopy
 from typing import NamedTuple
 
 import torch
@@ -72,7 +73,7 @@ def fit_fqe(
     Args:
         policy: a TensorDictModule that writes the action; copied and frozen.
         data: as :func:`~torchrl_spar.load_offline_dataset` returns it; ``batch_size`` rows a step.
-        qvalue_network: critics of your own, for other observations than one vector; their number is E.
+        qvalue_network: critics of your own (copied), for other observations than one vector; their number is E.
         num_qvalue_nets: number of critics E.
         hidden: widths of their hidden layers.
         gamma: discount.
@@ -119,7 +120,8 @@ def fit_fqe(
     rows = episodes_of(data, gamma)
     train, held = split_episodes(rows, held_out, seed)
     device = train["episode"].device
-    critics = qvalue_network or _critics(data, rows, num_qvalue_nets, hidden, seed)
+    # The loss would train the caller's own, and fits of several policies would share them.
+    critics = deepcopy([*qvalue_network]) if qvalue_network else _critics(data, rows, num_qvalue_nets, hidden, seed)
     width = rows["action"].std(0).clamp_min(1e-3)
     loss = FQELoss(
         policy, critics, num_qvalue_nets=len(critics), lmbda=lmbda, trace_width=width, exploration_type=exploration_type

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase, TensorDictParams
@@ -136,11 +136,11 @@ class FQELoss(Conventions):
         use_prioritized_weights: bool | Literal["auto"] = "auto",
     ) -> None:
         super().__init__()
-        width, critics = torch.as_tensor(trace_width), qvalue_network
-        given = num_qvalue_nets if isinstance(critics, TensorDictModuleBase) else len(critics)
+        is_one, width = isinstance(qvalue_network, TensorDictModuleBase), torch.as_tensor(trace_width)
+        critics: Any = [qvalue_network] * num_qvalue_nets if is_one else qvalue_network
         check_options(
             (num_qvalue_nets >= 1, "num_qvalue_nets", num_qvalue_nets, "at least 1"),
-            (num_qvalue_nets == given, "num_qvalue_nets", num_qvalue_nets, "the number of critics in the list"),
+            (num_qvalue_nets == len(critics), "num_qvalue_nets", num_qvalue_nets, "the number of critics in the list"),
             (0 <= lmbda <= 1, "lmbda", lmbda, "between 0 and 1"),
             (bool((width > 0).all()), "trace_width", trace_width, "positive"),
             (loss_function in ("l1", "l2", "smooth_l1"), "loss_function", loss_function, "l1, l2 or smooth_l1"),
@@ -149,18 +149,16 @@ class FQELoss(Conventions):
         )  # fmt: skip
         if not isinstance(actor_network, TensorDictModuleBase):
             raise InputError(f"actor_network must be a TensorDictModule, not {type(actor_network).__name__}")
-        critic = critics if isinstance(critics, TensorDictModuleBase) else critics[0]
-        action_key = next((key for key in actor_network.out_keys if key in critic.in_keys), None)
+        read, written = critics[0].in_keys, actor_network.out_keys
+        action_key = next((key for key in written if key in read), None)
         if action_key is None:
-            read, written = critic.in_keys, actor_network.out_keys
             raise InputError(f"the critic reads {read}, none of what the actor writes: {written}")
         frozen = FrozenAnchor(actor_network, action_key=action_key, exploration_type=exploration_type)
         self.convert_to_functional(frozen, "actor_network")
         # A list of one is converted without the dimension E: with it, tensordict calls its parameters buffers.
-        alone = critic is not critics and num_qvalue_nets == 1
-        critics = critics if critic is critics else critic if alone else list(critics)
-        count = None if alone else num_qvalue_nets
-        self.convert_to_functional(critics, "qvalue_network", count, create_target_params=True)
+        count = num_qvalue_nets if is_one or num_qvalue_nets > 1 else None
+        networks = critics[0] if is_one or count is None else list(critics)
+        self.convert_to_functional(networks, "qvalue_network", count, create_target_params=True)
         self.num_qvalue_nets = num_qvalue_nets
         self.lmbda = lmbda
         self.loss_function = loss_function
