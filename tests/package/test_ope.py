@@ -320,7 +320,7 @@ def test_intervals_of_the_bootstrap_cover_at_their_level(members):
 
 @pytest.mark.slow
 def test_intervals_of_fits_cover_the_exact_value():
-    """90 % intervals over independent data sets; 16 of 20 or fewer would happen once in 8 times at that level."""
+    """90 % intervals over independent data sets; at that level 14 of 20 or fewer would happen once in 90 times."""
     exact = CHAIN.value(torch.ones(3))
     covered = 0
     small = {**FAST, "warm_steps": 20, "steps": 60}
