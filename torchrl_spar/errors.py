@@ -56,7 +56,8 @@ def check_bounds(name: str, low: Any, high: Any) -> None:
     if not ((abs(low) < LARGEST_BOUND).all() and (abs(high) < LARGEST_BOUND).all() and (low < high).all()):
         raise InputError(
             f"{name}: no finite bounds with low < high (within +-{LARGEST_BOUND:g}), which actions are clamped to and "
-            "noise is measured in: give them as action_spec=Bounded(low, high, shape)"
+            "noise is measured in: give them as action_spec=Bounded(low, high, shape) (in recipes "
+            "action_bounds=[low,high])"
         )
 
 

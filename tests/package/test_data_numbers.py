@@ -204,3 +204,22 @@ def test_a_single_success_is_scaled_by_the_spread_of_returns():
     buffer = load_offline_dataset(data, batch_size=4)
     loss = fit_critics(make_spar_loss(5, buffer.action_spec, hidden=[4]), buffer, steps=1)
     torch.testing.assert_close(loss.reward_scale, 1 / returns_to_go(buffer[:], 0.99).std())
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_clipped_actions_are_those_of_the_environment(tmp_path, cached):
+    actions = np.linspace(-3, 2, N)[:, None]
+    path = write(tmp_path, wide(0.0, 1.0), actions=actions)
+    with pytest.raises(InputError, match=r"2400 of 4000 actions .* clip_actions=True"):
+        load_offline_dataset(path)
+    for _ in range(1 + cached):
+        with pytest.warns(UserWarning, match=r"2400 of 4000 components of actions \(60.0%\) went up to 2 beyond"):
+            buffer = load_offline_dataset(path, clip_actions=True, cache=tmp_path / "cache" if cached else None)
+    np.testing.assert_array_equal(buffer[:]["action"], actions.clip(-1, 1).astype(np.float32))
+
+
+def test_what_clip_action_clips_to_are_the_bounds():
+    wrapper = {"name": "", "entry_point": "gymnasium.wrappers:ClipAction", "kwargs": {}}
+    outer = {"name": "", "entry_point": "gymnasium.wrappers:TimeAwareObservation", "kwargs": {}}
+    _, spec = environment_sizes("Pendulum-v1", additional_wrappers=[wrapper, outer])
+    assert spec.space.low == -2 and spec.space.high == 2

@@ -37,7 +37,7 @@ def test_what_is_wrong_is_told_with_an_exit_code(tmp_path):
     assert code == 1, errors
     for fact in ("rows │ 120", "episodes │ 3", "40 to 40", "terminated │ 1", "timeout │ 1", "cut │ 1", "40 +- 0"):
         assert fact in printed, fact
-    assert "problem: action bounds: -1 to 1 in the data, -2 to 2 in Pendulum-v1" in printed
+    assert "its actions' bounds are -1 to 1, those of env=Pendulum-v1 are -2 to 2" in printed
     assert "use less than 10% of their bounds" in printed
 
 
@@ -51,6 +51,35 @@ def test_what_is_wrong_is_told_with_an_exit_code(tmp_path):
 def test_what_cannot_be_loaded_ends_in_one_line(tmp_path, changes, message):
     code, _printed, errors = inspect(write(tmp_path, **changes))
     assert code == 2 and message in errors and "Traceback" not in errors
+
+
+def test_the_environment_is_the_one_that_training_would_take(tmp_path):
+    """Rescaled actions, the horizon of both, and a table's columns, as spar_d4rl.py reads them."""
+    code, printed, errors = inspect(
+        write(tmp_path, bound=1.0), "figure=null", "action_scale=env", "env_kwargs={max_episode_steps:60}"
+    )
+    assert code == 0, printed + errors
+    assert "action bounds │ -2 to 2 │ -2 to 2" in printed and "steps up to │ 41 │ 60" in printed
+    with np.load(write(tmp_path)) as arrays:
+        columns = {f"x{i}": arrays["observations"][:, i] for i in range(3)}
+        columns |= {"u": arrays["actions"][:, 0], "r": arrays["rewards"], "id": np.repeat(np.arange(3), 40)}
+    np.savetxt(
+        tmp_path / "t.csv", np.stack([*columns.values()], 1), delimiter=",", header=",".join(columns), comments=""
+    )
+    named = "columns={observation:[x0,x1,x2],action:u,reward:r,episode:id}"
+    code, printed, errors = inspect(tmp_path / "t.csv", named, "figure=null")
+    assert code == 0 and "40 +- 0" in printed, printed + errors
+
+
+def test_clipped_actions_are_counted(tmp_path):
+    path = write(tmp_path, bound=4.0)
+    with np.load(path) as arrays:
+        beyond = int((abs(arrays["actions"]) > 2).sum())
+    code, printed, errors = inspect(path, "figure=null")
+    assert code == 2 and "clip_actions=true" in errors
+    code, printed, _ = inspect(path, "figure=null", "clip_actions=true")
+    assert code == 1 and f"problem: {path}: {beyond} of 120 components of actions" in printed
+    assert "-2 │ 2 │ -2 │ 2" in printed
 
 
 def test_the_embedded_set_has_no_problem_and_a_figure(tmp_path):

@@ -287,6 +287,10 @@ def _check(
 ) -> Content:
     """The rows in TED form and all that belongs to them, as the cache keeps it."""
     bounds = given or tuple(torch.as_tensor(bound, dtype=torch.float32) for bound in steps.action_bounds)
+    if given is None and steps.bounds_are_guessed:
+        steps.notes += (
+            "actions go beyond +-1, so their least and largest values are their bounds: action_spec sets others",
+        )
     _check_actions(steps, bounds[0], bounds[1], clip_actions)
     returns = torch.from_numpy(_returns(steps))
     if end_at_success:

@@ -33,6 +33,7 @@ class Steps:
     known: np.ndarray  # bool [n]
     episode: np.ndarray  # int64 [n], from 0
     action_bounds: tuple[np.ndarray, np.ndarray]  # low and high [action_dim]
+    bounds_are_guessed: bool = False  # from the actions themselves
     env_id: str | None = None
     env_kwargs: Mapping[str, Any] | None = None  # of gymnasium.make
     success: np.ndarray | None = None  # bool [n], where the source records it and was asked for it

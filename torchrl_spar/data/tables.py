@@ -133,13 +133,11 @@ def _read(table: Any, columns: Columns, notes: Sequence[str] = ()) -> Steps:
     fields = arrange(fields)
     low, high = unit_bounds(fields)
     least, most = fields["action"].min(axis=0), fields["action"].max(axis=0)
-    if (least < low).any() or (most > high).any():
+    is_guess = bool((least < low).any() or (most > high).any())
+    if is_guess:
         low, high = least, np.maximum(most, least + 1e-3 * np.maximum(1, np.abs(least)))
-        notes.append(
-            "actions go beyond +-1, so their least and largest values are their bounds: action_spec sets others"
-        )
     fields["notes"] = (*notes, *fields["notes"])
-    return Steps(**fields, action_bounds=(low, high))
+    return Steps(**fields, action_bounds=(low, high), bounds_are_guessed=is_guess)
 
 
 def _column(table: Any, name: str) -> np.ndarray:

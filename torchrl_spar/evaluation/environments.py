@@ -103,7 +103,7 @@ def environment_sizes(env_id: str, **env_kwargs: Any) -> tuple[int, Bounded]:
     env = make_env(env_id, **env_kwargs)
     try:
         observation, _ = env.reset(seed=0)
-        space = env.action_space
+        space = _bounded_actions(env)
         if not hasattr(space, "low") or len(space.shape) != 1:
             raise InputError(f"environment {env_id!r} has the action space {space}; SPAR needs a bounded 1-d Box")
         check_bounds(f"environment {env_id!r}: its action space", space.low, space.high)
@@ -111,6 +111,17 @@ def environment_sizes(env_id: str, **env_kwargs: Any) -> tuple[int, Bounded]:
         return flatten_observation(observation).shape[-1], Bounded(low, high, low.shape, dtype=torch.float32)
     finally:
         env.close()
+
+
+def _bounded_actions(env: Any) -> Any:
+    """The action space; where Gymnasium's ClipAction makes it infinite, what it clips to."""
+    from gymnasium import Wrapper
+    from gymnasium.wrappers import ClipAction
+
+    layer = env
+    while isinstance(layer, Wrapper) and (isinstance(layer, ClipAction) or layer._action_space is None):
+        layer = layer.env
+    return layer.action_space
 
 
 def step_limit(env: Any) -> int | None:
