@@ -166,7 +166,8 @@ def train(cfg: DictConfig, name: str, start: SPARLoss, networks: Networks, rows:
     optimizer = torch.optim.Adam(groups, fused=True)
     schedule = CosineAnnealingLR(optimizer, cfg.spar.updates)
     updater = SoftUpdate(mix.spar, tau=cfg.spar.target_rate)
-    sampler = BatchSampler(mix.spar, rows, length=BLOCK, seed=torch.initial_seed())
+    # One-step targets: the features that SPAR reads are made of a batch at a time.
+    sampler = BatchSampler(mix.spar, rows, length=BLOCK, seed=torch.initial_seed(), target_interval=None)
     scores = {"anchor": score(mix.spar.anchor, cfg.eval.final_episodes)}
     curve = []
     for step in range(1, cfg.spar.updates + 1):

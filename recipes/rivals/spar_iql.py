@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from rivals.base import Problem, Rival, Step, adam
 from rivals.batches import return_scale
-from torchrl_spar import SPARLoss, SPARUpdate
+from torchrl_spar import SPARLoss, SPARUpdate, with_anchor_actions
 from torchrl_spar.ensemble import lower_bound
 from torchrl_spar.functional import call, call_ensemble
 
@@ -55,7 +55,8 @@ class ExtractedPolicy(Rival):
 
     def pretrain(self, run: Run) -> None:
         actor = self.policy
-        loss, self.data = pretrain_spar(run, run.cfg.anchor, with_value=True)
+        loss, _ = pretrain_spar(run, run.cfg.anchor, with_value=True)
+        self.data = with_anchor_actions(loss, run.data)  # without targets: they are one-step ones
         self.spar = make_update(self.problem.cfg, loss)
         optimizer = adam(actor.parameters(), self.lr)
 

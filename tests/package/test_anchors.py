@@ -314,7 +314,7 @@ def test_lstm_anchor_on_sequences_on_rows_and_beforehand_are_the_same():
     torch.testing.assert_close(value(plain.clone()), expected)
     assert not torch.allclose(value(plain.set("anchor_action", 0 * plain["anchor_action"])), expected)
     for key in ("anchor_action", ("next", "anchor_action")):
-        with pytest.raises(KeyError, match="recurrent_state_h"):
+        with pytest.raises(InputError, match="recurrent_state_h"):
             loss(plain.exclude(key))
 
 

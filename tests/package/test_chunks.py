@@ -147,7 +147,9 @@ def test_from_lerobot_data_to_a_better_chunk():
     with torch.no_grad():
         model.action_head.weight.zero_()  # the mean of the data, what cloning would end at
         model.action_head.bias.zero_()
-    loss = make_spar_loss(3, Bounded(-1, 1, (2,)), anchor=anchor, hidden=[32], joint_vae=False, gamma=0.9)
+    loss = make_spar_loss(
+        3, Bounded(-1, 1, (2,)), anchor=anchor, hidden=[32], joint_vae=False, gamma=0.9, evidence_scale=None
+    )
     rows = with_anchor_actions(loss, memory)
     fit_critics(fit_vae(loss, rows, steps=100), rows, steps=100)
     update = SPARUpdate(loss, target_rate=0.02, actor_lr=3e-3, policy_interval=1)
