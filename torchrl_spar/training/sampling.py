@@ -197,10 +197,7 @@ class BatchSampler(Iterator[TensorDictBase]):
         self.generator = torch.Generator(self.data[keys.action].device).manual_seed(seed)
         self.rows = self.data.exclude("episode", "return_to_go", keys.value_target)
         self.drawn = self.due = 0
-        is_ordered = (
-            self.data.ndim == 1 and valid_mask(self.data) is None and "steps_to_next_obs" not in self.data.keys()
-        )
-        self.target_interval = target_interval if is_ordered and loss.lmbda > 0 else None
+        self.target_interval = target_interval if has_trajectories(loss, replay_buffer) else None
         if self.target_interval is not None:
             self.ends = episode_ends(self.data, done_key=keys.done)
             self.rows.set(keys.value_target, torch.zeros_like(self.data[under_next(keys.reward)]))
