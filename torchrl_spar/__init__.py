@@ -23,7 +23,7 @@ from torchrl_spar.sharing import share_critics
 from torchrl_spar.training.health import HealthCheck, check_finite
 from torchrl_spar.training.pretrain import fit_anchor, fit_critics, fit_vae, measure_residual_scale, pretrain
 from torchrl_spar.training.progress import Progress
-from torchrl_spar.training.sampling import BatchSampler, with_anchor_actions, with_value_targets
+from torchrl_spar.training.sampling import BatchSampler, with_anchor_actions, with_member_weights, with_value_targets
 from torchrl_spar.training.stacked import StackedSPARLoss
 from torchrl_spar.training.update import SPARUpdate
 
@@ -75,5 +75,6 @@ __all__ = [
     "support_distance",
     "tangent_normal_split",
     "with_anchor_actions",
+    "with_member_weights",
     "with_value_targets",
 ]

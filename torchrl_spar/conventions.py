@@ -12,7 +12,7 @@ from tensordict import NestedKey, TensorDictBase, TensorDictParams
 from tensordict.nn import TensorDictModule, TensorDictModuleBase
 from torch import Tensor
 from torchrl.objectives.common import LossModule
-from torchrl.objectives.utils import ValueEstimators, dispatch_value_estimator
+from torchrl.objectives.utils import ValueEstimators, dispatch_value_estimator, distance_loss
 from torchrl.objectives.value import ValueEstimatorBase
 
 from torchrl_spar.errors import InputError, check_options, first_line
@@ -21,10 +21,10 @@ from torchrl_spar.residual import ResidualVAE, SPARActor
 
 
 class Conventions(LossModule):
-    """TorchRL's conventions that do not depend on the networks: keys, masks, weights, the value estimator.
+    """TorchRL's conventions for losses with an ensemble of critics: keys, masks, weights, the value estimator.
 
-    A subclass has ``tensor_keys`` for ``reward``, ``done``, ``terminated``, ``value`` and ``priority_weight``, and
-    says in ``_list_in_keys`` what it reads.
+    A subclass has ``tensor_keys`` for ``reward``, ``done``, ``terminated``, ``value``, ``action``, ``member_weight``,
+    ``priority_weight``, says in ``_list_in_keys`` what it reads, and calls its critics in ``_qvalue``.
 
     Source: ours; the conventions are TorchRL's.
     """
@@ -34,6 +34,9 @@ class Conventions(LossModule):
     use_prioritized_weights: bool | Literal["auto"]
     _in_keys: list[NestedKey] | None = None
     tensor_keys: Any
+    qvalue_network_params: TensorDictParams
+    num_qvalue_nets: int
+    loss_function: str
 
     def make_value_estimator(self, value_type: ValueEstimators | None = None, **hyperparams: Any) -> LossModule | None:
         """Chooses the target, ``gamma`` included: ``loss.make_value_estimator(gamma=0.995)``.
@@ -72,6 +75,35 @@ class Conventions(LossModule):
         missing = [key for key in self._needed_keys(tensordict) if tensordict.get(key, None) is None]
         if missing:
             raise InputError(f"the batch lacks {missing}; if they have other names, tell the loss by set_keys")
+
+    def qvalue_regression(self, tensordict: TensorDictBase, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Regression of all critics, at the data's actions, on targets ``[*B]`` or ``[E, *B]`` in scaled reward units.
+
+        Where the batch holds ``member_weight`` ``[*B, E]``, a critic's errors count by it.
+
+        Returns:
+            The loss, summed over the critics, and ``td_error`` (largest squared error of the critics, ``[*B]``),
+            ``pred_value`` and ``target_value`` (means).
+
+        Source: ours; the weights are those of a bootstrapped ensemble (https://arxiv.org/abs/1602.04621).
+        """
+        qvalue = self._qvalue(tensordict, tensordict[self.tensor_keys.action], self.qvalue_network_params)
+        target = target.expand_as(qvalue)
+        error = distance_loss(qvalue, target, self.loss_function)
+        weight = tensordict.get(self.tensor_keys.member_weight, None)
+        if weight is not None:
+            shape = (*tensordict.batch_size, self.num_qvalue_nets)
+            error = error * check_shape(weight, shape, self.tensor_keys.member_weight).movedim(-1, 0)
+        mask = self._valid(tensordict, error[0])
+        metadata = {
+            "td_error": (qvalue.detach() - target).pow(2).amax(0),
+            "pred_value": masked_mean(qvalue.detach().mean(0), mask),
+            "target_value": masked_mean(target.mean(0), mask),
+        }
+        return self._reduce(error.sum(0), tensordict), metadata
+
+    def _qvalue(self, state: TensorDictBase, action: Tensor, params: TensorDictBase) -> Tensor:
+        raise NotImplementedError
 
     def _list_in_keys(self) -> list[NestedKey]:
         raise NotImplementedError
@@ -141,6 +173,7 @@ class SPARLossBase(Conventions):
             done: read under ``"next"``.
             terminated: read under ``"next"``; alone masks the bootstrap.
             value_target: of the critics, ``[*B, 1]`` in scaled reward units; one-step targets where it is missing.
+            member_weight: weight of each row for each critic, ``[*B, E]``; ones where it is missing.
             priority: where the TD error is written for prioritised buffers (not in a locked batch).
             priority_weight: importance weights of a prioritised buffer, used when present.
         """
@@ -160,6 +193,7 @@ class SPARLossBase(Conventions):
         done: NestedKey = "done"
         terminated: NestedKey = "terminated"
         value_target: NestedKey = "value_target"
+        member_weight: NestedKey = "member_weight"
         priority: NestedKey = "td_error"
         priority_weight: NestedKey = "priority_weight"
 
@@ -171,7 +205,6 @@ class SPARLossBase(Conventions):
     actor_network_params: TensorDictParams
     target_actor_network_params: TensorDictParams
     qvalue_network: TensorDictModule
-    qvalue_network_params: TensorDictParams
     target_qvalue_network_params: TensorDictParams
     value_network: TensorDictModule
     value_network_params: TensorDictParams

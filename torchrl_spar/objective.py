@@ -11,6 +11,7 @@ Three parts train it; ``r = (a - a_b) / rho`` is the data's residual, ``Delta`` 
 2. ``qvalue_loss``: critics learn what the data's trajectories earn, up to where the data errs, and from there a lower
    bound of the slowly moving policy's own action, never an unconstrained maximum:
    ``G_t = r_t + gamma ((1 - c_{t+1}) LCB_e Q_e(s_{t+1}, pi(s_{t+1})) + c_{t+1} G_{t+1})``.
+   Each critic learns from its own half of the episodes, so that what all of them say is no luck of one episode.
 3. ``actor_loss``: Latent Self-Imitation. Candidates ``z_k`` are drawn in the latent space, weighted by their
    conservative value relative to the policy's own residual, and regressed onto:
    ``|Delta - sum_k w_k g(s, a_b, z_k)|^2``. No gradient of a critic with respect to an action is ever taken.
@@ -27,7 +28,6 @@ import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase, dispatch
 from torch import Tensor
-from torchrl.objectives.utils import distance_loss
 
 from torchrl_spar.conventions import SPARLossBase, check_shape, masked_mean, under_next
 from torchrl_spar.data.returns import discounted_sums
@@ -241,13 +241,15 @@ class SPARLoss(SPARLossBase):
 
         The target comes from :meth:`value_targets`, which looks along the data's trajectories. Without it a batch is
         regressed onto one step, ``r + gamma (1 - terminated) V(s')`` with ``V(s) = LCB_e Q_e(s, pi(s) + noise)``, the
-        policy's moving average and the target critics. Reaches the critics alone; summed over them.
+        policy's moving average and the target critics. Reaches the critics alone; summed over them. Each critic's
+        errors count by its ``member_weight``: critics that have seen the same episodes agree on what is luck in them,
+        and their lower bound does not warn (:func:`~torchrl_spar.with_member_weights`).
 
         Returns:
             The loss and ``td_error`` (largest squared error of the critics, ``[*B]``), ``pred_value`` and
             ``target_value`` (means).
 
-        Source: conservative values are the paper's; bound, noise (TD3) and targets are ours.
+        Source: conservative values are the paper's; bound, noise (TD3), targets and weights are ours.
         """
         target = tensordict.get(self.tensor_keys.value_target, None)
         if target is None:
@@ -325,24 +327,6 @@ class SPARLoss(SPARLossBase):
         """What the critics read of the state, and the action of the policy's moving average."""
         state = self._anchored(tensordict, *self._rectifiers, self.qvalue_network)
         return state, self._compose(state.get(self.tensor_keys.anchor_action), self._rectify(state, target=True)[1])
-
-    def qvalue_regression(self, tensordict: TensorDictBase, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Regression of all critics, at the data's actions, on a target ``[*B]`` in scaled reward units.
-
-        Returns:
-            As :meth:`qvalue_loss`.
-
-        Source: ours; :func:`~torchrl_spar.fit_critics` starts the critics with it.
-        """
-        qvalue = self._qvalue(tensordict, tensordict[self.tensor_keys.action], self.qvalue_network_params)
-        error = distance_loss(qvalue, target.expand_as(qvalue), self.loss_function)
-        mask = self._valid(tensordict, target)
-        metadata = {
-            "td_error": (qvalue.detach() - target).pow(2).amax(0),
-            "pred_value": masked_mean(qvalue.detach().mean(0), mask),
-            "target_value": masked_mean(target, mask),
-        }
-        return self._reduce(error.sum(0), tensordict), metadata
 
     def value_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
         """In-sample expectile regression of the lower bound at the data's actions.

@@ -66,7 +66,8 @@ def fit_manifold(cfg: DictConfig, data: OfflineReplayBuffer, anchor: TensorDictM
 
 def prepare(cfg: DictConfig, data: OfflineReplayBuffer, anchor: TensorDictModuleBase) -> SPARLoss:
     """The loss after the residual fit and the critics' start."""
-    return pretrain(data, anchor=anchor, vae=cfg.vae, critics=cfg.critics, **cfg.spar.loss)[0]
+    options = {"vae": cfg.vae, "critics": cfg.critics, "episode_share": cfg.episode_share}
+    return pretrain(data, anchor=anchor, **options, **cfg.spar.loss)[0]
 
 
 def take_critics(loss: SPARLoss, other: SPARLoss) -> SPARLoss:

@@ -75,6 +75,7 @@ class SharedOptions(DataOptions):
     anchor: Phase = option(Phase(), "The behaviour policy that is cloned and frozen.")
     vae: Phase = option(Phase(), "The residuals' VAE, trained before the main phase.")
     critics: Phase = option(Phase(3_000), "The critics' warm start on the data's returns-to-go.")
+    episode_share: float = option(0.5, "Of the episodes, what each critic learns from.", above=0, most=1)
 
 
 @dataclass

@@ -111,8 +111,8 @@ def pretrain_spar(
     # Here, not earlier: all methods with an anchor have the same one for a seed.
     torch.manual_seed(run.seed)
     return pretrain(
-        run.data, anchor=anchor, vae=run.cfg.vae, critics=run.cfg.critics, report=run.phase, progress=run.progress,
-        keep=keep, **loss_options(run.cfg), **options,
+        run.data, anchor=anchor, vae=run.cfg.vae, critics=run.cfg.critics, episode_share=run.cfg.episode_share,
+        report=run.phase, progress=run.progress, keep=keep, **loss_options(run.cfg), **options,
     )  # fmt: skip
 
 

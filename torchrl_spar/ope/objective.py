@@ -17,7 +17,6 @@ from tensordict import NestedKey, TensorDict, TensorDictBase, TensorDictParams
 from tensordict.nn import TensorDictModule, TensorDictModuleBase, dispatch
 from torch import Tensor
 from torchrl.envs.utils import ExplorationType
-from torchrl.objectives.utils import distance_loss
 
 from torchrl_spar.anchor import FrozenAnchor
 from torchrl_spar.conventions import Conventions, check_shape, masked_mean, under_next
@@ -199,26 +198,6 @@ class FQELoss(Conventions):
         loss, metadata = self.qvalue_regression(tensordict, target)
         mean = next_value.mean(0)
         return loss, metadata | {"next_state_value": masked_mean(mean, self._valid(tensordict, mean))}
-
-    def qvalue_regression(self, tensordict: TensorDictBase, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Regression of all critics, at the data's actions, on targets ``[E, *B]`` or ``[*B]`` in scaled reward units.
-
-        Returns:
-            As :meth:`qvalue_loss`, without ``next_state_value``.
-        """
-        qvalue = self._qvalue(tensordict, tensordict[self.tensor_keys.action], self.qvalue_network_params)
-        error = distance_loss(qvalue, target.expand_as(qvalue), self.loss_function)
-        weight = tensordict.get(self.tensor_keys.member_weight, None)
-        if weight is not None:
-            shape = (*tensordict.batch_size, self.num_qvalue_nets)
-            error = error * check_shape(weight, shape, self.tensor_keys.member_weight).movedim(-1, 0)
-        mask = self._valid(tensordict, error[0])
-        metadata = {
-            "td_error": (qvalue.detach() - target).pow(2).amax(0),
-            "pred_value": masked_mean(qvalue.detach().mean(0), mask),
-            "target_value": masked_mean(target.expand_as(qvalue).mean(0), mask),
-        }
-        return self._reduce(error.sum(0), tensordict), metadata
 
     # ------------------------------------------------------------------ what was learned
 

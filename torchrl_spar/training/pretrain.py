@@ -24,7 +24,13 @@ from torchrl_spar.objective import SPARLoss
 from torchrl_spar.training.health import CHECK_INTERVAL, check_finite
 from torchrl_spar.training.optimization import adam, descend
 from torchrl_spar.training.progress import Progress
-from torchrl_spar.training.sampling import batch_size_of, has_trajectories, with_anchor_actions, with_value_targets
+from torchrl_spar.training.sampling import (
+    batch_size_of,
+    has_trajectories,
+    with_anchor_actions,
+    with_member_weights,
+    with_value_targets,
+)
 
 Report = Callable[[int, dict[str, Tensor]], None]
 Term = Callable[[TensorDictBase], tuple[Tensor, dict[str, Tensor]]]
@@ -39,6 +45,7 @@ def pretrain(
     anchor: TensorDictModuleBase | Mapping[str, Any] = NO_OPTIONS,
     vae: Mapping[str, Any] = NO_OPTIONS,
     critics: Mapping[str, Any] | None = NO_OPTIONS,
+    episode_share: float = 0.5,
     report: Callable[[str], Report | None] | None = None,
     progress: Progress | None = None,
     keep: Callable[[str, Any], Any] = lambda name, part: part,
@@ -47,13 +54,16 @@ def pretrain(
     """Pre-training in three phases: clones the anchor, fits the VAE to its residuals, warm-starts the critics.
 
     The numbers are those of :func:`make_anchor`, :func:`fit_anchor`, :func:`make_spar_loss`,
-    :func:`with_anchor_actions`, :func:`fit_vae` and :func:`fit_critics`, called in this order.
+    :func:`with_anchor_actions`, :func:`fit_vae`, :func:`with_member_weights` and :func:`fit_critics`, called in this
+    order.
 
     Args:
         data: the data set, as :func:`~torchrl_spar.load_offline_dataset` returns it.
         anchor: options of :func:`fit_anchor`; or a behaviour policy that is trained already, which is not cloned.
         vae: options of :func:`fit_vae`.
         critics: options of :func:`fit_critics`; None leaves the critics as they are.
+        episode_share: of the episodes, what each critic learns from, see :func:`~torchrl_spar.with_member_weights`;
+            it depends on torch's seed (``torch.manual_seed``).
         report: ``report(phase)``, with phase ``"anchor"``, ``"vae"`` or ``"critics"``, gives the ``report`` of its fit.
         progress: where to resume, see :class:`~torchrl_spar.Progress`.
         keep: called as ``keep(name, part)`` with the new ``"anchor"`` and ``"loss"`` before they are trained, and
@@ -94,9 +104,12 @@ def pretrain(
     loss = keep("loss", make_spar_loss(data, anchor=anchor, **{"joint_vae": False, **options}))
     rows = with_anchor_actions(loss, data)
     fit_vae(loss, rows, **part("vae", vae))
+    ordered = has_trajectories(loss, rows)
+    if ordered:
+        rows = with_member_weights(loss, rows, share=episode_share, seed=torch.initial_seed())
     if critics is not None:
         fit_critics(loss, rows, **part("critics", critics))
-        if has_trajectories(loss, rows):
+        if ordered:
             rows = with_value_targets(loss, rows)
     return loss, rows
 
@@ -269,7 +282,8 @@ def fit_critics(
     varies = _varies(data["next"][loss.tensor_keys.reward]) and _varies(returns)
     loss.reward_scale.copy_(1 / returns.std() if varies else torch.ones(()))
     # Not strict: the anchor is not asked here.
-    rows = data.select(*loss.in_keys, strict=False).exclude("next").set("return", returns * loss.reward_scale)
+    beside = (loss.tensor_keys.member_weight,)
+    rows = data.select(*loss.in_keys, *beside, strict=False).exclude("next").set("return", returns * loss.reward_scale)
 
     shape = (batch_size_of(replay_buffer),)
 

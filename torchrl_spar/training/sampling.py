@@ -107,6 +107,57 @@ def with_value_targets(loss: SPARLoss, replay_buffer: ReplayBuffer) -> TensorDic
     return _fixed_buffer(rows, replay_buffer.batch_size)
 
 
+def with_member_weights(
+    loss: SPARLoss, replay_buffer: ReplayBuffer, *, share: float = 0.5, seed: int = 0
+) -> ReplayBuffer:
+    """The data with ``member_weight``: each critic learns from a share of the episodes, drawn for it.
+
+    Critics that learn from the same episodes agree on what was luck in them, and the lower bound of an ensemble that
+    agrees warns of nothing. Every episode is in the same number of critics, ``share * E``, rounded.
+
+    Args:
+        loss: of which ``num_qvalue_nets`` and the keys are read.
+        replay_buffer: the data in order.
+        share: of the episodes that a critic learns from, above 0; 1 gives all of them (ours: 0.5).
+        seed: of the draw.
+
+    Returns:
+        A buffer that shares the memory of the given one and holds ``member_weight`` ``[N, E]`` beside, 0 or one over
+        the share; the given one where nothing is to be shared out: with one critic, a share of 1, sequences
+        ``[N, T]``, or fewer than two episodes for each critic.
+
+    Raises:
+        InputError: if the share is not within 0 to 1, or the rows are out of order.
+
+    Source: bootstrapped ensembles (https://arxiv.org/abs/1602.04621); halves of the episodes are ours.
+
+    Examples:
+        >>> import torch
+        >>> from tensordict import TensorDict
+        >>> from torchrl.data import Bounded
+        >>> from torchrl_spar import load_offline_dataset, make_spar_loss, with_member_weights
+        >>> step = {"reward": torch.zeros(32, 1), "terminated": torch.arange(32).unsqueeze(-1) % 2 == 1}
+        >>> data = TensorDict({"observation": torch.randn(32, 3), "action": torch.full((32, 2), 0.5),
+        ...                    "next": {"observation": torch.randn(32, 3), **step}}, [32])
+        >>> rows = with_member_weights(make_spar_loss(3, Bounded(-1, 1, (2,))), load_offline_dataset(data))[:]
+        >>> rows["member_weight"].shape, rows["member_weight"].sum(-1).unique()
+        (torch.Size([32, 4]), tensor([4.]))
+    """
+    check_options((0 < share <= 1, "share", share, "above 0, at most 1"))
+    rows, members = replay_buffer[:], loss.num_qvalue_nets
+    count = max(1, round(share * members))
+    if count == members or rows.ndim > 1:
+        return replay_buffer
+    ends = episode_ends(rows, done_key=loss.tensor_keys.done).reshape(-1)
+    if ends.sum() < 2 * members:
+        return replay_buffer
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.rand(int(ends.sum()), members, generator=generator).argsort(-1).argsort(-1)
+    weight = (order < count).to(ends.device, torch.get_default_dtype()) * members / count
+    rows = rows.copy().set(loss.tensor_keys.member_weight, weight[ends.cumsum(0) - ends.long()])
+    return _fixed_buffer(rows, replay_buffer.batch_size)
+
+
 def has_trajectories(loss: SPARLoss, replay_buffer: ReplayBuffer) -> bool:
     """Whether targets can follow the data: rows ``[N]`` of single steps, and a loss that asks for them."""
     rows = replay_buffer[:]
