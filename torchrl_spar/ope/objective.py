@@ -19,7 +19,7 @@ from torch import Tensor
 from torchrl.envs.utils import ExplorationType
 
 from torchrl_spar.anchor import FrozenAnchor
-from torchrl_spar.conventions import Conventions, check_shape, masked_mean, under_next
+from torchrl_spar.conventions import Conventions, masked_mean, under_next
 from torchrl_spar.errors import InputError, check_options
 from torchrl_spar.functional import call, call_ensemble
 
