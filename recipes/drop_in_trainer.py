@@ -173,7 +173,7 @@ def make_trainer(
     # Now, since they are asked of the loss as it was saved.
     replay_buffer = with_anchor_actions(loss, replay_buffer)
     if has_trajectories(loss, replay_buffer):
-        replay_buffer = with_member_weights(loss, replay_buffer, seed=cfg.seed)
+        replay_buffer = with_member_weights(loss, replay_buffer, seed=torch.initial_seed())
         replay_buffer = with_value_targets(loss, replay_buffer)
         trainer.register_op("pre_epoch", TargetRenewal(loss, replay_buffer))
     # Not registered as a module: the data set would be in every checkpoint.
