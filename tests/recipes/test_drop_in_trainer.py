@@ -15,7 +15,7 @@ import pytest
 import torch
 from helpers import compose_recipe, make_batch, total
 
-from torchrl_spar import InputError, evaluate, load_policy, with_anchor_actions, with_value_targets
+from torchrl_spar import InputError, evaluate, load_policy, with_anchor_actions, with_member_weights, with_value_targets
 
 pytest.importorskip("hydra")
 pytest.importorskip("gymnasium")
@@ -55,7 +55,7 @@ def test_the_trainer_makes_the_updates_of_a_plain_loop(make_loss, tmp_path):
     drop_in_trainer.make_trainer(found, rows, cfg, tmp_path).train()
 
     torch.manual_seed(1)
-    rows = with_anchor_actions(expected, rows)
+    rows = with_member_weights(expected, with_anchor_actions(expected, rows), seed=1)
     optimizer = torch.optim.Adam(expected.parameters(), lr=cfg.lr)
     names = ("actor_network", "qvalue_network")
     for name in names:  # SoftUpdate begins with equal parameters
