@@ -112,7 +112,7 @@ def pretrain_spar(
     torch.manual_seed(run.seed)
     return pretrain(
         run.data, anchor=anchor, vae=run.cfg.vae, critics=run.cfg.critics, report=run.phase, progress=run.progress,
-        keep=keep, **loss_options(run.cfg), **options,
+        keep=keep, compile=run.cfg.spar.compile, **loss_options(run.cfg), **options,
     )  # fmt: skip
 
 
