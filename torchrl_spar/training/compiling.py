@@ -20,9 +20,10 @@ def compiled(function: Callable[..., R]) -> Callable[..., R]:
     # From torch 2.13 on. Else, and by default, loss and gradients are programs of their own, with autograd in between.
     if not hasattr(torch._dynamo.config, "trace_autograd_ops"):
         return program
+    traced = torch._dynamo.config.patch(trace_autograd_ops=True)
 
     def run(*args: object) -> R:
-        with torch._dynamo.config.patch(trace_autograd_ops=True):
+        with traced:
             return program(*args)
 
     return run

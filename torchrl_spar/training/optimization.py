@@ -55,6 +55,8 @@ def descent(
     run = compiled(gradients) if compile else gradients
 
     def step(batch: TensorDictBase) -> dict[str, Tensor]:
+        for param in params:
+            param.grad = None  # before, so that its memory is used again
         grads, metrics = run(batch)
         for param, grad in zip(params, grads):
             param.grad = grad

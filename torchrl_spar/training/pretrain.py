@@ -124,8 +124,8 @@ def fit_anchor(
 ) -> TensorDictModuleBase:
     """Behaviour cloning with TorchRL's ``BCLoss`` (squared error for a deterministic actor).
 
-    The learning rate falls to zero along a cosine. A buffer that holds its whole data and samples it uniformly, such as
-    :func:`~torchrl_spar.load_offline_dataset` returns, is read in blocks of batches; ``sample()`` of any other is asked.
+    The learning rate falls to zero along a cosine. Buffers such as :func:`~torchrl_spar.load_offline_dataset` returns,
+    in memory and sampled uniformly, are read in blocks of batches; any other is asked to ``sample()``.
 
     Args:
         actor: ``observation -> action``; trained in place.
