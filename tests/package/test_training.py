@@ -301,7 +301,7 @@ def test_compiled_fits_are_the_eager_ones():
         for fit, module in ((fit_anchor, anchor), (fit_critics, loss)):
             torch.manual_seed(1)
             fit(module, data, steps=5, compile=compile)
-        states.append({**anchor.state_dict(), **loss.state_dict()})
+        states.append(deepcopy({**anchor.state_dict(), **loss.state_dict()}))
         rows = []
         fit_vae(loss, data, steps=60, compile=compile, report=lambda *row, rows=rows: rows.append(row[1]["loss_vae"]))
         assert torch.stack(rows[-10:]).mean() < torch.stack(rows[:10]).mean()
