@@ -25,6 +25,7 @@ from benchmarks.flops import update_flops
 from benchmarks.loading import measure_loading
 from benchmarks.matmul import MatmulTrace
 from benchmarks.saving import measure_saving
+from benchmarks.stages import measure_stages
 from benchmarks.updates import (
     ACTION_DIM,
     BLOCK,
@@ -68,6 +69,9 @@ class Options:
     load_steps: int = option(
         1_000_000, "Steps of the Minari set that is written and read; 0 leaves loading out.", least=0
     )
+    stage_steps: int = option(
+        300, "Steps measured of each stage of a default run of the main job; 0 leaves the stages out.", least=0
+    )
     env: str | None = option("Hopper-v5", "Gymnasium environment of the evaluation; null leaves evaluation out.")
 
 
@@ -92,6 +96,9 @@ def main(cfg: DictConfig) -> None:
     }
     if cfg.env is not None:
         results["evaluation"] = measure_evaluation(cfg, device)
+        if cfg.stage_steps:
+            rate = results["evaluation"]["steps_per_second"]
+            results["stages"] = measure_stages(cfg.stage_steps, rate, compile=cfg.compile)
     if cfg.load_steps:
         results["load"] = measure_loading(cfg.load_steps)
         results["load_short_episodes"] = measure_loading(cfg.load_steps, episode_length=125)
@@ -211,6 +218,8 @@ def show(results: dict[str, Any], out: Path) -> None:
             table.add_row(name, f"{rate:.1f}", f"{row['relative_to_spar']:.2f}", share)
     console = Console()
     console.print(table)
+    for name, seconds in results.get("stages", {}).items():
+        console.print(f"a default run of the main job, {name}: {seconds:.1f} CPU seconds", highlight=False)
     console.print(f"matrix products alone: {results['matmul_gflops']['fp32']:.0f} GFLOP/s; everything in {out}")
 
 

@@ -112,7 +112,8 @@ def pretrain_spar(
     torch.manual_seed(run.seed)
     return pretrain(
         run.data, anchor=anchor, vae=run.cfg.vae, critics=run.cfg.critics, episode_share=run.cfg.episode_share,
-        report=run.phase, progress=run.progress, keep=keep, **loss_options(run.cfg), **options,
+        report=run.phase, progress=run.progress, keep=keep, compile=run.cfg.spar.compile, **loss_options(run.cfg),
+        **options,
     )  # fmt: skip
 
 

@@ -6,6 +6,7 @@ import os
 import shutil
 from copy import deepcopy
 from functools import partial
+from itertools import islice
 
 import pytest
 import torch
@@ -13,9 +14,9 @@ from helpers import ACTION, OBSERVATION, make_batch, total
 from tensordict import TensorDict
 from tensordict.nn import NormalParamExtractor, TensorDictModule
 from torch import nn
-from torchrl.data import Bounded, LazyTensorStorage, TensorDictReplayBuffer
+from torchrl.data import Bounded, LazyTensorStorage, SamplerWithoutReplacement, TensorDictReplayBuffer
 from torchrl.modules import MLP, ProbabilisticActor, TanhNormal, ValueOperator
-from torchrl.objectives import IQLLoss, SoftUpdate, ValueEstimators
+from torchrl.objectives import BCLoss, IQLLoss, SoftUpdate, ValueEstimators
 
 from torchrl_spar import (
     BatchSampler,
@@ -33,6 +34,8 @@ from torchrl_spar import (
     returns_to_go,
     with_anchor_actions,
 )  # fmt: skip
+from torchrl_spar.training import sampling
+from torchrl_spar.training.sampling import uniform_batches
 
 
 def bandit(rows=4000):
@@ -244,6 +247,65 @@ def test_fits_take_a_loss_without_reduction(make_loss):
         loss, data = make_loss(reduction=reduction), load_offline_dataset(make_batch(32), batch_size=8)
         states.append(fit_critics(fit_vae(loss, data, steps=3), data, steps=3).state_dict())
     torch.testing.assert_close(*states)
+
+
+def test_batches_of_a_fit_do_not_depend_on_where_it_starts(monkeypatch):
+    rows = TensorDict({"row": torch.arange(50)}, [50])
+    whole = list(islice(uniform_batches(rows, 8, 0, 5), 250))
+    later = list(islice(uniform_batches(rows, 8, 130, 5), 120))
+    assert all(torch.equal(one["row"], other["row"]) for one, other in zip(whole[130:], later, strict=True))
+    counts = torch.cat([batch["row"] for batch in whole]).bincount(minlength=50)
+    assert counts.min() > 10 and counts.max() < 80  # 40 on average
+    monkeypatch.setattr(sampling, "FIT_BLOCK_BYTES", 3 * 8 * rows[:1].bytes())
+    few = uniform_batches(rows, 8, 0, 5)
+    assert len({tuple(next(few)["row"].tolist()) for _ in range(7)}) == 7
+
+
+def test_a_buffer_with_a_sampler_or_transform_of_its_own_is_asked_for_batches():
+    seen = []
+    actor = make_anchor(OBSERVATION, Bounded(-1, 1, (ACTION,)), hidden=[4])
+    for options in (
+        {"sampler": SamplerWithoutReplacement()},
+        {"transform": lambda rows: seen.append(len(rows)) or rows},
+    ):
+        data = load_offline_dataset(make_batch(32), batch_size=8, **options)
+        sample = data.sample
+        data.sample = lambda sample=sample: seen.append("asked") or sample()
+        fit_anchor(actor, data, steps=2)
+    assert seen == ["asked", "asked", "asked", 8, "asked", 8]
+
+
+def test_cloning_is_that_of_bc_loss():
+    """The first loss of each kind of actor, on all rows in an order of their own."""
+    data = load_offline_dataset(make_batch(32), batch_size=32, sampler=SamplerWithoutReplacement())
+    gaussian = TensorDictModule(
+        nn.Sequential(nn.Linear(OBSERVATION, 2 * ACTION), NormalParamExtractor()), ["observation"], ["loc", "scale"]
+    )
+    likely = ProbabilisticActor(gaussian, in_keys=["loc", "scale"], distribution_class=TanhNormal)
+    seen = []
+    for actor in (make_anchor(OBSERVATION, Bounded(-1, 1, (ACTION,)), hidden=[4]), likely):
+        expected, before = BCLoss(actor)(data[:])["loss_bc"].detach(), deepcopy(actor.state_dict())
+        fit_anchor(actor, data, steps=1, report=lambda step, metrics: seen.append(metrics["loss_bc"]))
+        torch.testing.assert_close(seen[-1], expected)
+        assert any((before[key] != value).any() for key, value in actor.state_dict().items())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="no C++ compiler, which Inductor needs")
+def test_compiled_fits_are_the_eager_ones():
+    """But for the VAE's, which draws its noise in the compiled code."""
+    data, states = load_offline_dataset(make_batch(32), batch_size=8), []
+    for compile in (False, True):
+        torch.manual_seed(0)
+        anchor, loss = make_anchor(data, hidden=[4]), make_spar_loss(data, hidden=[4], value_mix=0.5)
+        for fit, module in ((fit_anchor, anchor), (fit_critics, loss)):
+            torch.manual_seed(1)
+            fit(module, data, steps=5, compile=compile)
+        states.append(deepcopy({**anchor.state_dict(), **loss.state_dict()}))
+        rows = []
+        fit_vae(loss, data, steps=60, compile=compile, report=lambda *row, rows=rows: rows.append(row[1]["loss_vae"]))
+        assert torch.stack(rows[-10:]).mean() < torch.stack(rows[:10]).mean()
+    torch.testing.assert_close(*states, rtol=1e-4, atol=1e-5)
 
 
 def test_buffers_without_a_batch_size_are_refused(make_loss):

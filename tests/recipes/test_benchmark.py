@@ -45,7 +45,7 @@ def test_needed_flops_are_what_the_update_does(sizes):
 
 def test_benchmark_writes_its_keys(tmp_path):
     out = tmp_path / "benchmark.json"
-    options = "rounds=1 window=0.01 hidden=[8] batch_size=8 seeds=[2] load_steps=2000 env=Pendulum-v1"
+    options = "rounds=1 window=0.01 hidden=[8] batch_size=8 seeds=[2] load_steps=2000 stage_steps=2 env=Pendulum-v1"
     command = [sys.executable, str(RECIPES / "benchmark.py"), *options.split(), "device=cpu", f"out={out}"]
     subprocess.run(command, check=True, capture_output=True, text=True)
     results = json.loads(out.read_text())
@@ -56,6 +56,9 @@ def test_benchmark_writes_its_keys(tmp_path):
     assert {"steps_per_second", "bare_gymnasium"} <= set(results["evaluation"])
     assert "rows_per_second" in results["load"] and results["machine"]
     assert results["checkpoint"]["bytes"] > 0 and 0 < results["checkpoint"]["share_of_run"] < 1
+    stages = results["stages"]
+    assert {"loading", "anchor", "vae", "critics", "targets", "updates", "evaluation"} <= set(stages)
+    assert min(stages.values()) > 0
     again = subprocess.run(command, capture_output=True, text=True)
     assert again.returncode == 2 and "exists; give another file" in again.stderr
     wrong = subprocess.run([*command, "seeds=[0,1]", f"out={tmp_path / 'other.json'}"], capture_output=True, text=True)

@@ -136,6 +136,10 @@ def fit_fqe(
     generator = torch.Generator(device).manual_seed(seed)
     train.set("member_weight", _bootstrap_weights(train["episode"], len(critics), generator))
     batches = _slices(train, batch_size // slice_len, slice_len, generator)
+
+    def drawn(step: int, seed: int) -> Iterator[TensorDictBase]:
+        return batches
+
     if start is None:
         spread = train["return_to_go"].std()
         loss.reward_scale.copy_(1 / spread if spread > 0 else torch.ones(()))
@@ -144,13 +148,13 @@ def fit_fqe(
             return loss.qvalue_regression(batch, batch["return_to_go"].squeeze(-1) * loss.reward_scale)
 
         params = loss.qvalue_network_params
-        _fit("warm_start", regression, params, batches.__next__, warm_steps, lr, Progress(), finish=loss.sync_targets)
+        _fit("warm_start", regression, params, drawn, warm_steps, lr, Progress(), finish=loss.sync_targets)
     else:
         for name in ("qvalue_network_params", "target_qvalue_network_params", "reward_scale"):
             source, own = (one._modules.get(name, one._buffers.get(name)) for one in (start, loss))
             own.data.copy_(source.data)
     progress = Progress(SoftUpdate(loss, tau=target_rate).step)
-    _fit("loss_qvalue", loss.qvalue_loss, loss.qvalue_network_params, batches.__next__, steps, lr, progress, report)
+    _fit("loss_qvalue", loss.qvalue_loss, loss.qvalue_network_params, drawn, steps, lr, progress, report)
     return FQEFit(loss, held)
 
 

@@ -2,11 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
+from typing import TypeVar
 
 import torch
+import torch._dynamo
 
 from torchrl_spar.errors import InputError, first_line
+
+R = TypeVar("R")
+
+
+def compiled(function: Callable[..., R]) -> Callable[..., R]:
+    """Through ``torch.compile``; gradients that the function takes are part of the one program."""
+    program = torch.compile(function)
+    # From torch 2.13 on. Else, and by default, loss and gradients are programs of their own, with autograd in between.
+    if not hasattr(torch._dynamo.config, "trace_autograd_ops"):
+        return program
+    traced = torch._dynamo.config.patch(trace_autograd_ops=True)
+
+    def run(*args: object) -> R:
+        with traced:
+            return program(*args)
+
+    return run
 
 
 @cache

@@ -1,11 +1,17 @@
-"""Adam as every phase uses it."""
+"""Adam and steps of gradient descent as every phase uses them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
+from tensordict import TensorDictBase
 from torch import Tensor
+
+from torchrl_spar.training.compiling import compiled
+
+Term = Callable[[TensorDictBase], tuple[Tensor, dict[str, Tensor]]]
 
 
 def adam(params: Iterable[Tensor], lr: float, *, capturable: bool = False) -> torch.optim.Adam:
@@ -23,9 +29,47 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
             group["lr"] = lr
 
 
-def descend(loss: Tensor, *optimizers: torch.optim.Optimizer) -> None:
-    for optimizer in optimizers:
-        optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    for optimizer in optimizers:
-        optimizer.step()
+def cosine(step: int, steps: int) -> float:
+    """The share of the initial learning rate that is left after `step` of `steps` steps."""
+    return 0.5 + 0.5 * math.cos(math.pi * min(1.0, step / steps))
+
+
+def descent(
+    terms: Mapping[str, Term], *optimizers: torch.optim.Optimizer, compile: bool = False
+) -> Callable[[TensorDictBase], dict[str, Tensor]]:
+    """A step that moves what the optimisers hold down the sum of the terms, and returns the losses and metadata."""
+    keep_scratch_memory()
+    params = [param for optimizer in optimizers for group in optimizer.param_groups for param in group["params"]]
+
+    def gradients(batch: TensorDictBase) -> tuple[tuple[Tensor | None, ...], dict[str, Tensor]]:
+        values: list[Tensor] = []
+        metrics: dict[str, Tensor] = {}
+        for name, term in terms.items():
+            value, metadata = term(batch)
+            values.append(value.sum() if value.ndim else value)  # of several seeds, each with its own parameters
+            metrics |= {name: value.detach(), **metadata}
+        metrics.pop("td_error", None)  # one value a row, not a metric
+        return torch.autograd.grad(values, params, allow_unused=True), metrics
+
+    # Not the optimisers: they are one fused call each, and what Dynamo adds to that is slower.
+    run = compiled(gradients) if compile else gradients
+
+    def step(batch: TensorDictBase) -> dict[str, Tensor]:
+        for param in params:
+            param.grad = None  # before, so that its memory is used again
+        grads, metrics = run(batch)
+        for param, grad in zip(params, grads):
+            param.grad = grad
+        for optimizer in optimizers:
+            optimizer.step()
+        return metrics
+
+    return step
+
+
+def keep_scratch_memory() -> None:
+    """Has glibc keep the megabytes that a step frees, instead of mapping them anew in the next one.
+
+    Its allocator returns free memory to the system above twice the largest block that it has mapped and freed.
+    """
+    torch.empty(31 * 2**20, dtype=torch.uint8)  # freed at once

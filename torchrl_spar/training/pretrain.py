@@ -12,6 +12,7 @@ import torch
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
+from torch.nn.functional import mse_loss
 from torchrl.data import ImmutableDatasetWriter, ReplayBuffer, TensorDictReplayBuffer, TensorStorage
 from torchrl.objectives import BCLoss
 
@@ -21,19 +22,22 @@ from torchrl_spar.data.returns import returns_to_go
 from torchrl_spar.data.rows import rows_of
 from torchrl_spar.errors import InputError, check_options
 from torchrl_spar.objective import SPARLoss
+from torchrl_spar.training.compiling import check_compiler
 from torchrl_spar.training.health import CHECK_INTERVAL, check_finite
-from torchrl_spar.training.optimization import adam, descend
+from torchrl_spar.training.optimization import Term, adam, cosine, descent, set_lr
 from torchrl_spar.training.progress import Progress
 from torchrl_spar.training.sampling import (
+    Batches,
     batch_size_of,
+    batches_of,
     has_trajectories,
+    uniform_batches,
     with_anchor_actions,
     with_member_weights,
     with_value_targets,
 )
 
 Report = Callable[[int, dict[str, Tensor]], None]
-Term = Callable[[TensorDictBase], tuple[Tensor, dict[str, Tensor]]]
 # In half action ranges: a dimension the anchor reproduces exactly still gets a usable scale.
 RESIDUAL_SCALE_FLOOR = 1e-2
 NO_OPTIONS: Mapping[str, Any] = MappingProxyType({})
@@ -49,6 +53,7 @@ def pretrain(
     report: Callable[[str], Report | None] | None = None,
     progress: Progress | None = None,
     keep: Callable[[str, Any], Any] = lambda name, part: part,
+    compile: bool = False,
     **options: Any,
 ) -> tuple[SPARLoss, TensorDictReplayBuffer]:
     """Pre-training in three phases: clones the anchor, fits the VAE to its residuals, warm-starts the critics.
@@ -68,6 +73,7 @@ def pretrain(
         progress: where to resume, see :class:`~torchrl_spar.Progress`.
         keep: called as ``keep(name, part)`` with the new ``"anchor"`` and ``"loss"`` before they are trained, and
             returns them: the place to load a checkpoint.
+        compile: whether the fits go through ``torch.compile``.
         **options: of :func:`~torchrl_spar.make_spar_loss`; ``joint_vae`` is False by default: the VAE is trained here.
 
     Returns:
@@ -96,7 +102,7 @@ def pretrain(
     progress = progress or Progress()
 
     def part(name: str, phase: Mapping[str, Any]) -> dict[str, Any]:
-        return {**phase, "progress": progress, "report": report and report(name)}
+        return {"compile": compile, **phase, "progress": progress, "report": report and report(name)}
 
     if not isinstance(anchor, TensorDictModuleBase):
         sizes = {name: options[name] for name in ("hidden", "device") if name in options}
@@ -120,18 +126,21 @@ def fit_anchor(
     *,
     steps: int = 20_000,
     lr: float = 1e-3,
+    compile: bool = False,
     report: Report | None = None,
     progress: Progress | None = None,
 ) -> TensorDictModuleBase:
     """Behaviour cloning with TorchRL's ``BCLoss`` (squared error for a deterministic actor).
 
-    The learning rate falls to zero along a cosine.
+    The learning rate falls to zero along a cosine. Buffers such as :func:`~torchrl_spar.load_offline_dataset` returns,
+    in memory and sampled uniformly, are read in blocks of batches; any other is asked to ``sample()``.
 
     Args:
         actor: ``observation -> action``; trained in place.
         replay_buffer: the data; its ``sample()`` gives TED batches.
         steps: gradient steps.
         lr: initial learning rate of Adam.
+        compile: whether loss and gradients go through ``torch.compile``: some seconds to start, then faster.
         report: called as ``report(step, {"loss_bc": ...})`` after every step.
         progress: where to resume, see :class:`~torchrl_spar.Progress`.
 
@@ -139,7 +148,8 @@ def fit_anchor(
         The same actor, to be given to :func:`~torchrl_spar.make_spar_loss` as the anchor.
 
     Raises:
-        InputError: for ``steps`` or ``lr`` below 0, or a ``progress`` from a fit of another number of steps.
+        InputError: for ``steps`` or ``lr`` below 0, or a ``progress`` from a fit of another number of steps,
+            or ``compile`` where ``torch.compile`` does not work.
         NonFiniteError: within 100 steps of a loss or parameter that is NaN or infinite.
 
     Source: pure behaviour cloning is the paper's; optimiser and schedule are ours.
@@ -162,10 +172,15 @@ def fit_anchor(
         warnings.filterwarnings("ignore", message="The name target_actor_network_params")
         loss = BCLoss(actor)
 
+    key, writes_action_alone = loss.tensor_keys.action, {*actor.out_keys} == {loss.tensor_keys.action}
+
     def cloning(batch: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
+        if writes_action_alone:  # the same number, without what passing the parameters to the loss costs
+            return mse_loss(actor(batch.select(*actor.in_keys))[key], batch[key]), {}
         return loss(batch)["loss_bc"], {}
 
-    _fit("loss_bc", cloning, loss, replay_buffer.sample, steps, lr, progress or Progress(), report)
+    batches = batches_of(replay_buffer)
+    _fit("loss_bc", cloning, actor, batches, steps, lr, progress or Progress(), report, compile=compile)
     return actor
 
 
@@ -175,6 +190,7 @@ def fit_vae(
     *,
     steps: int = 20_000,
     lr: float = 1e-3,
+    compile: bool = False,
     report: Report | None = None,
     progress: Progress | None = None,
 ) -> SPARLoss:
@@ -186,6 +202,7 @@ def fit_vae(
         replay_buffer: the data; ``rb[:]`` gives all of it.
         steps: gradient steps.
         lr: initial learning rate of Adam, falling to zero along a cosine.
+        compile: whether loss and gradients go through ``torch.compile``: some seconds to start, then faster.
         report: called as ``report(step, metrics)`` after every step.
         progress: where to resume, see :class:`~torchrl_spar.Progress`.
 
@@ -193,7 +210,8 @@ def fit_vae(
         The same loss.
 
     Raises:
-        InputError: for ``steps`` or ``lr`` below 0, or a ``progress`` from a fit of another number of steps.
+        InputError: for ``steps`` or ``lr`` below 0, or a ``progress`` from a fit of another number of steps,
+            or ``compile`` where ``torch.compile`` does not work.
         NonFiniteError: within 100 steps of a loss or parameter that is NaN or infinite.
 
     Source: fitting the residual manifold first is ours (the paper's part (i)).
@@ -211,11 +229,10 @@ def fit_vae(
         torch.Size([2])
     """
     loss.residual_scale = measure_residual_scale(loss, replay_buffer)
-    params, sample = loss.residual_vae_params, replay_buffer.sample
+    params, batches = loss.residual_vae_params, batches_of(replay_buffer)
     # Head B's target holds the decoder, too.
-    finish = loss.sync_targets
-    term = partial(_explained, loss, loss.vae_loss)
-    _fit("loss_vae", term, params, sample, steps, lr, progress or Progress(), report, finish=finish)
+    options: dict[str, Any] = {"finish": loss.sync_targets, "explain": loss.explain, "compile": compile}
+    _fit("loss_vae", loss.vae_loss, params, batches, steps, lr, progress or Progress(), report, **options)
     return loss
 
 
@@ -225,6 +242,7 @@ def fit_critics(
     *,
     steps: int = 3_000,
     lr: float = 1e-3,
+    compile: bool = False,
     report: Report | None = None,
     progress: Progress | None = None,
 ) -> SPARLoss:
@@ -242,6 +260,7 @@ def fit_critics(
             if there is one, ``"episode"``. If it holds ``"return_to_go"`` ``[N, 1]``, these returns are used.
         steps: gradient steps.
         lr: initial learning rate of Adam, falling to zero along a cosine.
+        compile: whether loss and gradients go through ``torch.compile``: some seconds to start, then faster.
         report: called as ``report(step, metrics)`` after every step of the critics.
         progress: where to resume, see :class:`~torchrl_spar.Progress`.
 
@@ -250,8 +269,8 @@ def fit_critics(
 
     Raises:
         InputError: for ``steps`` or ``lr`` below 0, a ``progress`` from a fit of another number of steps,
-            a buffer without ``batch_size``, or rows of several steps (``"steps_to_next_obs"``) without
-            ``"return_to_go"``.
+            a buffer without ``batch_size``, rows of several steps (``"steps_to_next_obs"``) without
+            ``"return_to_go"``, or ``compile`` where ``torch.compile`` does not work.
         NonFiniteError: within 100 steps of a loss or parameter that is NaN or infinite.
 
     Source: ours.
@@ -285,10 +304,7 @@ def fit_critics(
     beside = (loss.tensor_keys.member_weight,)
     rows = data.select(*loss.in_keys, *beside, strict=False).exclude("next").set("return", returns * loss.reward_scale)
 
-    shape = (batch_size_of(replay_buffer),)
-
-    def sample() -> TensorDictBase:
-        return rows[torch.randint(len(rows), shape, device=returns.device)]
+    batches = partial(uniform_batches, rows, batch_size_of(replay_buffer))
 
     def regression(batch: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
         return loss.qvalue_regression(batch, batch["return"].squeeze(-1))
@@ -296,19 +312,11 @@ def fit_critics(
     progress = progress or Progress()
     params = loss.qvalue_network_params
     finish = partial(loss.sync_targets, "qvalue_network")
-    _fit("loss_qvalue", regression, params, sample, steps, lr, progress, report, finish=finish)
+    _fit("loss_qvalue", regression, params, batches, steps, lr, progress, report, finish=finish, compile=compile)
     if loss.value_mix > 0:
-        _fit("loss_value", loss.value_loss, loss.value_network_params, sample, steps, lr, progress)
+        params = loss.value_network_params
+        _fit("loss_value", loss.value_loss, params, batches, steps, lr, progress, compile=compile)
     return loss
-
-
-def _explained(loss: SPARLoss, term: Term, batch: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
-    """The term; an error names the network that cannot take the batch."""
-    try:
-        return term(batch)
-    except RuntimeError:
-        loss.explain(batch)
-        raise
 
 
 def _varies(values: Tensor) -> bool:
@@ -360,28 +368,44 @@ def _fit(
     name: str,
     term: Term,
     params: torch.nn.Module,
-    sample: Callable[[], TensorDictBase],
+    batches: Batches,
     steps: int,
     lr: float,
     progress: Progress,
     report: Report | None = None,
+    *,
     finish: Callable[[], None] | None = None,
+    explain: Callable[[TensorDictBase], None] | None = None,
+    compile: bool = False,
 ) -> None:
-    """Minimises one term with Adam, the learning rate falling to zero along a cosine; `finish` comes last."""
+    """Minimises one term with Adam, the learning rate falling to zero along a cosine; `finish` comes last.
+
+    `explain` is asked, after a failure, which network cannot take the batch.
+    """
     check_options((steps >= 0, "steps", steps, "at least 0"), (lr >= 0, "lr", lr, "at least 0"))
     optimizer = adam(params.parameters(), lr)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for step in range(progress.begin(name, steps, optimizer, schedule) + 1, steps + 1):
-        value, metadata = term(sample())
-        value = value.mean()  # reduction="none" gives one a row
-        descend(value, optimizer)
-        schedule.step()
+    if compile:
+        check_compiler(optimizer.param_groups[0]["params"][0].device)
+
+    def mean(batch: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
+        value, metadata = term(batch)
+        return value.mean(), metadata  # reduction="none" gives one a row
+
+    descend = descent({name: mean}, optimizer, compile=compile)
+    made, seed = progress.begin(name, steps, optimizer)
+    for step, batch in zip(range(made + 1, steps + 1), batches(made, seed)):
+        set_lr(optimizer, lr * cosine(step - 1, steps))
+        try:
+            metrics = descend(batch)
+        except RuntimeError:
+            if explain is not None:
+                explain(batch)
+            raise
         if finish is not None and step == steps:
             finish()
         if step % CHECK_INTERVAL == 0 or step == steps:
-            check_finite(step, {name: value.detach()}, {name: list(params.parameters())})
+            check_finite(step, {name: metrics[name]}, {name: list(params.parameters())})
         progress.record(name, step)
         if report is not None:
-            metadata.pop("td_error", None)  # one value a row, not a metric
-            report(step, {name: value.detach(), **metadata})
+            report(step, metrics)
         progress.on_step()

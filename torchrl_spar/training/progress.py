@@ -11,7 +11,7 @@ from torchrl_spar.errors import InputError
 
 
 class Progress:
-    """Steps, optimisers and learning rates of one training's fits, for an exact resume.
+    """Steps, seeds and optimisers of one training's fits, for an exact resume.
 
     Give one object to :func:`~torchrl_spar.pretrain`, or to its fits called one by one. Save its ``state_dict`` with
     the networks' and torch's random state. After all three are loaded into new objects, the same calls resume where
@@ -53,26 +53,19 @@ class Progress:
     def __init__(self, on_step: Callable[[], None] = lambda: None) -> None:
         self.on_step = on_step
         self._parts: dict[str, dict[str, Any]] = {}
-        self._running: tuple[str, dict[str, Any]] = ("", {})
+        self._running: tuple[str, torch.optim.Optimizer | None] = ("", None)
 
     def steps(self, name: str) -> int:
         """Steps made of the fit whose loss has this name."""
         return self._parts[name]["step"] if name in self._parts else 0
 
-    def begin(
-        self,
-        name: str,
-        steps: int,
-        optimizer: torch.optim.Optimizer,
-        schedule: torch.optim.lr_scheduler.LRScheduler,
-    ) -> int:
-        """Begins a fit: loads the state of its optimiser and schedule, and returns the steps already made.
+    def begin(self, name: str, steps: int, optimizer: torch.optim.Optimizer) -> tuple[int, int]:
+        """Begins a fit: loads its optimiser's state, and returns the steps already made and the seed of its batches.
 
         Args:
             name: of its loss, such as ``"loss_bc"``.
             steps: that it makes in all.
             optimizer: its optimiser.
-            schedule: of the optimiser's learning rate.
 
         Raises:
             InputError: if the loaded fit has another number of steps.
@@ -80,22 +73,23 @@ class Progress:
         part = self._parts.setdefault(name, {"step": 0, "steps": steps})
         if part["steps"] != steps:
             raise InputError(f"steps={steps}: the loaded progress of {name} is of a fit of {part['steps']} steps")
-        running: dict[str, Any] = {"optimizer": optimizer, "schedule": schedule}
-        for key in running.keys() & part.keys():
-            running[key].load_state_dict(part.pop(key))
-        self._running = (name, running)
-        return part["step"]
+        if "seed" not in part:
+            part["seed"] = int(torch.randint(2**62, ()))
+        if "optimizer" in part:
+            optimizer.load_state_dict(part.pop("optimizer"))
+        self._running = (name, optimizer)
+        return part["step"], part["seed"]
 
     def record(self, name: str, step: int) -> None:
         """Notes that ``step`` steps of the fit ``name`` are made."""
         self._parts[name]["step"] = step
 
     def state_dict(self) -> dict[str, Any]:
-        """By the loss's name: ``step``, ``steps`` and, of an unfinished fit, ``optimizer`` and ``schedule``."""
+        """By the loss's name: ``step``, ``steps``, ``seed`` and, of an unfinished fit, ``optimizer``."""
         parts = {name: dict(part) for name, part in self._parts.items()}
-        name, running = self._running
-        if name in parts and parts[name]["step"] < parts[name]["steps"]:
-            parts[name].update({key: value.state_dict() for key, value in running.items()})
+        name, optimizer = self._running
+        if optimizer is not None and name in parts and parts[name]["step"] < parts[name]["steps"]:
+            parts[name]["optimizer"] = optimizer.state_dict()
         return parts
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
-from torchrl.data import ImmutableDatasetWriter, ReplayBuffer, TensorDictReplayBuffer, TensorStorage
+from torchrl.data import ImmutableDatasetWriter, RandomSampler, ReplayBuffer, TensorDictReplayBuffer, TensorStorage
 
 from torchrl_spar.conventions import under_next
+from torchrl_spar.data.buffer import OfflineReplayBuffer
 from torchrl_spar.data.returns import episode_ends
 from torchrl_spar.data.rows import MASK_KEYS, valid_mask, whole_of
 from torchrl_spar.errors import InputError, check_options
@@ -18,6 +20,10 @@ from torchrl_spar.objective import ROWS_PER_CALL, SPARLoss
 
 # What the data holds beside the loss's in_keys: see fit_critics and chunk_actions.
 BESIDE = ("episode", "return_to_go", "steps_to_next_obs", *MASK_KEYS)
+# Steps and seed -> the batches of a fit from there on.
+Batches = Callable[[int, int], Iterator[TensorDictBase]]
+# Batches that a fit draws at once, and the most that they may fill.
+FIT_BLOCK, FIT_BLOCK_BYTES = 100, 2**24
 
 
 @torch.no_grad()
@@ -188,6 +194,35 @@ def _check_anchor(anchor: TensorDictModuleBase, state: TensorDictBase, action_ke
             "the anchor's action is random: asked again, it gives another one to the same state, even under "
             "ExplorationType.DETERMINISTIC; fix its noise, see FrozenAnchor"
         )
+
+
+def batches_of(replay_buffer: ReplayBuffer) -> Batches:
+    """What a fit reads of a buffer: uniform batches drawn in blocks, or what a sampler of another kind gives."""
+    plain = type(replay_buffer) in (OfflineReplayBuffer, TensorDictReplayBuffer)
+    plain = plain and type(replay_buffer.storage) is TensorStorage and type(replay_buffer.sampler) is RandomSampler
+    if plain and not len(replay_buffer.transform) and replay_buffer.batch_size is not None:
+        rows = replay_buffer[:]
+        if rows.ndim == 1:
+            return partial(uniform_batches, rows.exclude("next"), replay_buffer.batch_size)
+
+    def sampled(step: int, seed: int) -> Iterator[TensorDictBase]:
+        while True:
+            yield replay_buffer.sample()
+
+    return sampled
+
+
+def uniform_batches(rows: TensorDictBase, size: int, step: int, seed: int) -> Iterator[TensorDictBase]:
+    """Endless uniform batches ``[size]`` after the first `step` ones; each block has a generator of its own."""
+    batch_bytes = size * max(1, rows[:1].bytes())
+    length = max(1, min(FIT_BLOCK, FIT_BLOCK_BYTES // batch_bytes))
+    generator = torch.Generator(rows.device or "cpu")
+    while True:
+        block, made = divmod(step, length)
+        generator.manual_seed(seed + block)
+        index = torch.randint(len(rows), (length, size), generator=generator, device=generator.device)
+        yield from rows[index].unbind(0)[made:]
+        step += length - made
 
 
 class BatchSampler(Iterator[TensorDictBase]):

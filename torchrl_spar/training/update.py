@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from itertools import chain
@@ -18,10 +17,9 @@ from torchrl_spar.errors import check_options
 from torchrl_spar.objective import SPARLoss
 from torchrl_spar.training.compiling import check_compiler
 from torchrl_spar.training.health import CHECK_INTERVAL, check_finite
-from torchrl_spar.training.optimization import adam, descend, set_lr
+from torchrl_spar.training.optimization import Term, adam, cosine, descent, set_lr
 from torchrl_spar.training.stacked import StackedSPARLoss
 
-Term = Callable[[TensorDictBase], tuple[Tensor, dict[str, Tensor]]]
 Program = Callable[[TensorDictBase], dict[str, Tensor]]
 _OPTIMIZERS = ("critic_optimizer", "actor_optimizer")
 
@@ -88,7 +86,6 @@ class SPARUpdate:
         )
         if compile:
             check_compiler(device)
-        _keep_scratch_memory()
         self.loss = loss
         self.policy_interval = policy_interval
         self.decay_steps = decay_steps
@@ -113,22 +110,10 @@ class SPARUpdate:
         follow = get_ema_multi_avg_fn(1 - target_rate)
 
         def program(terms: Mapping[str, Term], *optimizers: torch.optim.Optimizer) -> Program:
-            def losses(batch: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
-                values: list[Tensor] = []
-                metrics: dict[str, Tensor] = {}
-                for name, term in terms.items():
-                    value, metadata = term(batch)
-                    values.append(value)
-                    metrics |= {name: value.detach(), **metadata}
-                metrics.pop("td_error", None)
-                return torch.stack(values).sum(), metrics
-
-            # Not the optimisers: they are one fused call each, and what Dynamo adds to that is slower.
-            total = torch.compile(losses) if compile else losses
+            descend = descent(terms, *optimizers, compile=compile)
 
             def update(batch: TensorDictBase) -> dict[str, Tensor]:
-                value, metrics = total(batch)
-                descend(value, *optimizers)
+                metrics = descend(batch)
                 follow(targets, sources, 0)
                 return metrics
 
@@ -161,7 +146,7 @@ class SPARUpdate:
             NonFiniteError: within 100 updates of a loss or parameter that is NaN or infinite.
         """
         if self.decay_steps is not None:
-            share = 0.5 + 0.5 * math.cos(math.pi * min(1.0, self.steps / self.decay_steps))
+            share = cosine(self.steps, self.decay_steps)
             for optimizer, lr in ((self.critic_optimizer, self.qvalue_lr), (self.actor_optimizer, self.actor_lr)):
                 set_lr(optimizer, share * lr)
         update = self._sequence(self.steps % self.policy_interval, len(block))
@@ -197,14 +182,6 @@ class SPARUpdate:
     def __call__(self, batch: TensorDictBase) -> dict[str, Tensor]:
         """One update on a batch ``[*B]`` (``[S, B]`` for S seeds); see :meth:`run`."""
         return self.run(batch.unsqueeze(0))
-
-
-def _keep_scratch_memory() -> None:
-    """Has glibc keep the megabytes that an update frees, instead of mapping them anew in the next one.
-
-    Its allocator returns free memory to the system above twice the largest block that it has mapped and freed.
-    """
-    torch.empty(31 * 2**20, dtype=torch.uint8)  # freed at once
 
 
 def _leaves(params: TensorDictBase) -> list[Tensor]:
