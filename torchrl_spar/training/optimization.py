@@ -59,7 +59,9 @@ def descent(
             param.grad = None  # before, so that its memory is used again
         grads, metrics = run(batch)
         for param, grad in zip(params, grads):
-            param.grad = grad
+            # Fused Adam reads the gradient in the parameter's memory order, whatever its own is.
+            same = grad is None or grad.stride() == param.stride()
+            param.grad = grad if same else torch.empty_like(param).copy_(grad)
         for optimizer in optimizers:
             optimizer.step()
         return metrics
