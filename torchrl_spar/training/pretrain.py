@@ -301,7 +301,7 @@ def fit_critics(
     varies = _varies(data["next"][loss.tensor_keys.reward]) and _varies(returns)
     loss.reward_scale.copy_(1 / returns.std() if varies else torch.ones(()))
     # Not strict: the anchor is not asked here.
-    beside = (loss.tensor_keys.member_weight,)
+    beside = (getattr(loss.tensor_keys, "member_weight", "member_weight"),)  # no key of TorchRL's losses
     rows = data.select(*loss.in_keys, *beside, strict=False).exclude("next").set("return", returns * loss.reward_scale)
 
     batches = partial(uniform_batches, rows, batch_size_of(replay_buffer))
