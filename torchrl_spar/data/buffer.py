@@ -22,6 +22,7 @@ from torchrl.data import (
 )
 
 from torchrl_spar.data.cache import Content, load_cached
+from torchrl_spar.data.images import Encoder
 from torchrl_spar.data.readers import find_minari, read_file, read_minari
 from torchrl_spar.data.steps import Steps
 from torchrl_spar.data.success import REWARD_SHIFT
@@ -123,6 +124,7 @@ def load_offline_dataset(
     end_at_success: bool = False,
     columns: Columns | None = None,
     clip_actions: bool = False,
+    encoder: Encoder | None = None,
     cache: str | os.PathLike[str] | None = None,
     **kwargs: Any,
 ) -> OfflineReplayBuffer:
@@ -139,8 +141,8 @@ def load_offline_dataset(
               ``truncations`` do as well;
             - a ``.parquet``, ``.arrow``, ``.feather`` or ``.csv`` table, with ``columns``;
             - ``"lerobot:<id or path>"``: a LeRobot set (layout v3 or v2): ``observation.state``, ``action`` and, where
-              there are any, ``next.reward``, ``next.done``, ``next.success``; images are left out, or refused where
-              there is nothing else;
+              there are any, ``next.reward``, ``next.done``, ``next.success``; images go through ``encoder``. Without
+              one they are left out with a warning, or refused where there is nothing else; videos always;
             - a TensorDict ``[n]`` or ``[B, T]`` with ``observation``, ``action`` and, under
               ``"next"``, ``observation``, ``reward``, ``terminated``, if there are any ``truncated``
               and ``done``; a change of the integer ``episode`` (or a collector's ``traj_ids``), if given, ends an
@@ -160,6 +162,9 @@ def load_offline_dataset(
             ``next_observation`` if there are any. Of a LeRobot set, those that differ from its own.
         clip_actions: whether actions beyond their bounds are clipped to them, with a warning that counts them: right
             where the environment clipped them, too. Otherwise they are refused.
+        encoder: a network of yours for the images of a LeRobot set, stored as such: it gets uint8 ``[b, 3, h, w]`` and
+            gives ``[b, k]``, of every camera in alphabetical order. The features follow the state in the observation;
+            what acts later gives them likewise. With it nothing is cached.
         cache: a directory of your own, such as ``~/.cache/torchrl_spar`` (the recipes' choice). What is read from a
             source on disk is written there, and the next load maps it into memory instead of reading the source; it
             is the same bit for bit, and copy-on-write. A source whose path, size or times changed is read
@@ -222,9 +227,11 @@ def load_offline_dataset(
     try:
         given = None if action_spec is None else _bounds(action_spec)
         if in_memory:
+            if columns or encoder:
+                raise InputError("columns and encoder are of tables and LeRobot sets; give the rows by their TED keys")
             content, facts = _check(read_tensordict(source), given, end_at_success, clip_actions)
         else:
-            path, read = _find(source, root, end_at_success, columns)
+            path, read = _find(source, root, end_at_success, columns, encoder)
 
             def build() -> Content:
                 return _check(read(path), given, end_at_success, clip_actions)
@@ -234,7 +241,8 @@ def load_offline_dataset(
             }
             bounds = None if given is None else [bound.tolist() for bound in given]
             options = [bounds, end_at_success, clip_actions, named]
-            content, facts = load_cached(path, options, user_path(cache), build) if cache else build()
+            # With an encoder nothing is cached: nothing tells one network from another.
+            content, facts = load_cached(path, options, user_path(cache), build) if cache and not encoder else build()
     except InputError as err:
         raise type(err)(f"{name}: {err}") from err.__cause__
     for note in facts["notes"]:
@@ -255,7 +263,11 @@ def load_offline_dataset(
 
 
 def _find(
-    source: Any, root: str | os.PathLike[str] | None, with_success: bool, columns: Columns | None
+    source: Any,
+    root: str | os.PathLike[str] | None,
+    with_success: bool,
+    columns: Columns | None,
+    encoder: Encoder | None,
 ) -> tuple[Path, Callable[[Path], Steps]]:
     """Where the source lies, and its reader."""
     minari = partial(read_minari, with_success=True) if with_success else read_minari
@@ -264,7 +276,10 @@ def _find(
     if isinstance(source, str) and source.startswith("d4rl:"):
         raise InputError("D4RL's ids are not downloaded: give the path of the data set's .hdf5 file instead")
     if isinstance(source, str) and source.startswith("lerobot:"):
-        return find_lerobot(source.removeprefix("lerobot:"), root), partial(read_lerobot, columns=columns)
+        lerobot = partial(read_lerobot, columns=columns, encoder=encoder)
+        return find_lerobot(source.removeprefix("lerobot:"), root), lerobot
+    if encoder is not None:
+        raise InputError("encoder: only of the images of LeRobot sets (lerobot:<id or path>)")
     if isinstance(source, (str, os.PathLike)):
         path = user_path(source)
         if path.suffix.lower() in SUFFIXES:
