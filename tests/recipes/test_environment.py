@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from harness import launch
-from harness.environment import choose_environment, load, longest_episode
+from harness.environment import choose_environment, function_at, load, longest_episode
 from helpers import compose_recipe
 from omegaconf import OmegaConf
 
@@ -125,6 +125,25 @@ def test_hydras_flags_stand_anywhere(typed, flags):
     assert launch.with_overrides(typed, ["own=1"]) == [*overrides, "own=1", *flags]
 
 
+@pytest.mark.parametrize(
+    "typed, value",
+    [
+        ("out=~/x", "~/x"),
+        ("out='~/x'", "~/x"),
+        ("out=~", "~"),
+        ("policies=[~/a,b,~/c d]", ["~/a", "b", "~/c d"]),
+        ("+deep.root=~someone/x-1.npz", "~someone/x-1.npz"),
+        ("dataset=minari:a/b-v0", "minari:a/b-v0"),
+    ],
+)
+def test_hydra_takes_a_home_without_quotes(typed, value):
+    parser = pytest.importorskip("hydra.core.override_parser.overrides_parser").OverridesParser.create()
+    assert parser.parse_override(launch.quote_home(typed)).value() == value
+    sweep = parser.parse_override(launch.quote_home("dataset=~/a,b,~/c"))
+    assert list(sweep.sweep_string_iterator()) == ["'~/a'", "b", "'~/c'"]
+    assert parser.parse_override(launch.quote_home("~trainer")).is_delete()
+
+
 def test_home_is_expanded_in_every_path(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("HOME", str(tmp_path))
     cfg = OmegaConf.create({"out": "~/x", "dataset": "minari:a", "deep": {"root": "~"}, "n": 1})
@@ -140,3 +159,10 @@ def test_home_is_expanded_in_every_path(monkeypatch, tmp_path, capsys):
     assert cfg.cache is None and "data is not cached" in capsys.readouterr().err
     with pytest.raises(InputError, match="out=~nobody_here/x: there is no such home directory"):
         launch.expand_home(OmegaConf.create({"out": "~nobody_here/x"}))
+
+
+def test_an_encoder_is_found_by_its_path():
+    assert function_at("torch.Tensor.float") is torch.Tensor.float
+    for path in ("no_such_module.encode", "torch.no_such_function", "torch.pi"):
+        with pytest.raises(InputError, match=f"encoder={path}: no function is found there"):
+            function_at(path)

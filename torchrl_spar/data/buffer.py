@@ -29,7 +29,7 @@ from torchrl_spar.data.success import REWARD_SHIFT
 from torchrl_spar.data.success import end_at_success as relabel
 from torchrl_spar.data.tables import SUFFIXES, Columns, find_lerobot, read_lerobot, read_table
 from torchrl_spar.data.tensordicts import read_tensordict
-from torchrl_spar.errors import InputError, check_bounds
+from torchrl_spar.errors import InputError, check_bounds, check_device
 from torchrl_spar.paths import user_path
 
 # Float32 rounding and simulators leave actions this far outside their bounds.
@@ -138,7 +138,8 @@ def load_offline_dataset(
             - a ``.hdf5``, ``.h5`` or ``.npz`` file with D4RL's arrays: ``observations [n, d]``,
               ``actions [n, a]``, ``rewards [n]``, ``terminals [n]``, if there are any
               ``timeouts [n]`` and ``next_observations [n, d]``. ``terminations`` and
-              ``truncations`` do as well;
+              ``truncations`` do as well. ``episode [n]`` (or ``episode_id``, ``traj_id``), numbers or texts, tells
+              episodes apart, ``step [n]`` their rows' order;
             - a ``.parquet``, ``.arrow``, ``.feather`` or ``.csv`` table, with ``columns``;
             - ``"lerobot:<id or path>"``: a LeRobot set (layout v3 or v2): ``observation.state``, ``action`` and, where
               there are any, ``next.reward``, ``next.done``, ``next.success``; images go through ``encoder``. Without
@@ -190,7 +191,8 @@ def load_offline_dataset(
         episode. Rows whose next observations are elsewhere in the data (shuffled, of several environments in turn, of
         a ring buffer) are put in order, with a warning. Where that cannot be done, a warning says so,
         ``episode_returns`` is empty and there is no ``episode``. Without next observations a warning tells of jumps as
-        at a reset, and of disorder. Terminals in a row are one episode, whose return ends at the first of them.
+        at a reset, of disorder, and of data in which nothing ends; an episode is cut, with a warning, where the numbers
+        of its steps leave one out. Terminals in a row are one episode, whose return ends at the first of them.
 
         Observations stay in float64 where the source's are and float32 would lose a column's values (1e5 +- 0.05);
         :func:`~torchrl_spar.make_spar_loss` standardises them before the cast.
@@ -220,6 +222,7 @@ def load_offline_dataset(
         >>> buffer.sample()["next", "reward"].shape
         torch.Size([2, 1])
     """
+    check_device(device)
     if batch_size < 1:
         raise InputError(f"batch_size={batch_size}: at least one row is needed")
     in_memory = is_tensor_collection(source) or isinstance(source, (list, tuple, ReplayBuffer))
