@@ -87,14 +87,16 @@ def with_overrides(arguments: Sequence[str], added: Sequence[str]) -> list[str]:
 
 
 def quote_home(argument: str) -> str:
-    """An override whose values begin with `~`, which Hydra's grammar takes in quotes alone.
+    """An override whose values hold a `~`, which Hydra's grammar takes in quotes alone.
 
     Examples:
         >>> quote_home("out=~/x"), quote_home("dataset=~/a,b,~/c"), quote_home("~trainer")
         ("out='~/x'", "dataset='~/a',b,'~/c'", '~trainer')
     """
     quoted = {"'", '"'} & {*argument}
-    return argument if quoted else re.sub(r"(?<=[=,\[])~[^,\[\]{}]*", lambda value: f"'{value[0]}'", argument)
+    return (
+        argument if quoted else re.sub(r"(?<=[=,\[])[^=,\[\]{}]*~[^,\[\]{}]*", lambda value: f"'{value[0]}'", argument)
+    )
 
 
 def expand_home(cfg: DictConfig) -> None:

@@ -131,6 +131,7 @@ def test_hydras_flags_stand_anywhere(typed, flags):
         ("out=~/x", "~/x"),
         ("out='~/x'", "~/x"),
         ("out=~", "~"),
+        ("dataset=lerobot:~/x", "lerobot:~/x"),
         ("policies=[~/a,b,~/c d]", ["~/a", "b", "~/c d"]),
         ("+deep.root=~someone/x-1.npz", "~someone/x-1.npz"),
         ("dataset=minari:a/b-v0", "minari:a/b-v0"),
