@@ -93,10 +93,9 @@ def quote_home(argument: str) -> str:
         >>> quote_home("out=~/x"), quote_home("dataset=~/a,b,~/c"), quote_home("~trainer")
         ("out='~/x'", "dataset='~/a',b,'~/c'", '~trainer')
     """
-    quoted = {"'", '"'} & {*argument}
-    return (
-        argument if quoted else re.sub(r"(?<=[=,\[])[^=,\[\]{}]*~[^,\[\]{}]*", lambda value: f"'{value[0]}'", argument)
-    )
+    if {"'", '"'} & {*argument}:
+        return argument
+    return re.sub(r"(?<=[=,\[])[^=,\[\]{}]*~[^,\[\]{}]*", lambda value: f"'{value[0]}'", argument)
 
 
 def expand_home(cfg: DictConfig) -> None:

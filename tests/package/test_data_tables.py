@@ -30,7 +30,16 @@ COLUMNS = {"observation": ["x", "v"], "action": ["u", "w"], "reward": "r", "term
 TABLE = arrow.table(
     {"x": STATE[:, 0], "v": STATE[:, 1], "u": ACTION[:, 0], "w": ACTION[:, 1], "r": REWARD, "end": LAST, "id": EPISODE}
 )
-WRITERS = {".parquet": parquet.write_table, ".csv": csv.write_csv, ".feather": feather.write_feather}
+
+
+def write_stream(table, path):
+    with arrow.ipc.new_stream(path, table.schema) as stream:
+        stream.write_table(table)
+
+
+WRITERS = {
+    ".parquet": parquet.write_table, ".csv": csv.write_csv, ".feather": feather.write_feather, ".arrow": write_stream
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("suffix", WRITERS)

@@ -39,8 +39,18 @@ def read_table(path: Path, columns: Columns | None) -> Steps:
         elif path.suffix.lower() == ".csv":
             table = arrow.csv.read_csv(path)
         else:
-            table = arrow.feather.read_table(path)
+            table = _read_arrow(path)
     return _read(table, columns)
+
+
+def _read_arrow(path: Path) -> Any:
+    """Arrow's file format, else its stream format, in which Hugging Face's data sets are."""
+    arrow = _arrow()
+    try:
+        return arrow.feather.read_table(path)
+    except arrow.ArrowInvalid:
+        with arrow.memory_map(str(path)) as source:
+            return arrow.ipc.open_stream(source).read_all()
 
 
 def find_lerobot(name: str, root: str | os.PathLike[str] | None) -> Path:
