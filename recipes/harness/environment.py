@@ -225,7 +225,9 @@ def choose_environment(
     protocol = d4rl_protocol(env)
     chosen = dict(kwargs) if env == known else {}
     if cfg.get("protocol") == "d4rl":
-        wrappers = [wrapper for part in (chosen, protocol) for wrapper in part.get("additional_wrappers", [])]
+        recorded, ours = (part.get("additional_wrappers", []) for part in (chosen, protocol))
+        # Data that was made by the protocol has its wrappers already.
+        wrappers = [*recorded, *(wrapper for wrapper in ours if wrapper not in recorded)]
         chosen |= protocol | ({"additional_wrappers": wrappers} if wrappers else {})
     return env, {**chosen, **added}
 
@@ -240,7 +242,9 @@ def say_what_differs(
         of_source = {name: kwargs[name] for name in changed if name in kwargs}
         print(f"{env}{in_words(changed)}: of {source} it is made{in_words(of_source) or ' without'}")
     protocol = d4rl_protocol(env)
-    if not all(env_kwargs.get(name) == value for name, value in protocol.items()):
+    ours = protocol.get("additional_wrappers", [])
+    found = {**env_kwargs, "additional_wrappers": [x for x in env_kwargs.get("additional_wrappers", []) if x in ours]}
+    if not all(found.get(name) == value for name, value in protocol.items()):
         print(f"{env}: D4RL's scores are of another protocol{in_words(protocol)}; protocol=d4rl evaluates by it")
 
 

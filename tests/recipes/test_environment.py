@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from harness import launch
-from harness.environment import choose_environment, function_at, load, longest_episode
+from harness.environment import choose_environment, function_at, load, longest_episode, say_what_differs
 from helpers import compose_recipe
 from omegaconf import OmegaConf
 
@@ -100,12 +100,17 @@ def test_an_environment_without_a_limit_gets_the_datas(tmp_path, monkeypatch, ca
     assert longest_episode(load_offline_dataset(dropped, action_spec=data.action_spec)) == EPISODE
 
 
-def test_a_protocol_adds_to_what_the_source_records():
+def test_a_protocol_adds_to_what_the_source_records(capsys):
     mine = {"name": "Mine", "entry_point": "a:B", "kwargs": {}}
     cfg = compose_recipe("spar_d4rl", "out=x", "preset=adroit", "env_kwargs={reward_type:dense}")
     env, kwargs = choose_environment(cfg, "data", "AdroitHandPen-v1", {"additional_wrappers": [mine]})
     assert env == "AdroitHandPen-v1" and kwargs["max_episode_steps"] == 100 and kwargs["reward_type"] == "dense"
     assert [wrapper["name"] for wrapper in kwargs["additional_wrappers"]] == ["Mine", "D4RLAdroit"]
+    assert choose_environment(cfg, "data", env, kwargs) == (env, kwargs)  # data that was made by it
+    say_what_differs("data", env, kwargs, env, kwargs)
+    assert not capsys.readouterr().out
+    say_what_differs("data", env, {}, env, {"additional_wrappers": [mine]})
+    assert "D4RL's scores are of another protocol" in capsys.readouterr().out
     cfg = compose_recipe("spar_d4rl", "out=x", "preset=antmaze", "env=antmaze_d4rl:AntMazeD4RL-UMaze-v0")
     assert choose_environment(cfg, "data", None, {})[1] == {}
 
