@@ -205,7 +205,8 @@ def load_offline_dataset(
         InputError: if the source is missing, damaged or of no known form, an array is missing, has
             the wrong shape, length or type, is there twice, holds NaN, infinity or a number beyond +-1e15,
             all observations or all actions are zero, actions leave their bounds by more than 1e-6,
-            rewards are not 0 and 1 with ``end_at_success``, a download fails, or h5py or minari is not installed.
+            rewards are not 0 and 1 with ``end_at_success``, ``encoder`` gives no features, the device is not here, a
+            download fails, or h5py or minari is not installed.
 
     Source: Minari's episodes and D4RL's (https://arxiv.org/abs/2004.07219) arrays; ``end_at_success`` is the field's
     habit for AntMaze (IQL, CORL); which rows are dropped, the checks and the default bounds are ours.
