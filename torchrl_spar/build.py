@@ -12,7 +12,7 @@ from torchrl.data import Bounded, TensorSpec
 from torchrl.modules import TanhModule, ValueOperator
 
 from torchrl_spar.data.buffer import OfflineReplayBuffer
-from torchrl_spar.errors import InputError, check_options
+from torchrl_spar.errors import InputError, check_device, check_options
 from torchrl_spar.networks import ObservationNorm, StateMLP
 from torchrl_spar.objective import SPARLoss
 from torchrl_spar.residual import GaussianEncoder, ResidualHead, ResidualVAE, SPARActor, action_bounds
@@ -189,6 +189,10 @@ class _Networks:
         if any(stat.shape != (size,) for stat in stats):
             shapes = " and ".join(str(tuple(stat.shape)) for stat in stats)
             raise InputError(f"observation_stats have shapes {shapes}; both must be [{size}]")
+        loc, scale = stats
+        if not (loc.isfinite().all() and scale.isfinite().all() and (scale > 0).all()):
+            raise InputError("observation_stats: means must be finite, standard deviations finite and above 0")
+        check_device(device)
         low, high = (bound.to(device) for bound in action_bounds(action_spec))
         return cls(size, action_spec, stats, hidden, device, latent_dim or 2 * low.numel(), low, high)
 

@@ -429,8 +429,9 @@ class SPARLossBase(Conventions):
             try:
                 return run()
             except RuntimeError as err:
-                sizes = {key: tuple(row[key].shape[1:]) for key in module.in_keys if row.get(key, None) is not None}
-                raise InputError(f"{name} cannot take this batch, whose sizes are {sizes}: {first_line(err)}") from err
+                present = {key: row[key] for key in module.in_keys if row.get(key, None) is not None}
+                kinds = {key: f"{list(x.shape[1:])} {x.dtype} {x.device}" for key, x in present.items()}
+                raise InputError(f"{name} cannot take this batch, which holds {kinds}: {first_line(err)}") from err
 
         vae, head = self.residual_vae, self.actor_network.head
         state = attempt("the anchor", self.actor_network.anchor, lambda: self._anchored(row))

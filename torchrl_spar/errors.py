@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 
 class InputError(ValueError):
     """Bad input: data, option, file or key. The message names the culprit and what to do.
@@ -59,6 +61,21 @@ def check_bounds(name: str, low: Any, high: Any) -> None:
             "noise is measured in: give them as action_spec=Bounded(low, high, shape) (in recipes "
             "action_bounds=[low,high])"
         )
+
+
+def check_device(device: Any) -> None:
+    """Refuses a device that is not here; None is torch's default.
+
+    Examples:
+        >>> check_device("gpu")
+        Traceback (most recent call last):
+            ...
+        torchrl_spar.errors.InputError: device=gpu: not available here ...
+    """
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as err:
+        raise InputError(f"device={device}: not available here ({first_line(err)})") from None
 
 
 def first_line(err: BaseException) -> str:

@@ -37,6 +37,9 @@ class DataOptions:
         "env: actions are rescaled from their bounds to the environment's; null: bounds that differ are refused.",
         choices=("env",),
     )
+    encoder: str | None = option(
+        None, "Of a LeRobot set with images: the dotted path of a function from uint8 [b, 3, h, w] to features [b, k]."
+    )
     clip_actions: bool = option(
         False,
         "Whether actions beyond their bounds are clipped, and counted: where the environment clipped them, too. false: "

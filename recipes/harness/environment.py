@@ -7,12 +7,14 @@ from contextlib import closing
 from typing import Any
 
 import torch
+from hydra.utils import get_method
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from torchrl.data import Bounded
 
 from harness.launch import RECIPES, RESERVED
 from torchrl_spar import InputError, OfflineReplayBuffer, environment_sizes, load_offline_dataset, make_env
 from torchrl_spar.data.buffer import ActionError
+from torchrl_spar.errors import first_line
 from torchrl_spar.evaluation.environments import step_limit
 from torchrl_spar.evaluation.protocols import d4rl_protocol
 from torchrl_spar.paths import user_path
@@ -45,6 +47,7 @@ def read(cfg: DictConfig, **options: Any) -> OfflineReplayBuffer:
     options |= {
         "action_spec": action_spec, "end_at_success": cfg.end_at_success, "clip_actions": cfg.clip_actions,
         "columns": None if columns is None else OmegaConf.to_container(columns, resolve=True),
+        "encoder": None if cfg.encoder is None else function_at(cfg.encoder),
     }  # fmt: skip
     try:
         return load_offline_dataset(source_of(cfg), **options)
@@ -53,6 +56,14 @@ def read(cfg: DictConfig, **options: Any) -> OfflineReplayBuffer:
             raise
         given = f"env={cfg.env}" if cfg.action_bounds is None else f"action_bounds={cfg.action_bounds}"
         raise InputError(f"{err} (the bounds are those of {given})") from None
+
+
+def function_at(path: str) -> Any:
+    """What a dotted path names."""
+    try:
+        return get_method(path)
+    except Exception as err:  # of the module that it imports, any
+        raise InputError(f"encoder={path}: no function is found there ({first_line(err)})") from None
 
 
 def match(cfg: DictConfig, data: OfflineReplayBuffer) -> tuple[str, dict[str, Any]]:
@@ -214,7 +225,9 @@ def choose_environment(
     protocol = d4rl_protocol(env)
     chosen = dict(kwargs) if env == known else {}
     if cfg.get("protocol") == "d4rl":
-        wrappers = [wrapper for part in (chosen, protocol) for wrapper in part.get("additional_wrappers", [])]
+        recorded, ours = (part.get("additional_wrappers", []) for part in (chosen, protocol))
+        # Data that was made by the protocol has its wrappers already.
+        wrappers = [*recorded, *(wrapper for wrapper in ours if wrapper not in recorded)]
         chosen |= protocol | ({"additional_wrappers": wrappers} if wrappers else {})
     return env, {**chosen, **added}
 
@@ -229,7 +242,9 @@ def say_what_differs(
         of_source = {name: kwargs[name] for name in changed if name in kwargs}
         print(f"{env}{in_words(changed)}: of {source} it is made{in_words(of_source) or ' without'}")
     protocol = d4rl_protocol(env)
-    if not all(env_kwargs.get(name) == value for name, value in protocol.items()):
+    ours = protocol.get("additional_wrappers", [])
+    found = {**env_kwargs, "additional_wrappers": [x for x in env_kwargs.get("additional_wrappers", []) if x in ours]}
+    if not all(found.get(name) == value for name, value in protocol.items()):
         print(f"{env}: D4RL's scores are of another protocol{in_words(protocol)}; protocol=d4rl evaluates by it")
 
 

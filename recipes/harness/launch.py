@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 from harness.options import OPTIONS, checked, explain, print_help
 from harness.stopping import Stopped, stop
 from torchrl_spar import InputError, evaluate, normalized_score
-from torchrl_spar.errors import first_line
+from torchrl_spar.errors import check_device
 
 RECIPES = Path(__file__).resolve().parents[1]
 # What evaluations set themselves.
@@ -59,7 +60,7 @@ def run_recipe(main: Callable[[DictConfig], None], name: str) -> None:
     # Each recipe owns its output: Hydra's log files are not used, and what --multirun notes lies aside.
     own = ["hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none"]
     own += ["hydra.sweep.dir=outputs/multirun", "hydra.sweep.subdir=."]
-    sys.argv[1:] = with_overrides(sys.argv[1:], own)
+    sys.argv[1:] = with_overrides([quote_home(argument) for argument in sys.argv[1:]], own)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here instead of being printed
     try:
         with stop.handled():
@@ -83,6 +84,18 @@ def with_overrides(arguments: Sequence[str], added: Sequence[str]) -> list[str]:
         else:
             flags.insert(0, argument)
     return [*given.overrides, *added, *flags]
+
+
+def quote_home(argument: str) -> str:
+    """An override whose values hold a `~`, which Hydra's grammar takes in quotes alone.
+
+    Examples:
+        >>> quote_home("out=~/x"), quote_home("dataset=~/a,b,~/c"), quote_home("~trainer")
+        ("out='~/x'", "dataset='~/a',b,'~/c'", '~trainer')
+    """
+    if {"'", '"'} & {*argument}:
+        return argument
+    return re.sub(r"(?<=[=,\[])[^=,\[\]{}]*~[^,\[\]{}]*", lambda value: f"'{value[0]}'", argument)
 
 
 def expand_home(cfg: DictConfig) -> None:
@@ -110,12 +123,9 @@ def check_seeds(cfg: DictConfig) -> None:
 
 def best_device(name: str | None) -> torch.device:
     """The named device, or cuda if there is one, else cpu."""
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as err:
-        raise InputError(f"device={name}: not available here ({first_line(err)})") from None
-    return device
+    device = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    check_device(device)
+    return torch.device(device)
 
 
 def summarize(env: str, returns: torch.Tensor, env_kwargs: Mapping[str, Any]) -> dict[str, float | None]:

@@ -102,6 +102,76 @@ def test_ids_put_rows_in_order_silently(key, order):
     np.testing.assert_allclose(buffer.episode_returns, RETURNS, rtol=1e-4, atol=1e-4)
 
 
+def names_of(episode):
+    return np.array([f"run {number}" for number in episode])
+
+
+@pytest.mark.parametrize("order", [INTERLEAVED, SHUFFLED, WRAPPED], ids=["turns", "shuffled", "ring"])
+@pytest.mark.parametrize("key", ["episode", "episode_ids", "traj_id"])
+@pytest.mark.parametrize("label", [np.asarray, names_of, lambda episode: episode[:, None] + 2**60])
+def test_ids_and_steps_of_a_file_put_rows_in_order_without_next_observations(tmp_path, order, key, label):
+    arrays = {name: array[order] for name, array in DATA.items() if name not in ("next_observations", "timeouts")}
+    arrays |= {key: label(arrays.pop("episode")), "step": np.tile(np.arange(STEPS), EPISODES)[order]}
+    np.savez(tmp_path / "toy.npz", **arrays)
+    with h5py.File(tmp_path / "toy.hdf5", "w") as file:
+        for name, array in arrays.items():
+            file[name] = array.astype("S") if array.dtype.kind == "U" else array
+    for file in ("toy.npz", "toy.hdf5"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            buffer = load_offline_dataset(tmp_path / file)
+        np.testing.assert_allclose(np.sort(buffer.episode_returns), np.sort(RETURNS))
+        rows = buffer[:]  # less the last ones, whose next observation is unknown
+        states = torch.from_numpy(DATA["observations"])
+        place = torch.cdist(rows["observation"], states).argmin(1)
+        assert len(rows) == EPISODES * (STEPS - 1) and torch.equal(rows["next", "observation"], states[place + 1])
+
+
+def test_names_that_mean_something_else_are_left_alone(tmp_path):
+    more = {"episode_ids": np.arange(EPISODES), "step": np.zeros((len(DATA["rewards"]), 2))}
+    np.savez(tmp_path / "toy.npz", **{name: array for name, array in DATA.items() if name != "episode"}, **more)
+    assert_whole(load_offline_dataset(tmp_path / "toy.npz"))
+
+
+def with_steps(path, arrays, step):
+    """Without next observations and flags."""
+    names = ("observations", "actions", "rewards", "terminals", "episode")
+    np.savez(path / "steps.npz", **{name: arrays[name] for name in names}, step=step)
+    return load_offline_dataset(path / "steps.npz")
+
+
+def test_ids_that_are_used_again_are_told_apart_by_steps_that_begin_anew(tmp_path):
+    buffer = with_steps(tmp_path, {**DATA, "episode": DATA["episode"] % 3}, np.tile(np.arange(STEPS), EPISODES))
+    np.testing.assert_allclose(buffer.episode_returns, RETURNS)
+
+
+def test_an_episode_is_cut_where_steps_are_missing(tmp_path):
+    step = np.tile(np.arange(STEPS), EPISODES)
+    kept = ~np.isin(np.arange(len(step)), (450, 451, 1030))
+    with pytest.warns(UserWarning, match="steps are missing after 2 rows, first after row 449"):
+        buffer = with_steps(tmp_path, {name: array[kept] for name, array in DATA.items()}, step[kept])
+    assert len(buffer.episode_returns) == EPISODES + 2 and len(buffer) == kept.sum() - EPISODES - 2
+    assert (buffer[:]["next", "observation"] - buffer[:]["observation"]).abs().max() < 0.6  # single steps alone
+    every_other = {name: array[::2] for name, array in DATA.items()}
+    assert len(with_steps(tmp_path, every_other, step[::2]).episode_returns) == EPISODES
+    jitter = step + np.random.default_rng(3).uniform(0, 0.5, len(step))  # times, not counts
+    np.testing.assert_allclose(with_steps(tmp_path, DATA, jitter).episode_returns, RETURNS)
+
+
+def test_rows_shuffled_within_their_episodes_are_noticed(tmp_path):
+    arrays = {name: array[SHUFFLED] for name, array in DATA.items() if name not in ("next_observations", "timeouts")}
+    np.savez(tmp_path / "toy.npz", **arrays)
+    with pytest.warns(UserWarning, match="rows seem to be shuffled or interleaved"):
+        load_offline_dataset(tmp_path / "toy.npz")
+
+
+@pytest.mark.parametrize("without", [("timeouts",), ()])
+def test_a_file_in_which_nothing_ends_says_so(tmp_path, without):
+    arrays = {name: array[:50] for name, array in walk(truncated=False).items()}
+    with pytest.warns(UserWarning, match="nothing tells where episodes end, so all 50 rows are taken for one episode"):
+        load(tmp_path, arrays, "next_observations", *without)
+
+
 def test_ids_that_two_files_share_do_not_join_their_episodes():
     source = as_ted(DATA, episode=torch.from_numpy(DATA["episode"] % 10))
     np.testing.assert_allclose(load_offline_dataset(source).episode_returns, RETURNS, rtol=1e-4, atol=1e-4)

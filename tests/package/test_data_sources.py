@@ -8,6 +8,7 @@ from helpers import build_loss
 from tensordict import TensorDict, lazy_stack
 from torchrl.collectors.utils import split_trajectories
 from torchrl.data import (
+    Bounded,
     LazyStackStorage,
     LazyTensorStorage,
     ListStorage,
@@ -18,9 +19,11 @@ from torchrl.data import (
 
 from torchrl_spar import (
     InputError,
+    SPARUpdate,
     chunk_actions,
     fit_critics,
     load_offline_dataset,
+    make_spar_loss,
     measure_residual_scale,
     with_anchor_actions,
 )
@@ -45,6 +48,7 @@ def episode(length: int) -> TensorDict:
 
 EPISODES = [episode(length) for length in LENGTHS]
 FLAT = torch.cat(EPISODES)
+SPEC = Bounded(-1, 1, (3,))
 
 
 def filled(storage, items, cls=ReplayBuffer):
@@ -125,3 +129,25 @@ def test_what_is_refused_is_refused_in_one_short_line(source, message):
     with pytest.raises(InputError, match=message) as caught:
         load_offline_dataset(source())
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:77"])
+def test_a_device_that_is_not_here_is_named(device):
+    for call in (lambda: load_offline_dataset(FLAT, device=device), lambda: make_spar_loss(3, SPEC, device=device)):
+        with pytest.raises(InputError, match=f"device={device}: not available here"):
+            call()
+
+
+@pytest.mark.parametrize("loc, scale", [(0.0, 0.0), (0.0, -1.0), (float("nan"), 1.0), (0.0, float("inf"))])
+def test_statistics_that_divide_by_nothing_are_refused(loc, scale):
+    with pytest.raises(InputError, match="observation_stats: means must be finite, standard deviations finite and ab"):
+        make_spar_loss(3, SPEC, observation_stats=(torch.full((3,), loc), torch.full((3,), scale)))
+
+
+@pytest.mark.parametrize(
+    "change, found", [(lambda x: x.double(), "torch.float64 cpu"), (lambda x: x.to("meta"), "torch.float32 meta")]
+)
+def test_an_update_names_the_entry_whose_type_or_device_does_not_fit(change, found):
+    update = SPARUpdate(make_spar_loss(5, SPEC))
+    with pytest.raises(InputError, match=rf"cannot take this batch, which holds .*'observation': '\[5\] {found}'"):
+        update(change(FLAT))

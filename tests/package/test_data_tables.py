@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 
@@ -29,7 +30,16 @@ COLUMNS = {"observation": ["x", "v"], "action": ["u", "w"], "reward": "r", "term
 TABLE = arrow.table(
     {"x": STATE[:, 0], "v": STATE[:, 1], "u": ACTION[:, 0], "w": ACTION[:, 1], "r": REWARD, "end": LAST, "id": EPISODE}
 )
-WRITERS = {".parquet": parquet.write_table, ".csv": csv.write_csv, ".feather": feather.write_feather}
+
+
+def write_stream(table, path):
+    with arrow.ipc.new_stream(path, table.schema) as stream:
+        stream.write_table(table)
+
+
+WRITERS = {
+    ".parquet": parquet.write_table, ".csv": csv.write_csv, ".feather": feather.write_feather, ".arrow": write_stream
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("suffix", WRITERS)
@@ -48,15 +58,19 @@ def test_tables_hold_their_rows(tmp_path, suffix):
         np.testing.assert_allclose(buffer.episode_returns, RETURNS)
 
 
-def test_rows_in_any_order_with_text_ids_steps_and_lists(tmp_path):
+@pytest.mark.parametrize("step", [FRAME, np.datetime64("2024-05-01T12:00", "us") + FRAME, FRAME - 7.5])
+@pytest.mark.parametrize("category", [False, True])
+def test_rows_in_any_order_with_text_ids_steps_and_lists(tmp_path, step, category):
     order = RNG.permutation(N)
-    names = [f"run-{'cab'[episode]}" for episode in EPISODE]
+    names = arrow.array([f"run-{'cab'[episode]}" for episode in EPISODE])
+    names = names.dictionary_encode() if category else names
     table = arrow.table(
-        {"obs": list(STATE), "u": list(ACTION), "r": REWARD, "id": names, "t": FRAME}
+        {"obs": list(STATE), "u": list(ACTION), "r": REWARD, "id": names, "t": step}
     ).take(order)  # fmt: skip
-    parquet.write_table(table, tmp_path / "log.parquet")
+    path = tmp_path / "LOG.PARQUET"  # as other systems write it
+    parquet.write_table(table, path)
     columns = {"observation": "obs", "action": "u", "reward": "r", "episode": "id", "step": "t"}
-    buffer = load_offline_dataset(tmp_path / "log.parquet", columns=columns)
+    buffer = load_offline_dataset(path, columns=columns)
     np.testing.assert_allclose(sorted(buffer.episode_returns), sorted(RETURNS))
     rows = buffer[:]  # the last row of each has no next observation
     assert len(rows) == N - 3
@@ -76,12 +90,17 @@ def test_rows_in_any_order_with_text_ids_steps_and_lists(tmp_path):
         ({**COLUMNS, "action": "id"}, r"id: type int64; SPAR needs continuous"),
         ({**COLUMNS, "observation": "hole"}, r"hole: 1 values are missing, the first in row 2"),
         ({**COLUMNS, "observation": "ragged"}, r"ragged: lists of 1 to 2 numbers"),
+        ({**COLUMNS, "observation": "holes"}, r"holes: 1 numbers within its lists are missing"),
+        ({**COLUMNS, "observation": ["x", "name"]}, r"name: type string, expected numbers"),
     ],
 )
 def test_bad_columns_are_named(tmp_path, columns, message):
     hole = arrow.array([None if i == 2 else 1.0 for i in range(N)])
     ragged = arrow.array([[1.0] * (1 + (i > 3)) for i in range(N)])
-    parquet.write_table(TABLE.append_column("hole", hole).append_column("ragged", ragged), tmp_path / "log.parquet")
+    holes = arrow.array([[1.0, None if i == 2 else 1.0] for i in range(N)])
+    name = arrow.array(["robot"] * N)
+    table = TABLE.append_column("hole", hole).append_column("ragged", ragged)
+    parquet.write_table(table.append_column("holes", holes).append_column("name", name), tmp_path / "log.parquet")
     with pytest.raises(InputError, match=message):
         load_offline_dataset(tmp_path / "log.parquet", columns=columns)
 
@@ -102,15 +121,17 @@ def test_without_pyarrow_the_extra_is_named(tmp_path, monkeypatch):
 # --- LeRobot ------------------------------------------------------------------------------------
 
 
-def write_lerobot(root, version="v3.0", images=False, state=True, **more):
-    """LeRobot's layout: v3 has several episodes in a file, v2.1 one."""
+def write_lerobot(root, version="v3.0", images=None, state=True, **more):
+    """LeRobot's layout: v3 has several episodes in a file, v2.1 one; images: image (in the table) or video."""
     columns = {"action": list(ACTION), "timestamp": FRAME / 10, "frame_index": FRAME, "episode_index": EPISODE}
     columns |= {"index": np.arange(N), "task_index": np.zeros(N, int), **more}
     if state:
         columns["observation.state"] = list(STATE)
+    if images == "image":
+        columns[CAMERA] = [{"bytes": png(frame), "path": None} for frame in FRAMES]
     features = {name: {"dtype": "float32", "shape": [1]} for name in columns}
     if images:
-        features["observation.images.top"] = {"dtype": "video", "shape": [96, 96, 3]}
+        features[CAMERA] = {"dtype": images, "shape": [3, 4, 3]}
     (root / "meta").mkdir(parents=True)
     info = {"codebase_version": version, "features": features, "fps": 10, "total_episodes": 3, "total_frames": N}
     (root / "meta" / "info.json").write_text(json.dumps(info))
@@ -124,6 +145,20 @@ def write_lerobot(root, version="v3.0", images=False, state=True, **more):
     return root
 
 
+def png(frame):
+    """Losslessly encoded."""
+    file = io.BytesIO()
+    pytest.importorskip("PIL.Image").fromarray(frame).save(file, format="PNG")
+    return file.getvalue()
+
+
+def brightness(images):
+    assert images.dtype == torch.uint8 and images.shape[1:] == (3, 3, 4)
+    return images.float().mean((2, 3)) / 255
+
+
+CAMERA = "observation.images.top"
+FRAMES = RNG.integers(0, 256, size=(N, 3, 4, 3), dtype=np.uint8)
 ENDS = {"next.reward": REWARD, "next.done": LAST}
 
 
@@ -150,7 +185,7 @@ def test_an_end_without_success_is_a_time_limit(tmp_path):
 
 
 def test_demonstrations_without_rewards_warn(tmp_path):
-    write_lerobot(tmp_path / "set", images=True)
+    write_lerobot(tmp_path / "set", images="video")
     with pytest.warns(UserWarning) as caught:
         buffer = load_offline_dataset(f"lerobot:{tmp_path / 'set'}")
     messages = " ".join(str(warning.message) for warning in caught)
@@ -158,10 +193,36 @@ def test_demonstrations_without_rewards_warn(tmp_path):
     assert not buffer[:]["next", "reward"].any() and len(buffer) == N - 3
 
 
-def test_images_alone_are_refused_with_the_reason(tmp_path):
-    write_lerobot(tmp_path / "set", images=True, state=False, **ENDS)
-    with pytest.raises(InputError, match=r"observations are images \(observation.images.top\).*encode them"):
+@pytest.mark.parametrize("images, remedy", [("image", "encoder=... makes"), ("video", "encode the frames yourself")])
+def test_images_alone_are_refused_with_the_reason(tmp_path, images, remedy):
+    write_lerobot(tmp_path / "set", images=images, state=False, **ENDS)
+    with pytest.raises(InputError, match=rf"observations are images \({CAMERA}\).*{remedy}"):
         load_offline_dataset(f"lerobot:{tmp_path / 'set'}")
+
+
+@pytest.mark.parametrize("state", [True, False])
+def test_an_encoder_makes_features_of_images(tmp_path, state):
+    source = f"lerobot:{write_lerobot(tmp_path / 'set', images='image', state=state, **ENDS)}"
+    for encoder in (brightness, lambda images: 1 - brightness(images)):  # no cached features of another one
+        buffer = load_offline_dataset(source, encoder=encoder, cache=tmp_path / "cache")
+        features = encoder(torch.from_numpy(FRAMES).permute(0, 3, 1, 2))
+        expected = torch.cat([torch.from_numpy(STATE), features], 1) if state else features
+        torch.testing.assert_close(buffer[:]["observation"], expected)
+        np.testing.assert_allclose(buffer.episode_returns, RETURNS)
+
+
+def test_what_an_encoder_cannot_do_is_named(tmp_path):
+    encoded = f"lerobot:{write_lerobot(tmp_path / 'images', images='image', **ENDS)}"
+    for encoder, message in ((torch.Tensor.float, r"gives \(12, 3, 3, 4\) of 12"), (len, "gives int of 12 images")):
+        with pytest.raises(InputError, match=message):
+            load_offline_dataset(encoded, encoder=encoder)
+    for source, message in (
+        (f"lerobot:{write_lerobot(tmp_path / 'videos', images='video', **ENDS)}", "videos .*not decoded"),
+        (f"lerobot:{write_lerobot(tmp_path / 'state', **ENDS)}", "it has no images"),
+        (tmp_path / "log.parquet", "encoder: only of the images of LeRobot sets"),
+    ):
+        with pytest.raises(InputError, match=message):
+            load_offline_dataset(source, encoder=brightness, columns=None)
 
 
 def test_physical_units_are_bounded_by_the_data_with_a_warning(tmp_path):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from harness import launch
-from harness.environment import choose_environment, load, longest_episode
+from harness.environment import choose_environment, function_at, load, longest_episode, say_what_differs
 from helpers import compose_recipe
 from omegaconf import OmegaConf
 
@@ -100,12 +100,17 @@ def test_an_environment_without_a_limit_gets_the_datas(tmp_path, monkeypatch, ca
     assert longest_episode(load_offline_dataset(dropped, action_spec=data.action_spec)) == EPISODE
 
 
-def test_a_protocol_adds_to_what_the_source_records():
+def test_a_protocol_adds_to_what_the_source_records(capsys):
     mine = {"name": "Mine", "entry_point": "a:B", "kwargs": {}}
     cfg = compose_recipe("spar_d4rl", "out=x", "preset=adroit", "env_kwargs={reward_type:dense}")
     env, kwargs = choose_environment(cfg, "data", "AdroitHandPen-v1", {"additional_wrappers": [mine]})
     assert env == "AdroitHandPen-v1" and kwargs["max_episode_steps"] == 100 and kwargs["reward_type"] == "dense"
     assert [wrapper["name"] for wrapper in kwargs["additional_wrappers"]] == ["Mine", "D4RLAdroit"]
+    assert choose_environment(cfg, "data", env, kwargs) == (env, kwargs)  # data that was made by it
+    say_what_differs("data", env, kwargs, env, kwargs)
+    assert not capsys.readouterr().out
+    say_what_differs("data", env, {}, env, {"additional_wrappers": [mine]})
+    assert "D4RL's scores are of another protocol" in capsys.readouterr().out
     cfg = compose_recipe("spar_d4rl", "out=x", "preset=antmaze", "env=antmaze_d4rl:AntMazeD4RL-UMaze-v0")
     assert choose_environment(cfg, "data", None, {})[1] == {}
 
@@ -125,6 +130,26 @@ def test_hydras_flags_stand_anywhere(typed, flags):
     assert launch.with_overrides(typed, ["own=1"]) == [*overrides, "own=1", *flags]
 
 
+@pytest.mark.parametrize(
+    "typed, value",
+    [
+        ("out=~/x", "~/x"),
+        ("out='~/x'", "~/x"),
+        ("out=~", "~"),
+        ("dataset=lerobot:~/x", "lerobot:~/x"),
+        ("policies=[~/a,b,~/c d]", ["~/a", "b", "~/c d"]),
+        ("+deep.root=~someone/x-1.npz", "~someone/x-1.npz"),
+        ("dataset=minari:a/b-v0", "minari:a/b-v0"),
+    ],
+)
+def test_hydra_takes_a_home_without_quotes(typed, value):
+    parser = pytest.importorskip("hydra.core.override_parser.overrides_parser").OverridesParser.create()
+    assert parser.parse_override(launch.quote_home(typed)).value() == value
+    sweep = parser.parse_override(launch.quote_home("dataset=~/a,b,~/c"))
+    assert list(sweep.sweep_string_iterator()) == ["'~/a'", "b", "'~/c'"]
+    assert parser.parse_override(launch.quote_home("~trainer")).is_delete()
+
+
 def test_home_is_expanded_in_every_path(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("HOME", str(tmp_path))
     cfg = OmegaConf.create({"out": "~/x", "dataset": "minari:a", "deep": {"root": "~"}, "n": 1})
@@ -140,3 +165,10 @@ def test_home_is_expanded_in_every_path(monkeypatch, tmp_path, capsys):
     assert cfg.cache is None and "data is not cached" in capsys.readouterr().err
     with pytest.raises(InputError, match="out=~nobody_here/x: there is no such home directory"):
         launch.expand_home(OmegaConf.create({"out": "~nobody_here/x"}))
+
+
+def test_an_encoder_is_found_by_its_path():
+    assert function_at("torch.Tensor.float") is torch.Tensor.float
+    for path in ("no_such_module.encode", "torch.no_such_function", "torch.pi"):
+        with pytest.raises(InputError, match=f"encoder={path}: no function is found there"):
+            function_at(path)

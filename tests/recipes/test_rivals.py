@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import compose_recipe, make_batch
+from helpers import SHARED, compose_recipe, make_batch
 from tensordict import TensorDict
 from torchrl.objectives import TD3BCLoss
 
@@ -140,6 +140,28 @@ def test_ten_percent_are_the_best_episodes():
     assert len(keep_best_episodes(episodes(*returns[:5]), 0.1)[:]) == 3
     with pytest.raises(InputError, match="share"):
         keep_best_episodes(episodes(1.0), 0.0)
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared")
+@pytest.mark.parametrize("ended", [False, True])
+def test_ten_percent_of_antmaze_are_whole_roll_outs_that_succeed(ended):
+    """Every row at the goal is terminal there: counted by flags, the best tenth would be rows at the goal alone."""
+    h5py = pytest.importorskip("h5py")
+    path = SHARED / "antmaze-umaze-diverse-regen.hdf5"
+    with h5py.File(path) as file:
+        names = ("observations", "rewards", "terminals", "timeouts")
+        observation, reward, terminal, timeout = (file[name][()] for name in names)
+    rollouts, rows = [], []
+    for row in range(len(reward)):  # a roll-out is what lies between timeouts
+        rows.append(row)
+        if timeout[row] or row == len(reward) - 1:
+            rollouts.append(rows)
+            rows = []
+    successful = [rows for rows in rollouts if any(reward[row] > 0 for row in rows)]
+    assert 15 == len(rollouts) // 10 < len(successful)
+    expected = [row for rows in successful[:15] for row in rows if row != rows[-1] or terminal[row]]
+    kept = keep_best_episodes(load_offline_dataset(path, end_at_success=ended), 0.1)
+    np.testing.assert_array_equal(kept[:]["observation"], observation[expected].astype(np.float32))
 
 
 def test_rewards_are_scaled_to_the_range_of_the_returns():

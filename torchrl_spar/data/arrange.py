@@ -13,6 +13,8 @@ from torchrl_spar.data.order import Links, are_unrelated, chained, equal_rows, f
 
 # Rows that go on in no row of the data, of all: from here on no order can be told.
 MOSTLY_CUT = 0.25
+# Steps that differ in more of the rows are no count of rows, but times.
+SOME_GAPS = 0.1
 
 
 def arrange(fields: dict[str, Any], *, sequence: np.ndarray | None = None) -> dict[str, Any]:
@@ -35,6 +37,8 @@ def arrange(fields: dict[str, Any], *, sequence: np.ndarray | None = None) -> di
     label, step = fields.pop("episode", None), fields.pop("step", None)
     if label is not None:
         label = np.unique(label, return_inverse=True)[1].reshape(-1)
+        if step is not None:
+            label = _told_apart(label, step)
     given = "next_observation" in fields
     notes: list[str] = []
 
@@ -50,8 +54,11 @@ def arrange(fields: dict[str, Any], *, sequence: np.ndarray | None = None) -> di
         return find_links(observation, following, ends, None if label is None else torch.from_numpy(label))
 
     order = _by_label(label, step)
-    if order is not None and not given:
-        take(order)
+    if not given:
+        if order is not None:
+            take(order)
+        if step is not None and label is not None:
+            stop[:-1] |= _gaps(label, step if order is None else step[order], notes)
     ordered, cut = True, np.zeros(n, dtype=bool)
     if given:
         found = links()
@@ -90,6 +97,30 @@ def arrange(fields: dict[str, Any], *, sequence: np.ndarray | None = None) -> di
     return fields | {"ordered": ordered, "notes": tuple(notes)}
 
 
+def _told_apart(label: np.ndarray, step: np.ndarray) -> np.ndarray:
+    """Labels that are used again, as where steps begin anew under the same one, become new ones at each such row."""
+    pairs = np.lexsort((step, label))
+    twice = (label[pairs][1:] == label[pairs][:-1]) & (step[pairs][1:] == step[pairs][:-1])
+    if not twice.any():
+        return label
+    begins = (label[1:] != label[:-1]) | (step[1:] < step[:-1])
+    return np.concatenate([[0], np.cumsum(begins)])
+
+
+def _gaps(label: np.ndarray, step: np.ndarray, notes: list[str]) -> np.ndarray:
+    """Rows whose following step is missing: whole numbers that grow by more than they do nearly everywhere."""
+    grows = np.diff(step)
+    inside = label[1:] == label[:-1]
+    if not inside.any() or (step % 1).any():
+        return np.zeros_like(inside)
+    usual = np.median(grows[inside])
+    gaps = inside & (grows > usual)
+    if not gaps.any() or (grows[inside] != usual).mean() > SOME_GAPS:
+        return np.zeros_like(inside)
+    notes.append(f"steps are missing after {gaps.sum()} rows, first after row {gaps.argmax()}: episodes are cut there")
+    return gaps
+
+
 def _by_label(label: np.ndarray | None, step: np.ndarray | None) -> np.ndarray | None:
     """The order in which every label's rows are together, and by their steps; None where they are in order."""
     if label is None:
@@ -119,6 +150,8 @@ def _episodes(
         pair = (fields["next_observation"][rows], observation[rows + 1])
         again[rows] = equal_rows(*map(torch.from_numpy, pair)).numpy()
         return {"episode": _count(told | (terminated & ~again)), "known": np.ones_like(told)}
+    if len(told) > 1 and label is None and not (told[:-1].any() or terminated.any() or stop[-1]):
+        notes.append(f"nothing tells where episodes end, so all {len(observation)} rows are taken for one episode")
     jumps = find_jumps(observation, told | terminated)
     disordered = is_disordered(observation, told | terminated)
     again[rows] = go_on(observation, rows) & (not disordered)

@@ -22,13 +22,14 @@ from torchrl.data import (
 )
 
 from torchrl_spar.data.cache import Content, load_cached
+from torchrl_spar.data.images import Encoder
 from torchrl_spar.data.readers import find_minari, read_file, read_minari
 from torchrl_spar.data.steps import Steps
 from torchrl_spar.data.success import REWARD_SHIFT
 from torchrl_spar.data.success import end_at_success as relabel
 from torchrl_spar.data.tables import SUFFIXES, Columns, find_lerobot, read_lerobot, read_table
 from torchrl_spar.data.tensordicts import read_tensordict
-from torchrl_spar.errors import InputError, check_bounds
+from torchrl_spar.errors import InputError, check_bounds, check_device
 from torchrl_spar.paths import user_path
 
 # Float32 rounding and simulators leave actions this far outside their bounds.
@@ -123,6 +124,7 @@ def load_offline_dataset(
     end_at_success: bool = False,
     columns: Columns | None = None,
     clip_actions: bool = False,
+    encoder: Encoder | None = None,
     cache: str | os.PathLike[str] | None = None,
     **kwargs: Any,
 ) -> OfflineReplayBuffer:
@@ -136,11 +138,12 @@ def load_offline_dataset(
             - a ``.hdf5``, ``.h5`` or ``.npz`` file with D4RL's arrays: ``observations [n, d]``,
               ``actions [n, a]``, ``rewards [n]``, ``terminals [n]``, if there are any
               ``timeouts [n]`` and ``next_observations [n, d]``. ``terminations`` and
-              ``truncations`` do as well;
+              ``truncations`` do as well. ``episode [n]`` (or ``episode_id``, ``traj_id``), numbers or texts, tells
+              episodes apart, ``step [n]`` their rows' order;
             - a ``.parquet``, ``.arrow``, ``.feather`` or ``.csv`` table, with ``columns``;
             - ``"lerobot:<id or path>"``: a LeRobot set (layout v3 or v2): ``observation.state``, ``action`` and, where
-              there are any, ``next.reward``, ``next.done``, ``next.success``; images are left out, or refused where
-              there is nothing else;
+              there are any, ``next.reward``, ``next.done``, ``next.success``; images go through ``encoder``. Without
+              one they are left out with a warning, or refused where there is nothing else; videos always;
             - a TensorDict ``[n]`` or ``[B, T]`` with ``observation``, ``action`` and, under
               ``"next"``, ``observation``, ``reward``, ``terminated``, if there are any ``truncated``
               and ``done``; a change of the integer ``episode`` (or a collector's ``traj_ids``), if given, ends an
@@ -160,6 +163,9 @@ def load_offline_dataset(
             ``next_observation`` if there are any. Of a LeRobot set, those that differ from its own.
         clip_actions: whether actions beyond their bounds are clipped to them, with a warning that counts them: right
             where the environment clipped them, too. Otherwise they are refused.
+        encoder: a network of yours for the images of a LeRobot set, stored as such: it gets uint8 ``[b, 3, h, w]`` and
+            gives ``[b, k]``, of every camera in alphabetical order. The features follow the state in the observation;
+            what acts later gives them likewise. With it nothing is cached.
         cache: a directory of your own, such as ``~/.cache/torchrl_spar`` (the recipes' choice). What is read from a
             source on disk is written there, and the next load maps it into memory instead of reading the source; it
             is the same bit for bit, and copy-on-write. A source whose path, size or times changed is read
@@ -185,7 +191,8 @@ def load_offline_dataset(
         episode. Rows whose next observations are elsewhere in the data (shuffled, of several environments in turn, of
         a ring buffer) are put in order, with a warning. Where that cannot be done, a warning says so,
         ``episode_returns`` is empty and there is no ``episode``. Without next observations a warning tells of jumps as
-        at a reset, and of disorder. Terminals in a row are one episode, whose return ends at the first of them.
+        at a reset, of disorder, and of data in which nothing ends; an episode is cut, with a warning, where the numbers
+        of its steps leave one out. Terminals in a row are one episode, whose return ends at the first of them.
 
         Observations stay in float64 where the source's are and float32 would lose a column's values (1e5 +- 0.05);
         :func:`~torchrl_spar.make_spar_loss` standardises them before the cast.
@@ -198,7 +205,8 @@ def load_offline_dataset(
         InputError: if the source is missing, damaged or of no known form, an array is missing, has
             the wrong shape, length or type, is there twice, holds NaN, infinity or a number beyond +-1e15,
             all observations or all actions are zero, actions leave their bounds by more than 1e-6,
-            rewards are not 0 and 1 with ``end_at_success``, a download fails, or h5py or minari is not installed.
+            rewards are not 0 and 1 with ``end_at_success``, ``encoder`` gives no features, the device is not here, a
+            download fails, or h5py or minari is not installed.
 
     Source: Minari's episodes and D4RL's (https://arxiv.org/abs/2004.07219) arrays; ``end_at_success`` is the field's
     habit for AntMaze (IQL, CORL); which rows are dropped, the checks and the default bounds are ours.
@@ -215,6 +223,7 @@ def load_offline_dataset(
         >>> buffer.sample()["next", "reward"].shape
         torch.Size([2, 1])
     """
+    check_device(device)
     if batch_size < 1:
         raise InputError(f"batch_size={batch_size}: at least one row is needed")
     in_memory = is_tensor_collection(source) or isinstance(source, (list, tuple, ReplayBuffer))
@@ -222,9 +231,11 @@ def load_offline_dataset(
     try:
         given = None if action_spec is None else _bounds(action_spec)
         if in_memory:
+            if columns or encoder:
+                raise InputError("columns and encoder are of tables and LeRobot sets; give the rows by their TED keys")
             content, facts = _check(read_tensordict(source), given, end_at_success, clip_actions)
         else:
-            path, read = _find(source, root, end_at_success, columns)
+            path, read = _find(source, root, end_at_success, columns, encoder)
 
             def build() -> Content:
                 return _check(read(path), given, end_at_success, clip_actions)
@@ -234,7 +245,8 @@ def load_offline_dataset(
             }
             bounds = None if given is None else [bound.tolist() for bound in given]
             options = [bounds, end_at_success, clip_actions, named]
-            content, facts = load_cached(path, options, user_path(cache), build) if cache else build()
+            # With an encoder nothing is cached: nothing tells one network from another.
+            content, facts = load_cached(path, options, user_path(cache), build) if cache and not encoder else build()
     except InputError as err:
         raise type(err)(f"{name}: {err}") from err.__cause__
     for note in facts["notes"]:
@@ -255,7 +267,11 @@ def load_offline_dataset(
 
 
 def _find(
-    source: Any, root: str | os.PathLike[str] | None, with_success: bool, columns: Columns | None
+    source: Any,
+    root: str | os.PathLike[str] | None,
+    with_success: bool,
+    columns: Columns | None,
+    encoder: Encoder | None,
 ) -> tuple[Path, Callable[[Path], Steps]]:
     """Where the source lies, and its reader."""
     minari = partial(read_minari, with_success=True) if with_success else read_minari
@@ -264,7 +280,10 @@ def _find(
     if isinstance(source, str) and source.startswith("d4rl:"):
         raise InputError("D4RL's ids are not downloaded: give the path of the data set's .hdf5 file instead")
     if isinstance(source, str) and source.startswith("lerobot:"):
-        return find_lerobot(source.removeprefix("lerobot:"), root), partial(read_lerobot, columns=columns)
+        lerobot = partial(read_lerobot, columns=columns, encoder=encoder)
+        return find_lerobot(source.removeprefix("lerobot:"), root), lerobot
+    if encoder is not None:
+        raise InputError("encoder: only of the images of LeRobot sets (lerobot:<id or path>)")
     if isinstance(source, (str, os.PathLike)):
         path = user_path(source)
         if path.suffix.lower() in SUFFIXES:

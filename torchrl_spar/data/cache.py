@@ -20,7 +20,7 @@ import torch
 from tensordict import TensorDict
 
 # Part of every key: raise it whenever what load_offline_dataset makes of a source changes.
-FORMAT = 4
+FORMAT = 5
 _RECORD = "record.json"
 _BLOCK = 2**20
 

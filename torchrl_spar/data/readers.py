@@ -26,6 +26,12 @@ _FILE_KEYS = {
     "truncated": ("timeouts", "truncations"),
     "next_observation": ("next_observations",),
 }
+_OPTIONAL = ("truncated", "next_observation")
+# Names that may mean something else: they count where there is one for each row.
+_ID_KEYS = {
+    "episode": ("episode", "episode_id", "episode_ids", "episode_index", "traj_id", "traj_ids"),
+    "step": ("step", "step_count", "timestep", "timesteps"),
+}
 
 
 def find_minari(dataset_id: str, root: str | os.PathLike[str] | None) -> Path:
@@ -98,7 +104,7 @@ def read_file(path: Path) -> Steps:
         raise InputError("no such file")
     load = _load_npz if path.suffix.lower() == ".npz" else _load_hdf5
     with readable():
-        arrays, present = load(path, [key for keys in _FILE_KEYS.values() for key in keys])
+        arrays, present = load(path, [key for keys in (_FILE_KEYS | _ID_KEYS).values() for key in keys])
     raw = {}
     for field, keys in _FILE_KEYS.items():
         found = [key for key in keys if key in arrays]
@@ -106,9 +112,14 @@ def read_file(path: Path) -> Steps:
             raise InputError(f"{found[0]!r} and {found[1]!r} mean the same and differ: keep one of them")
         if found:
             raw[field] = (found[0], arrays.pop(found[0]))
-        elif field not in ("truncated", "next_observation"):
+        elif field not in _OPTIONAL:
             raise missing_array(" or ".join(repr(key) for key in keys), present)
-    guessed = "truncated" not in raw and "next_observation" not in raw
+    rows = raw["action"][1].shape[:1]
+    for field, keys in _ID_KEYS.items():
+        for key in keys:
+            if key in arrays and field not in raw and arrays[key].shape in (rows, (*rows, 1)):
+                raw[field] = (key, arrays.pop(key))
+    guessed = not {"truncated", "next_observation", "episode"} & set(raw)
     fields = arrange(clean(raw))
     if guessed:
         fields["notes"] = ("no 'timeouts', so episodes are taken to end at 'terminals' alone", *fields["notes"])

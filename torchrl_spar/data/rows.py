@@ -39,11 +39,13 @@ def parts_of(source: Any) -> Iterator[TensorDictBase]:
         for index in range(len(source)):  # iteration would sample without end
             yield from parts_of(source[index])
     elif isinstance(source, ReplayBuffer):
+        if not len(source):
+            raise InputError("it is empty")
         try:
             content = source[:]
         except Exception as err:  # its collate function's or its transforms'
             raise InputError(
-                f"{type(source).__name__}: its rows cannot be stacked ({type(err).__name__}: {first_line(err)}); "
+                f"its rows cannot be stacked ({type(err).__name__}: {first_line(err)}); "
                 "give them as a list of TensorDicts [T], one an episode"
             ) from None
         yield from parts_of(content)

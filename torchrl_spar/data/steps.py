@@ -130,9 +130,13 @@ def _flags(label: str, array: np.ndarray) -> np.ndarray:
 
 
 def _labels(label: str, array: np.ndarray) -> np.ndarray:
-    if array.dtype.kind not in "iub":
+    if array.dtype.kind == "f":
         return _scalars(label, array)
     _check_column(label, array)
+    if array.dtype.kind in "OS":  # texts of HDF5
+        array = array.astype(str)
+    if array.dtype.kind not in "iubU":
+        raise InputError(f"{label}: type {array.dtype}, expected numbers or texts")
     return array.reshape(-1)  # as they are: floats would merge large ids
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from torchrl_spar.data.arrange import arrange
+from torchrl_spar.data.images import Encoder, encode_images
 from torchrl_spar.data.sources import missing_array, readable, require
 from torchrl_spar.data.steps import Steps, clean, unit_bounds
 from torchrl_spar.errors import InputError
@@ -21,6 +22,8 @@ Columns = Mapping[str, str | Sequence[str]]
 _VECTORS = ("observation", "action", "next_observation")
 _NEEDED = ("observation", "action", "reward")
 FIELDS = (*_VECTORS, "reward", "terminated", "truncated", "done", "episode", "step")
+_CAMERAS = ("image", "video")
+_AS_FEATURES = "encode the frames yourself, and give the features as 'observation' of a TensorDict in TED form"
 _STATE, _ENVIRONMENT_STATE = "observation.state", "observation.environment_state"
 
 
@@ -31,13 +34,23 @@ def read_table(path: Path, columns: Columns | None) -> Steps:
     columns = _check_columns(columns)
     arrow = _arrow()
     with readable():
-        if path.suffix == ".parquet":
+        if path.suffix.lower() == ".parquet":
             table = arrow.parquet.read_table(path)
-        elif path.suffix == ".csv":
+        elif path.suffix.lower() == ".csv":
             table = arrow.csv.read_csv(path)
         else:
-            table = arrow.feather.read_table(path)
+            table = _read_arrow(path)
     return _read(table, columns)
+
+
+def _read_arrow(path: Path) -> Any:
+    """Arrow's file format, else its stream format, in which Hugging Face's data sets are."""
+    arrow = _arrow()
+    try:
+        return arrow.feather.read_table(path)
+    except arrow.ArrowInvalid:
+        with arrow.memory_map(str(path)) as source:
+            return arrow.ipc.open_stream(source).read_all()
 
 
 def find_lerobot(name: str, root: str | os.PathLike[str] | None) -> Path:
@@ -58,7 +71,7 @@ def find_lerobot(name: str, root: str | os.PathLike[str] | None) -> Path:
     return path
 
 
-def read_lerobot(directory: Path, columns: Columns | None = None) -> Steps:
+def read_lerobot(directory: Path, columns: Columns | None = None, encoder: Encoder | None = None) -> Steps:
     """A data set in LeRobot's layout v3 or v2: ``meta/info.json`` and Parquet files below ``data``."""
     info_path = directory / "meta" / "info.json"
     if not info_path.is_file():
@@ -69,25 +82,33 @@ def read_lerobot(directory: Path, columns: Columns | None = None) -> Steps:
         features, version = dict(info["features"]), str(info.get("codebase_version", "v3.0"))
     if not version.startswith(("v2", "v3")):
         raise InputError(f"LeRobot's layout {version}: convert it to v3.0 with LeRobot's own scripts")
-    images = sorted(name for name, feature in features.items() if feature.get("dtype") in ("image", "video"))
-    observation = [name for name in (_STATE, _ENVIRONMENT_STATE) if name in features and name not in images]
-    if not observation and not (columns and "observation" in columns):
-        reason = f"its observations are images ({', '.join(images)})" if images else f"it has no {_STATE!r}"
-        raise InputError(
-            f"{reason}, and the loader reads vectors: encode them with a network of yours, and give the features as "
-            "'observation' of a TensorDict in TED form"
+    images, videos = ([name for name in sorted(features) if features[name].get("dtype") == kind] for kind in _CAMERAS)
+    observation = [name for name in (_STATE, _ENVIRONMENT_STATE) if name in features]
+    observation = [name for name in observation if name not in (*images, *videos)]
+    if encoder is not None and not images:
+        what = (
+            f"its cameras are videos ({', '.join(videos)}), which are not decoded: {_AS_FEATURES}"
+            if videos
+            else "it has no images"
         )
+        raise InputError(f"encoder: {what}")
+    if not observation and not (columns and "observation" in columns) and encoder is None:
+        if not (images or videos):
+            raise InputError(f"it has no {_STATE!r}; name its columns, columns={{'observation': ...}}")
+        how = "encoder=... makes vectors of them" if images else _AS_FEATURES
+        raise InputError(f"its observations are images ({', '.join(images + videos)}), and SPAR reads vectors: {how}")
     named: dict[str, str | Sequence[str]] = {
         "observation": observation, "action": "action", "episode": "episode_index", "step": "frame_index",
     }  # fmt: skip
     ends = {"reward": "next.reward", "done": "next.done", "truncated": "next.truncated"}
     named |= {field: name for field, name in ends.items() if name in features} | dict(columns or {})
-    named = _check_columns(named, needed=("observation", "action"))
+    named = _check_columns(named, needed=("action",) if encoder is not None else ("observation", "action"))
     files = sorted((directory / "data").rglob("*.parquet"))
     if not files:
         raise InputError("the directory holds no Parquet file below data")
     success = "next.success" if "next.success" in features and "done" in named else None
-    wanted = [name for names in named.values() for name in _names(names)] + ([success] if success else [])
+    encoded = images if encoder is not None else []
+    wanted = [name for names in named.values() for name in _names(names)] + ([success] if success else []) + encoded
     with readable():
         present = arrow.parquet.read_schema(files[0]).names
         for name in wanted:
@@ -95,10 +116,16 @@ def read_lerobot(directory: Path, columns: Columns | None = None) -> Steps:
                 raise missing_array(repr(name), present)
         table = arrow.concat_tables([arrow.parquet.read_table(file, columns=wanted) for file in files])
     notes = []
-    if images and observation:
-        notes.append(f"images are left out ({', '.join(images)}): the policy sees {' and '.join(observation)} alone")
+    if unseen := [name for name in images + videos if name not in encoded]:
+        sees = ", ".join([*_names(named["observation"]), *encoded])
+        notes.append(f"images are left out ({', '.join(unseen)}): the policy sees {sees} alone")
+    if encoder is not None:
+        for name in encoded:
+            vectors = list(encode_images(table.column(name), name, encoder))
+            table = table.set_column(table.column_names.index(name), name, arrow.array(vectors))
+        named |= {"observation": [*_names(named["observation"]), *encoded]}
     if success:  # an end without success is a time limit
-        done, succeeded = (_column(table, name)[:, 0].astype(bool) for name in (str(named["done"]), success))
+        done, succeeded = (_column(table, name, "done")[:, 0].astype(bool) for name in (str(named["done"]), success))
         named |= {"truncated": "truncated"}
         table = table.append_column("truncated", arrow.array(done & ~succeeded))
     if "reward" not in named:
@@ -112,8 +139,8 @@ def _read(table: Any, columns: Columns, notes: Sequence[str] = ()) -> Steps:
     notes = list(notes)
     raw = {}
     for field, names in columns.items():
-        parts = [_column(table, name) for name in _names(names)]
-        array = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
+        parts = [_column(table, name, field) for name in _names(names)]
+        array = np.require(parts[0], requirements="W") if len(parts) == 1 else np.concatenate(parts, axis=1)
         label = ", ".join(_names(names))
         raw[field] = (label, array if field in _VECTORS else array[:, 0] if array.shape[1:] == (1,) else array)
     if "terminated" not in raw:
@@ -140,8 +167,11 @@ def _read(table: Any, columns: Columns, notes: Sequence[str] = ()) -> Steps:
     return Steps(**fields, action_bounds=(low, high), bounds_are_guessed=is_guess)
 
 
-def _column(table: Any, name: str) -> np.ndarray:
-    """A column as ``[n, k]``: numbers, or lists of them of one length; texts (ids) as their index."""
+def _column(table: Any, name: str, field: str) -> np.ndarray:
+    """A column as ``[n, k]``: numbers, or lists of them of one length.
+
+    An episode's texts become their index, a step's times what has passed since the first.
+    """
     if name not in table.column_names:
         raise missing_array(repr(name), table.column_names)
     arrow = _arrow()
@@ -152,14 +182,23 @@ def _column(table: Any, name: str) -> np.ndarray:
         row = int(np.argmax(column.is_null().to_numpy(zero_copy_only=False)))
         raise InputError(f"{name}: {column.null_count} values are missing, the first in row {row}")
     kind = column.type
-    if arrow.types.is_string(kind) or arrow.types.is_large_string(kind):
+    if arrow.types.is_dictionary(kind):
+        column, kind = column.dictionary_decode(), kind.value_type
+    if field == "episode" and (arrow.types.is_string(kind) or arrow.types.is_large_string(kind)):
         column = column.dictionary_encode().indices
+    elif field == "step" and (
+        arrow.types.is_timestamp(kind) or arrow.types.is_date(kind) or arrow.types.is_duration(kind)
+    ):
+        times = column.to_numpy(zero_copy_only=False)
+        return (times - times[:1]).astype(np.float64)[:, None]
     elif arrow.types.is_list(kind) or arrow.types.is_large_list(kind) or arrow.types.is_fixed_size_list(kind):
         values = column.flatten()
         lengths = column.value_lengths().to_numpy(zero_copy_only=False)
         if len(lengths) and (lengths != lengths[0]).any():
             raise InputError(f"{name}: lists of {lengths.min()} to {lengths.max()} numbers, expected one length")
-        if values.null_count or not (
+        if values.null_count:
+            raise InputError(f"{name}: {values.null_count} numbers within its lists are missing")
+        if not (
             arrow.types.is_floating(values.type)
             or arrow.types.is_integer(values.type)
             or arrow.types.is_boolean(values.type)

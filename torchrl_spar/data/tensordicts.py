@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from tensordict import NestedKey, TensorDictBase
+from tensordict import NestedKey, TensorDictBase, is_tensor_collection
 
 from torchrl_spar.data.arrange import arrange
 from torchrl_spar.data.order import equal_rows
@@ -78,6 +78,12 @@ def _read_part(part: TensorDictBase) -> tuple[dict[str, tuple[str, np.ndarray]],
             if field in _OPTIONAL:
                 continue
             raise missing_array(repr(keys[0]), sorted(map(str, part.keys(True, True))))
+        if is_tensor_collection(value):
+            names = ", ".join(map(str, value.keys()))
+            raise InputError(
+                f"{key!r} is a TensorDict, not a tensor: join its entries ({names}) into one vector. A LeRobot set is "
+                "read by 'lerobot:<id or path>'"
+            )
         if not isinstance(value, torch.Tensor):
             raise InputError(f"{key!r} is a {type(value).__name__}, not a tensor")
         with readable(f"{key!r} "):

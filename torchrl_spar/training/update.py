@@ -181,7 +181,12 @@ class SPARUpdate:
 
     def __call__(self, batch: TensorDictBase) -> dict[str, Tensor]:
         """One update on a batch ``[*B]`` (``[S, B]`` for S seeds); see :meth:`run`."""
-        return self.run(batch.unsqueeze(0))
+        try:
+            return self.run(batch.unsqueeze(0))
+        except RuntimeError:
+            if isinstance(self.loss, SPARLoss):
+                self.loss.explain(batch)
+            raise
 
 
 def _leaves(params: TensorDictBase) -> list[Tensor]:
