@@ -41,7 +41,9 @@ def show_estimates(
     for name in values_in(estimates):
         numbers = [f"{estimates[name][key]:.4g}" for key in ("mean", "low", "high")]
         distance = rows.get(name, {}).get("support_distance")
-        table.add_row(name, *numbers, "" if distance is None else f"{distance:.2f}")
+        if is_measured:
+            numbers.append("" if distance is None else f"{distance:.2f}")
+        table.add_row(name, *numbers)
     console.print(table)
     console.print(f"Values are returns discounted by {estimates['gamma']:g} a step, from the data's initial states.")
     if is_measured:
