@@ -2,6 +2,7 @@
 
 python recipes/compare.py                                              # everything on the embedded data, one run a core
 python recipes/compare.py dataset=minari:spar/hopper/medium-v0 method=spar,iql,rebrac seed=0,1,2,3,4
+python recipes/compare.py method=spar,iql,rebrac select=ope            # report.py says whom the log alone would choose
 python recipes/compare.py hydra/launcher=ray                           # or submitit_slurm: pip install '.[sweep]'
 python recipes/report.py outputs/compare
 

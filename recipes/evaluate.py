@@ -1,7 +1,8 @@
-"""Evaluates a saved policy from raw observations.
+"""Evaluates a saved policy from raw observations, in an environment or from a log alone.
 
 python recipes/evaluate.py policy=outputs/.../policy.pt episodes=20
 python recipes/evaluate.py policy=policy.pt env=Hopper-v5 episodes=1 video=hopper.gif
+python recipes/evaluate.py policy=policy.pt env=none dataset=log.npz      # from a log alone, by FQE
 """
 
 from __future__ import annotations
@@ -13,21 +14,41 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import imageio.v3 as imageio
 import numpy as np
 import torch
-from harness.environment import choose_environment, is_same, say_what_differs, shown, step_limit_of
+from harness.data_options import DataOptions
+from harness.environment import (
+    LOG_OPTIONS,
+    choose_environment,
+    has_no_environment,
+    is_same,
+    read,
+    say_what_differs,
+    shown,
+    step_limit_of,
+)
+from harness.estimates import Support, estimate_any, estimate_spar
 from harness.launch import best_device, describe, run_recipe, summarize
-from harness.options import PROTOCOL, option, recipe_options
-from omegaconf import DictConfig
+from harness.options import option, recipe_options
+from harness.spar_options import OPE
+from harness.tables import show_estimates
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
 from tensordict.nn import TensorDictModuleBase
 from torchrl.data import Bounded
 
-from torchrl_spar import InputError, environment_sizes, evaluate, load_policy, make_env
+from torchrl_spar import InputError, OfflineReplayBuffer, SPARActor, environment_sizes, evaluate, load_policy, make_env
+from torchrl_spar.networks import ObservationNorm
 
 FRAMES_PER_SECOND = 30
+# Rows of a batch of FQE, as in training.
+BATCH_SIZE = 128
+OWN = "own"
+# Of the options of a log, those that are not given.
+UNSAID = (None, False, OWN)
 
 
 def check_video(path: Path) -> None:
@@ -82,14 +103,22 @@ def film(policy: TensorDictModuleBase, env: str, seed: int, path: Path, **env_kw
 
 @recipe_options("evaluate")
 @dataclass
-class Options:
+class Options(DataOptions):
     policy: str = option("???", "Policy file written by recipes/spar_d4rl.py.")
-    env: str | None = option(None, "Gymnasium environment; null: the one the policy was trained for.")
+    dataset: str = option(
+        OWN,
+        "With env=none, the log, as in spar_d4rl.py; own: the one the policy was trained on. Its columns, bounds and "
+        "the like hold for another log, too, unless they are given.",
+    )
+    env: str | None = option(
+        None, "Gymnasium environment; null: the one the policy was trained for; none: it is judged from a log alone."
+    )
+    ope: OPE = option(OPE(), "Off-policy evaluation, without an environment.")
+    gamma: float | None = option(None, "Its discount; null: the policy's, else 0.99.", least=0, most=1)
     env_kwargs: Any = option(
         None,
         "Arguments of gymnasium.make beside those the policy was trained for, e.g. env_kwargs={continuing_task:false}.",
     )
-    protocol: str | None = option(None, PROTOCOL, choices=("d4rl",))
     episodes: int = option(20, "Number of episodes.", least=1)
     seed: int = option(0, "Seed of the first episode; each next one adds 1.", least=0)
     device: str | None = option(None, "cpu, cuda, ...; null: cuda if there is one, else cpu.")
@@ -112,9 +141,51 @@ def check_actions(policy: TensorDictModuleBase, name: str, env: str, spec: Bound
         )
 
 
+def check_sizes(cfg: DictConfig, policy: TensorDictModuleBase, data: OfflineReplayBuffer) -> None:
+    """Refuses a log of other sizes than the policy's: a vector of size one would be repeated without a word."""
+    norms = (module.loc for module in policy.modules() if isinstance(module, ObservationNorm))
+    pairs = (
+        ("observations", next(norms, None), data.observation_loc),
+        ("actions", getattr(policy, "low", None), data.action_spec.space.low),
+    )
+    for name, own, given in pairs:
+        if own is not None and own.numel() != given.numel():
+            raise InputError(
+                f"policy={cfg.policy}: does not fit dataset={cfg.dataset}: its {name} have size {own.numel()}, the "
+                f"log's {given.numel()}"
+            )
+
+
+def judge(cfg: DictConfig, policy: TensorDictModuleBase, facts: dict[str, Any], device: torch.device) -> None:
+    """Prints what a log says of the policy."""
+    if cfg.video:
+        raise InputError(f"video={cfg.video}: needs an environment")
+    own = dict(facts.get("log") or {})
+    gamma = own.pop("gamma", 0.99) if cfg.gamma is None else cfg.gamma
+    if cfg.dataset == OWN and not own:
+        raise InputError(f"policy={cfg.policy}: names no log; give one as dataset=...")
+    given = {name: cfg[name] for name in LOG_OPTIONS if cfg[name] not in UNSAID}
+    cfg = cast(DictConfig, OmegaConf.merge(cfg, own, given))
+    data = read(cfg, batch_size=BATCH_SIZE, device=device)
+    options = {"gamma": gamma, "seed": cfg.seed, **cfg.ope}
+    check_sizes(cfg, policy, data)
+    distance = Support(data, cfg.ope.held_out, cfg.seed).of_policy(policy)
+    is_spar = isinstance(policy, SPARActor)
+    estimates = estimate_spar(policy, data, options)[0] if is_spar else estimate_any(policy, data, options)
+    name = "spar" if is_spar else "policy"
+    distances = {"data": {"support_distance": 1.0}, name: {"support_distance": distance}}
+    show_estimates(Console(), f"{cfg.policy} on {cfg.dataset}", estimates, distances)
+
+
 def main(cfg: DictConfig) -> None:
     torch.set_num_threads(cfg.threads)
-    policy, facts = load_policy(cfg.policy, device=best_device(cfg.device))
+    device = best_device(cfg.device)
+    policy, facts = load_policy(cfg.policy, device=device)
+    if has_no_environment(cfg, cfg.policy, facts.get("env")):
+        judge(cfg, policy, facts, device)
+        return
+    if unread := [name for name in LOG_OPTIONS if cfg[name] not in UNSAID]:
+        raise InputError(f"{unread[0]}={cfg[unread[0]]}: read only where the policy is judged from a log: env=none")
     env, env_kwargs = choose_environment(cfg, cfg.policy, facts.get("env"), facts.get("env_kwargs", {}))
     if cfg.video:
         check_video(Path(cfg.video))

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 from harness.data_options import DataOptions
-from harness.environment import longest_episode, match, read, step_limit_of
+from harness.environment import NO_ENV, longest_episode, match, read, step_limit_of
 from harness.launch import run_recipe, summarize
 from harness.options import option, recipe_options
 from harness.output import named_error
@@ -136,8 +136,8 @@ def duplicate_share(data: OfflineReplayBuffer) -> float:
 
 def environment_table(cfg: DictConfig, data: OfflineReplayBuffer, problems: list[str]) -> Table | None:
     """The environment in which training evaluates, against the data, which takes its action bounds."""
-    if cfg.env is None and data.env_id is None:
-        print("No environment is compared: the data names none; env=... does.")
+    if cfg.env == NO_ENV or (cfg.env is None and data.env_id is None):
+        print("No environment is compared" + ("." if cfg.env else ": the data names none; env=... does."))
         return None
     try:
         env, env_kwargs = match(cfg, data)

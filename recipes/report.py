@@ -16,6 +16,8 @@ from pathlib import Path
 from statistics import mean, stdev
 
 from harness.output import data_score, write_text
+from reporting import estimates
+from reporting.estimates import are_of_logs
 from reporting.runs import Run, read_runs, write_table
 
 from torchrl_spar import InputError
@@ -73,7 +75,8 @@ def main(*sources: Path) -> None:
     runs = read_runs(sources[0])
     datasets = {run["dataset"] for run in runs}
     runs += [run for source in sources[1:] for run in read_runs(source) if run["dataset"] in datasets]
-    if unscored := [run for run in runs if None in _scores(run)]:
+    logs = are_of_logs(runs)
+    if not logs and (unscored := [run for run in runs if None in _scores(run)]):
         raise InputError(f"{sources[0]}: {unscored[0]['env']} has no normalised score; move its runs elsewhere")
     counts = Counter((run.get("method", "spar"), run["dataset"], run["seed"]) for run in runs)
     if twice := [f"{method} on {dataset} with seed {seed}" for (method, dataset, seed), n in counts.items() if n > 1]:
@@ -83,7 +86,9 @@ def main(*sources: Path) -> None:
             f"runs of {' and '.join(map(str, sorted(budgets)))} updates are not comparable; report them apart"
         )
     alone = all("spar" in run and run.get("method", "spar") == "spar" for run in runs)
-    print(table(runs) if alone else compare(runs, sources[0]))
+    print(estimates.table(runs) if logs else table(runs) if alone else compare(runs, sources[0]))
+    if not alone and all("estimates" in run for run in runs):
+        print("", *estimates.choices(runs), sep="\n")
 
 
 def _scores(run: Run) -> list[float | None]:

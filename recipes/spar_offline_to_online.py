@@ -87,6 +87,8 @@ class Options(compare.Options):
 class OnlineSPAR(SPARRun):
     """SPAR; online anchor, residuals' manifold and scales stay as they are, critics and head go on."""
 
+    needs_environment = True
+
     def go_on(self, results: dict[str, Any]) -> None:
         options = {key: self.cfg.spar[key] for key in ("policy_interval", "compile")}
         decay_steps = max(1, count_updates(self.cfg))
@@ -96,6 +98,8 @@ class OnlineSPAR(SPARRun):
 
 class OnlineTD3(compare.RivalRun):
     """TD3+BC, online TD3."""
+
+    needs_environment = True
 
     def go_on(self, results: dict[str, Any]) -> None:
         td3 = warm_start(self.rival, self.problem, **self.options)

@@ -20,7 +20,11 @@ class DataOptions:
         "Of a table, its columns: columns={observation:[x,v],action:[u],reward:r,episode:id}; of a LeRobot set, those "
         "that differ from its own.",
     )
-    env: str | None = option(None, "Gymnasium environment to evaluate in; null: the data set's own.")
+    env: str | None = option(
+        None,
+        "Gymnasium environment to evaluate in; null: the data set's own; none: there is none, and policies are judged "
+        "from the log alone (as where the data set names none).",
+    )
     env_kwargs: Any = option(
         None,
         "Arguments of gymnasium.make beside the data set's own, e.g. env_kwargs={continuing_task:false}; null: no "

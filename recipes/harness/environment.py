@@ -20,6 +20,9 @@ from torchrl_spar.evaluation.protocols import d4rl_protocol
 from torchrl_spar.paths import user_path
 
 EMBEDDED = "torchrl-spar/hopper/medium-v0"
+# What env= says where there is none.
+NO_ENV = "none"
+LOG_OPTIONS = ("dataset", "columns", "action_bounds", "clip_actions", "end_at_success")
 # Bounds that differ by less are the same in float32.
 TOLERANCE = 1e-5
 
@@ -30,16 +33,39 @@ def dataset_name(cfg: DictConfig) -> str:
 
 def load(cfg: DictConfig, device: torch.device) -> tuple[OfflineReplayBuffer, str, dict[str, Any]]:
     """The data, the environment and its arguments, checked against each other."""
+    data = read_episodes(cfg, device)
+    return data, *match(cfg, data)
+
+
+def load_any(cfg: DictConfig, device: torch.device) -> tuple[OfflineReplayBuffer, str | None, dict[str, Any]]:
+    """The same where there may be no environment: None."""
+    data = read_episodes(cfg, device)
+    return (data, None, {}) if has_no_environment(cfg, cfg.dataset, data.env_id) else (data, *match(cfg, data))
+
+
+def read_episodes(cfg: DictConfig, device: torch.device) -> OfflineReplayBuffer:
     data = read(cfg, batch_size=cfg.batch_size, device=device, cache=cfg.cache)
     if not len(data.episode_returns):
         raise InputError(f"dataset={cfg.dataset}: its rows are in no order of time, and the critics start from returns")
-    return data, *match(cfg, data)
+    return data
+
+
+def has_no_environment(cfg: DictConfig, source: str, known: str | None) -> bool:
+    """Whether logs alone must do: as asked for, or since nothing names an environment, which a line says."""
+    if cfg.env is None and known is None:
+        print(f"{source} names no environment: policies are judged from the log alone (env=NAME evaluates them)")
+    elif cfg.env != NO_ENV:
+        return False
+    for name in ("env_kwargs", "action_scale"):
+        if cfg.get(name) is not None:
+            raise InputError(f"{name}={cfg[name]}: needs an environment, and there is none (env={cfg.env})")
+    return True
 
 
 def read(cfg: DictConfig, **options: Any) -> OfflineReplayBuffer:
     """The data, before anything is known of its environment but what it records."""
     action_spec = None
-    if cfg.action_bounds is not None or (cfg.env is not None and not records_bounds(cfg)):
+    if cfg.action_bounds is not None or (cfg.env not in (None, NO_ENV) and not records_bounds(cfg)):
         action_spec = accepted_bounds(cfg)
     columns: Any = cfg.columns
     if not (columns is None or isinstance(columns, DictConfig)):
@@ -64,6 +90,12 @@ def function_at(path: str) -> Any:
         return get_method(path)
     except Exception as err:  # of the module that it imports, any
         raise InputError(f"encoder={path}: no function is found there ({first_line(err)})") from None
+
+
+def log_options(cfg: DictConfig) -> dict[str, Any]:
+    """The options that read this log again."""
+    plain: Any = OmegaConf.to_container(cfg, resolve=True)
+    return {name: plain[name] for name in LOG_OPTIONS}
 
 
 def match(cfg: DictConfig, data: OfflineReplayBuffer) -> tuple[str, dict[str, Any]]:
@@ -110,8 +142,8 @@ def accepted_bounds(cfg: DictConfig) -> Bounded:
             return Bounded(low, high, low.shape, dtype=torch.float32)
     elif asked not in (None, "env"):
         raise InputError(f"action_bounds={asked}: must be env, two numbers or two lists of numbers")
-    if cfg.env is None:
-        raise InputError(f"action_bounds={asked}: needs env=... too, or a list with a number for each component")
+    if cfg.env in (None, NO_ENV):
+        raise InputError(f"action_bounds={asked}: needs env=NAME too, or a list with a number for each component")
     env, env_kwargs = choose_environment(cfg, cfg.dataset, None, {})
     _, spec = environment_sizes(env, **env_kwargs)
     if low is not None and high is not None:
@@ -211,6 +243,8 @@ def choose_environment(
     `protocol` and `env_kwargs` add to the arguments, the latter last.
     """
     env = cfg.env or known
+    if env == NO_ENV:
+        raise InputError(f"env={NO_ENV}: not here, where policies act in an environment; give one, e.g. env=Hopper-v5")
     if env is None:
         raise InputError(f"env: {source} does not name its environment; give one, e.g. env=Hopper-v5")
     if cfg.get("protocol") not in (None, "d4rl"):

@@ -128,11 +128,11 @@ def best_device(name: str | None) -> torch.device:
     return torch.device(device)
 
 
-def summarize(env: str, returns: torch.Tensor, env_kwargs: Mapping[str, Any]) -> dict[str, float | None]:
+def summarize(env: str | None, returns: torch.Tensor, env_kwargs: Mapping[str, Any]) -> dict[str, float | None]:
     """Mean, spread and normalised score of episodes; None where D4RL has no reference for what the returns count."""
     mean, score = returns.mean().item(), None
     # Else it is another environment under a known name, or a kitchen that rewards all steps after a task.
-    if is_own(env_kwargs.get("entry_point")) and env_kwargs.get("remove_task_when_completed", True):
+    if env is not None and is_own(env_kwargs.get("entry_point")) and env_kwargs.get("remove_task_when_completed", True):
         with suppress(InputError):
             score = normalized_score(env, returns).mean().item()
     return {"return_mean": mean, "return_std": returns.std(correction=0).item(), "normalized": score}

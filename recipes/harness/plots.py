@@ -35,3 +35,26 @@ def plot_learning_curve(path: Path, curve: list[dict[str, float]], results: dict
     axes.legend(fontsize=8, loc="lower right")
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def plot_log_curve(path: Path, curve: list[dict[str, float]], results: dict[str, Any]) -> None:
+    """Without an environment: the critics' value and the distance to the data, over updates; FQE's estimates."""
+    panels: dict[str, Any] = {"figsize": (6.4, 5.6), "height_ratios": (2, 1), "sharex": True, "layout": "constrained"}
+    figure, (axes, below) = plt.subplots(2, 1, **panels)
+    steps, value, spread = ([row[name] for row in curve] for name in ("step", "value", "value_std"))
+    axes.errorbar(steps, value, spread, color=BLUE, marker="o", markersize=4, label="SPAR's own critics, +- one std")
+    estimates = results["estimates"]
+    lines = {"spar": (BLUE, "SPAR, FQE"), "anchor": (VERMILION, "anchor, FQE"), "data": (GREY, "data")}
+    for name, (color, label) in lines.items():
+        mean, low, high = (estimates[name][key] for key in ("mean", "low", "high"))
+        axes.axhline(mean, color=color, linestyle="--", label=f"{label}: {mean:.4g} [{low:.4g}, {high:.4g}]")
+    axes.set_ylabel(f"return discounted by {estimates['gamma']:g}")
+    axes.set_title(f"no environment, {results['dataset']}, seed {results['seed']}", fontsize=10)
+    axes.legend(fontsize=8)
+    below.plot(steps, [row["support_distance"] for row in curve], "-o", color=BLUE, markersize=4)
+    below.axhline(1, color=GREY, linestyle=":")
+    below.set(xlabel="updates", ylabel="distance to the data\n(held-out data: 1)")
+    for part in (axes, below):
+        part.grid(alpha=0.3)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)

@@ -14,18 +14,18 @@ from pathlib import Path
 from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
-from rich.table import Table
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 from tqdm import tqdm
 
 from harness.checkpoints import Checkpoints, P
-from harness.environment import dataset_name, load, longest_episode, step_limit_of
+from harness.environment import dataset_name, load, load_any, longest_episode, step_limit_of
+from harness.estimates import Support, estimate_any, fqe_options
 from harness.launch import RECIPES, best_device, summarize
 from harness.loggers import make_logger
 from harness.output import MetricLog, save_config, write_json
-from harness.scores import Scores
+from harness.scores import LogScores, Scores
+from harness.tables import show
 from torchrl_spar import Progress
 
 VERSIONED = ("torchrl-spar", "torch", "torchrl", "tensordict", "gymnasium", "mujoco")
@@ -55,8 +55,8 @@ class Phase:
     def show(self, curve: list[dict[str, Any]]) -> None:
         """The last score beside the bar."""
         for row in curve[-1:] if self.bar is not None else []:
-            score = row["return_mean"] if row["normalized"] is None else row["normalized"]
-            self.bar.set_postfix(score=f"{score:.1f} at {row['step']}", refresh=False)
+            shown = [name for name in ("normalized", "return_mean", *LogScores.columns) if row.get(name) is not None]
+            self.bar.set_postfix(score=f"{row[shown[0]]:.1f} at {row['step']}", refresh=False)
 
 
 def of_one_run(cfg: DictConfig, seed: int, out: Path) -> DictConfig:
@@ -76,14 +76,17 @@ class Run:
     # What is evaluated, and its name in results.json.
     policy: TensorDictModuleBase
     policy_name = "policy"
+    # Whether the method itself acts in the environment.
+    needs_environment = False
 
     def __init__(self, cfg: DictConfig, checkpoints: Checkpoints, line: int = 0) -> None:
         self.cfg, self.seed, self.out = cfg, cfg.seed, Path(cfg.out)
         self.checkpoints, self.line = checkpoints, line
         self.device = best_device(cfg.device)
-        self.data, self.env, self.env_kwargs = load(cfg, self.device)
+        self.data, self.env, self.env_kwargs = (load if self.needs_environment else load_any)(cfg, self.device)
         self.data_scores = summarize(self.env, self.data.episode_returns, self.data.env_kwargs)
-        self.steps = {"data": longest_episode(self.data), "evaluation": step_limit_of(self.env, self.env_kwargs)}
+        limit = step_limit_of(self.env, self.env_kwargs) if self.env else None
+        self.steps = {"data": longest_episode(self.data), "evaluation": limit}
 
     @property
     def method(self) -> str:
@@ -98,7 +101,12 @@ class Run:
         save_config(self.out, cfg)  # before anything else: it makes the directory a run's
         log = MetricLog(self.out, logger, dict.fromkeys(columns), go_on=go_on)
         self.log = self.keep("log", log)
-        scores = Scores(self.out, self.env, self.env_kwargs, self.seed, log, background=cfg.eval.background)
+        scores: Scores
+        if self.env is None:
+            self.data_scores["support_distance"] = 1.0
+            scores = LogScores(self.out, Support(self.data, cfg.ope.held_out, self.seed), self.critics_values, log)
+        else:
+            scores = Scores(self.out, self.env, self.env_kwargs, self.seed, log, background=cfg.eval.background)
         self.scores = self.keep("scores", scores)
         self.scores.write()
         self.progress = self.keep("progress", Progress(self.checkpoints.step))
@@ -120,6 +128,14 @@ class Run:
         """A row of the log."""
         self.log.write(phase, step, metrics)
 
+    def critics_values(self) -> Tensor | None:
+        """What the method's critics say of its policy in the data's initial states, ``[E]``; None where it has none."""
+        return None
+
+    def estimate(self) -> tuple[dict[str, Any], TensorDictModuleBase]:
+        """Values from the log alone, and the policy to deploy."""
+        return estimate_any(self.policy, self.data, fqe_options(self.cfg)), self.policy
+
     def evaluate(self, step: int) -> None:
         """Adds a point to the learning curve."""
         self.scores.add_to_curve(step, on_cpu(self.policy), self.cfg.eval.episodes)
@@ -134,7 +150,7 @@ class Run:
         self.scores.add_result(self.policy_name, on_cpu(self.policy), cfg.eval.final_episodes)
         with self.checkpoints.interruptible():
             self.scores.collect(wait=True)
-        results = {
+        results: dict[str, Any] = {
             "dataset": dataset_name(cfg), "env": self.env, "env_kwargs": self.env_kwargs, "seed": self.seed,
             "method": self.method,
             "updates": cfg.spar.updates, **self.scores.results, "data": self.data_scores, "steps": self.steps,
@@ -143,11 +159,24 @@ class Run:
             "versions": {name: version(name) for name in VERSIONED}, "commit": commit(),
             "curve": self.scores.curve,
         }  # fmt: skip
+        self.deployed = self.policy
+        if self.env is None or cfg.select:
+            self.estimate_into(results)
         self.go_on(results)
         self.save(results)
         write_json(self.out / "results.json", results)
         self.draw(results)
         show(results, self.out)
+
+    def estimate_into(self, results: dict[str, Any]) -> None:
+        """Values from the log alone; where the policy to deploy is another one, its score, too."""
+        with self.checkpoints.interruptible():
+            results["estimates"], self.deployed = self.estimate()
+            if self.env is not None and self.deployed is not self.policy:
+                self.scores.add_result("selected", on_cpu(self.deployed), self.cfg.eval.final_episodes)
+                self.scores.collect(wait=True)
+                results["selected"] = self.scores.results["selected"]
+        results["wall_seconds"] = self.checkpoints.seconds
 
     def go_on(self, results: dict[str, Any]) -> None:
         """What follows the offline phase, into the results; nothing by default."""
@@ -265,23 +294,3 @@ def commit() -> str | None:
         return subprocess.run(command, cwd=RECIPES, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
-
-
-def show(results: dict[str, Any], out: Path) -> None:
-    table = Table(title=f"{results['method']}, {results['env']}, {results['dataset']}, {results['episodes']} episodes")
-    table.add_column("")
-    for name in ("return", "+-", "score", "steps up to"):
-        table.add_column(name, justify="right")
-    for name in ("data", "anchor", "spar", "policy"):
-        if (row := results.get(name)) is None:
-            continue
-        normalized = "-" if row["normalized"] is None else f"{row['normalized']:.1f}"
-        steps = results["steps"]["data" if name == "data" else "evaluation"]
-        table.add_row(name, f"{row['return_mean']:.1f}", f"{row['return_std']:.1f}", normalized, str(steps))
-    console = Console()
-    console.print(table)
-    if results["steps"]["data"] > results["steps"]["evaluation"]:
-        console.print("The data's episodes go on for longer than an evaluation: their returns do not compare.")
-    console.print(
-        f"{results['updates_per_second']:.1f} updates/s, {results['wall_seconds']:.0f} s in all; files in {out}"
-    )

@@ -1,8 +1,8 @@
-"""The evaluations of a run: beside training or in line, each with states of its own, each a row of evaluations.csv."""
+"""The evaluations of a run, each a row of evaluations.csv: episodes, beside training or in line, or from the log."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from tensordict.nn import TensorDictModuleBase
 
+from harness.estimates import Support
 from harness.launch import summarize
 from harness.output import MetricLog, write_text
 from harness.stopping import stop
@@ -17,7 +18,6 @@ from torchrl_spar import BackgroundEvaluator, evaluate
 
 # Evaluations of the curve and of the results start from states of their own.
 CURVE_SEED, RESULT_SEED = 10_000, 20_000
-COLUMNS = ("return_mean", "return_std", "normalized")
 
 
 class InLineEvaluator:
@@ -50,6 +50,8 @@ class Scores:
     Rows of evaluations.csv come when they are done, in order. What was not done at a checkpoint is done again: from
     the checkpoint a point of the curve, a result when it is added again.
     """
+
+    columns: tuple[str, ...] = ("return_mean", "return_std", "normalized")
 
     def __init__(
         self, out: Path, env: str, env_kwargs: dict[str, Any], seed: int, log: MetricLog, *, background: bool
@@ -96,16 +98,20 @@ class Scores:
                     self.results[key] = row
                 else:
                     del self.pending[key]
-                    self.curve.append({"step": key, **row})
-                    self.log.show("eval", key, {name: value for name, value in row.items() if value is not None})
+                    self._append(key, row)
             self.write()
         stop.check()
 
+    def _append(self, step: int, row: dict[str, float | None]) -> None:
+        self.curve.append({"step": step, **row})
+        self.log.show("eval", step, {name: value for name, value in row.items() if value is not None})
+
     def write(self) -> None:
         rows = [
-            [row["step"], *("" if row[name] is None else f"{row[name]:.6g}" for name in COLUMNS)] for row in self.curve
+            [row["step"], *("" if row[name] is None else f"{row[name]:.6g}" for name in self.columns)]
+            for row in self.curve
         ]
-        write_text(self.path, "".join(",".join(map(str, row)) + "\n" for row in [["step", *COLUMNS], *rows]))
+        write_text(self.path, "".join(",".join(map(str, row)) + "\n" for row in [["step", *self.columns], *rows]))
 
     def state_dict(self) -> dict[str, Any]:
         return {"curve": self.curve, "results": self.results, "pending": self.pending}
@@ -115,3 +121,31 @@ class Scores:
 
     def close(self) -> None:
         self.evaluator.close()
+
+
+class LogScores(Scores):
+    """Where there is no environment: what the critics say of the policy, and how far it is from the data.
+
+    Args:
+        out: the run's directory.
+        support: distances to the data.
+        values: the critics' values of the policy in initial states, ``[E]``, or None.
+        log: of the run.
+    """
+
+    columns = ("value", "value_std", "support_distance")
+
+    def __init__(self, out: Path, support: Support, values: Callable[[], torch.Tensor | None], log: MetricLog) -> None:
+        super().__init__(out, "", {}, 0, log, background=False)
+        self.support, self.values = support, values
+
+    def add_to_curve(self, step: int, policy: TensorDictModuleBase, episodes: int) -> None:
+        values = self.values()
+        row: dict[str, float | None] = {"value": None, "value_std": None}
+        if values is not None:
+            row = {"value": values.mean().item(), "value_std": values.std(correction=0).item()}
+        self._append(step, row | {"support_distance": self.support.of_policy(policy)})
+        self.write()
+
+    def add_result(self, name: str, policy: TensorDictModuleBase, episodes: int) -> None:
+        self.results[name] = {"support_distance": self.support.of_policy(policy)}

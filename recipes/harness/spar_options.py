@@ -112,6 +112,17 @@ class Eval:
 
 
 @dataclass
+class OPE:
+    """Fitted Q Evaluation at the end: always without an environment, else with select=ope."""
+
+    steps: int = option(20_000, "Gradient steps of each policy's critics.", least=0)
+    warm_steps: int = option(3_000, "Gradient steps of their start on the returns-to-go.", least=0)
+    num_qvalue_nets: int = option(5, "Critics.", least=1)
+    held_out: float = option(0.2, "Share of the episodes that these critics do not see.", above=0, most=0.5)
+    confidence: float = option(0.95, "Of each bound of an interval.", above=0.5, most=0.999)
+
+
+@dataclass
 class CheckpointOptions:
     seconds: float = option(
         60.0,
@@ -146,6 +157,13 @@ class Options(SharedOptions):
     )
     spar: Spar = option(Spar(), "The main phase.")
     eval: Eval = option(Eval(), "Evaluations.")
+    ope: OPE = option(OPE(), "Off-policy evaluation, from the log alone.")
+    select: str | None = option(
+        None,
+        "ope: the values of anchor and policy are estimated from the log, and of the policies anchor + c * residual "
+        "the one is saved whose gain over the anchor is surest, or the anchor; null: the policy is saved as it is.",
+        choices=("ope",),
+    )
     checkpoint: CheckpointOptions = option(CheckpointOptions(), "Checkpoints.")
     logger: Logger = option(Logger(), "Logs.")
     defaults: list[Any] = field(default_factory=lambda: ["_self_", {"preset": None}])

@@ -12,7 +12,9 @@ from torch import Tensor
 from torchrl.data import ReplayBuffer
 
 from harness.checkpoints import Checkpoints
-from harness.plots import plot_learning_curve
+from harness.environment import log_options
+from harness.estimates import estimate_spar, fqe_options
+from harness.plots import plot_learning_curve, plot_log_curve
 from harness.run import Run, block_length, on_cpu
 from torchrl_spar import (
     BatchSampler,
@@ -25,6 +27,7 @@ from torchrl_spar import (
     save_policy,
 )  # fmt: skip
 from torchrl_spar.configs import dtype_of
+from torchrl_spar.functional import call_ensemble
 from torchrl_spar.training.compiling import check_compiler
 
 # The metrics of SPAR's phases.
@@ -76,12 +79,29 @@ class SPARRun(Run):
         if phase == "spar":
             self.health(step, metrics)
 
+    @torch.no_grad()
+    def critics_values(self) -> Tensor:
+        loss, rows = self.loss, self.data[:]
+        starts = rows["episode"].diff(prepend=rows["episode"].new_full((1,), -1)) != 0
+        state = loss.actor(rows[starts].select(*loss.actor.in_keys))
+        out_key = loss.tensor_keys.state_action_value
+        values = call_ensemble(loss.qvalue_network, loss.qvalue_network_params, state, {}, out_key=out_key)
+        return values.squeeze(-1).mean(-1) / loss.reward_scale
+
+    def estimate(self) -> tuple[dict[str, Any], TensorDictModuleBase]:
+        return estimate_spar(self.loss.actor, self.data, fqe_options(self.cfg), select=self.cfg.select is not None)
+
     def save(self, results: dict[str, Any]) -> None:
         facts = {key: results[key] for key in ("env", "env_kwargs", "dataset", "seed")}
-        save_policy(self.loss, self.out / "policy.pt", **facts)
+        if self.env is None:
+            facts["log"] = log_options(self.cfg) | {"gamma": self.cfg.spar.loss.gamma}
+        if self.cfg.select:
+            facts["choice"] = results["estimates"]["choice"]
+        save_policy(self.deployed, self.out / "policy.pt", **facts)
 
     def draw(self, results: dict[str, Any]) -> None:
-        plot_learning_curve(self.out / "learning_curve.png", results["curve"], results)
+        plot = plot_learning_curve if self.env else plot_log_curve
+        plot(self.out / "learning_curve.png", results["curve"], results)
 
 
 def check_options(cfg: DictConfig, device: torch.device) -> None:

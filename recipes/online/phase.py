@@ -55,6 +55,8 @@ def go_online(run: Run, policy: TensorDictModuleBase, update: Update) -> dict[st
         policy: what is deployed, observation -> action; follows `update`.
         update: makes one update on a batch.
     """
+    env = run.env
+    assert env is not None
     cfg, online, share = run.cfg, run.cfg.online, run.cfg.online.offline_share
     # TorchRL reports the replay buffer's size.
     logging.getLogger("torchrl").setLevel(logging.WARNING)
@@ -68,16 +70,14 @@ def go_online(run: Run, policy: TensorDictModuleBase, update: Update) -> dict[st
 
     def add_to_curve(step: int) -> None:
         # Every point from the same states, other than those of the offline results.
-        returns = evaluate(
-            on_cpu(policy), run.env, online.eval_episodes, CURVE_SEED + 100_000 * run.seed, **run.env_kwargs
-        )
-        curve.append({"step": step, **summarize(run.env, returns, run.env_kwargs)})
+        returns = evaluate(on_cpu(policy), env, online.eval_episodes, CURVE_SEED + 100_000 * run.seed, **run.env_kwargs)
+        curve.append({"step": step, **summarize(env, returns, run.env_kwargs)})
         mean, spread = curve[-1]["return_mean"], curve[-1]["return_std"]
         print(f"{run.method}, seed {run.seed}, {step} environment steps: return {mean:.1f} +- {spread:.1f}", flush=True)
 
     add_to_curve(0)
     collector = make_collector(
-        cfg.collector, explorer, run.env, run.env_kwargs,
+        cfg.collector, explorer, env, run.env_kwargs,
         total_frames=online.steps, seed=run.seed, device=run.device,
     )  # fmt: skip
     weights = TensorDict.from_module(explorer).data

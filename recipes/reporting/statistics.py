@@ -11,41 +11,16 @@ import numpy as np
 from harness.output import data_score
 from rliable import library, metrics
 
+from reporting.names import NAMES, label, method_of, row, score_of
+from reporting.runs import Run
 from torchrl_spar import InputError
 
-Run = dict[str, Any]
-# The order of the report; methods without a name here come after, under their own.
-NAMES = {
-    "bc": "BC", "bc10": "10%BC", "td3_bc": "TD3+BC", "td3_bc_critics": "TD3+BC, SPAR's critics", "iql": "IQL",
-    "cql": "CQL", "rebrac": "ReBRAC", "rebrac_critics": "ReBRAC, SPAR's critics",
-    "spar_iql": "SPAR's critic, IQL's policy", "spar": "SPAR (head A)", "spar_latent": "SPAR (head B)",
-    # recipes/config/method/ablation
-    "one_step_targets": "one-step targets", "no_lsi": "no LSI: the trust term alone",
-    "no_trust": "no trust term: LSI alone",
-    "uniform_weights": "candidates weigh the same",
-    "greedy_weights": "the best candidate alone", "action_space": "candidates in action space",
-    "value_gradient": "value gradient for LSI", "candidates_4": "4 candidates", "candidates_16": "16 candidates",
-    "narrow": "half the spread", "trust_3": "trust weighs 3",
-    "mean_of_critics": "mean of the critics", "min_of_critics": "minimum of the critics", "two_critics": "two critics",
-    "in_sample_value": "in-sample expectile value", "no_value_start": "no start from the returns",
-    "no_anchor": "no anchor", "bf16_candidates": "candidates scored in bfloat16",
-    "compiled": "compiled: the same to rounding",
-}  # fmt: skip
 REFERENCE = "spar"
 # Points below its anchor that count as a loss: evaluations of one policy differ by about as much.
 MARGIN = 3.0
 REPETITIONS = 2_000
 # rliable counts each threshold of each repetition on its own.
 PROFILE_REPETITIONS = 500
-
-
-def score_of(run: Run) -> float:
-    """The normalised score of the last checkpoint."""
-    return run["policy" if "policy" in run else "spar"]["normalized"]
-
-
-def method_of(run: Run) -> str:
-    return run.get("method", "spar")
 
 
 @dataclass
@@ -159,19 +134,19 @@ class Comparison:
         """One table of scores and, of several data sets, statistics, a row a method, and what it leaves out."""
         several = len(self.datasets) > 1
         title = f"P({label(REFERENCE)} is better)"
-        lines = [_row("method", *self.datasets, *(["IQM", title] if several else []))]
-        lines.append(_row(*["---"] * lines[0].count(" | "), "---"))
+        lines = [row("method", *self.datasets, *(["IQM", title] if several else []))]
+        lines.append(row(*["---"] * lines[0].count(" | "), "---"))
         empty = ["", ""] if several else []
         runs = [[run for method in self.methods for run in self._of(method, dataset)] for dataset in self.datasets]
-        lines.append(_row("the data", *map(data_score, runs), *empty))
+        lines.append(row("the data", *map(data_score, runs), *empty))
         anchors = [self.anchors(dataset) for dataset in self.datasets]
         if any(anchors):
-            lines.append(_row("SPAR's anchor", *map(_spread, anchors), *empty))
+            lines.append(row("SPAR's anchor", *map(_spread, anchors), *empty))
         means, improvements = (self.interquartile_means(), self.improvements()) if several else ({}, {})
         for method in self.methods:
             scores = [[score_of(run) for run in self._of(method, dataset)] for dataset in self.datasets]
             statistics = [str(means.get(method, "-")), str(improvements.get(method, "-"))] if several else []
-            lines.append(_row(label(method), *map(_spread, scores), *statistics))
+            lines.append(row(label(method), *map(_spread, scores), *statistics))
         below, count = self.below_anchor()
         if count:
             listed = f": {'; '.join(below)}" if below else ""
@@ -204,10 +179,6 @@ def probability_of_improvement(better: np.ndarray, worse: np.ndarray) -> float:
     return float(1 + np.sign(better[:, None] - worse[None]).mean()) / 2
 
 
-def label(method: str) -> str:
-    return NAMES.get(method, method)
-
-
 def _estimate(scores: dict[str, Any], statistic: Any) -> dict[str, Interval]:
     # rliable draws from numpy's global generator.
     np.random.seed(0)
@@ -222,7 +193,3 @@ def _spread(scores: list[float]) -> str:
     if len(scores) < 2:
         return f"{scores[0]:.1f} (1)" if scores else "-"
     return f"{mean(scores):.1f} +- {stdev(scores):.1f} ({len(scores)})"
-
-
-def _row(*cells: str) -> str:
-    return f"| {' | '.join(cells)} |"

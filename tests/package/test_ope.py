@@ -347,6 +347,12 @@ def test_the_better_policy_is_chosen_where_the_data_is_decisive():
     exact = CHAIN.value(torch.ones(3)) - CHAIN.value(torch.zeros(3))
     assert choice.gains["best"].mean == pytest.approx(exact, rel=0.3)
     assert 0 < choice.gains["best"].interval[0] < choice.gains["best"].mean
+    assert list(choice.values) == ["anchor", "middle", "best"]
+    for name, forward in (("anchor", [0.0, 0.0, 0.0]), ("middle", [1.0, 0.0, 0.0]), ("best", [1.0, 1.0, 1.0])):
+        (low, high), critics = choice.values[name].interval, choice.members[name]
+        assert choice.values[name].mean == pytest.approx(CHAIN.value(torch.tensor(forward)), rel=0.25)
+        assert low < choice.values[name].mean < high
+        assert critics.mean().item() == pytest.approx(choice.values[name].mean)
 
 
 def test_the_anchor_stays_where_nothing_is_better():
@@ -388,6 +394,8 @@ def test_a_choice_needs_candidates_and_an_anchor():
     data = CHAIN.data(8, seed=0)
     with pytest.raises(InputError, match="anchor="):
         select_policy({"one": make_anchor(data)}, data)
+    with pytest.raises(InputError, match="'anchor' is the name"):
+        select_policy({"anchor": make_anchor(data)}, data, anchor=make_anchor(data))
     with pytest.raises(InputError, match="at least one candidate"):
         select_policy({}, data, anchor=make_anchor(data))
     with pytest.raises(InputError, match=r"scales=1\.5"):

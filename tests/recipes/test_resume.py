@@ -25,6 +25,10 @@ from torchrl_spar import InputError
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 
 
+# No environment.
+LOGS = ("env=none", "ope.steps=3", "ope.warm_steps=3")
+
+
 class Killed(BaseException):
     pass
 
@@ -74,6 +78,9 @@ def start_until_it_ends(*args):
         ("cql", []),
         ("spar_iql", []),
         ("ablation/no_anchor", []),
+        ("spar", [*LOGS]),
+        ("stack", [*LOGS, "select=ope"]),
+        ("bc", [*LOGS]),
     ],
 )
 def test_a_run_that_goes_on_is_the_undisturbed_one(method, options, tmp_path, monkeypatch):

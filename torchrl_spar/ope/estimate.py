@@ -127,9 +127,13 @@ def estimate_value(
         fit = fit_fqe(policy, data, gamma=gamma, held_out=held_out, seed=seed, **options)
         terms = episode_terms(fit, policy, behaviour)
     mean, drawn = bootstrap([terms], draws, seed)
-    tail = (1 - confidence) / 2
-    low, high = torch.quantile(drawn[0], torch.tensor([tail, 1 - tail], dtype=drawn.dtype)).tolist()
-    return ValueEstimate(float(mean[0]), (low, high))
+    return with_interval(mean[0], drawn[0], (1 + confidence) / 2)
+
+
+def with_interval(mean: Tensor, drawn: Tensor, confidence: float) -> ValueEstimate:
+    """A mean and its draws ``[D]`` as an estimate of which each bound holds with ``confidence``."""
+    low, high = torch.quantile(drawn, torch.tensor([1 - confidence, confidence], dtype=drawn.dtype)).tolist()
+    return ValueEstimate(float(mean), (low, high))
 
 
 @torch.no_grad()
@@ -189,6 +193,11 @@ def estimates(terms: EpisodeTerms, counts: Tensor) -> Tensor:
     return counts @ terms.initial.T / size + torch.stack(corrections, 1)
 
 
+def estimates_of_critics(terms: EpisodeTerms) -> Tensor:
+    """Each critic's estimate ``[E]`` on the episodes as they are."""
+    return estimates(terms, torch.ones(1, terms.initial.shape[1], dtype=torch.float64))[0]
+
+
 def bootstrap(policies: list[EpisodeTerms], draws: int, seed: int) -> tuple[Tensor, Tensor]:
     """Estimates ``[P]`` of policies evaluated on the same episodes, and joint draws ``[P, D]`` around them.
 
@@ -201,7 +210,7 @@ def bootstrap(policies: list[EpisodeTerms], draws: int, seed: int) -> tuple[Tens
     members, count = policies[0].initial.shape
     drawn = torch.randint(count, (draws, count), generator=generator)
     counts = torch.zeros(draws, count, dtype=torch.float64).scatter_add_(1, drawn, torch.ones_like(drawn).double())
-    values = torch.cat([estimates(terms, torch.ones(1, count, dtype=torch.float64)) for terms in policies])
+    values = torch.stack([estimates_of_critics(terms) for terms in policies])
     means = values.mean(1)
     resampled = torch.stack([estimates(terms, counts).mean(1) for terms in policies])
     if members == 1:

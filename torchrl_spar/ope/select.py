@@ -8,12 +8,19 @@ from typing import Any, NamedTuple
 
 import torch
 from tensordict.nn import TensorDictModuleBase
+from torch import Tensor
 from torchrl.data import ReplayBuffer
 from torchrl.envs.utils import ExplorationType
 
 from torchrl_spar.errors import InputError, check_options
-from torchrl_spar.ope.estimate import ValueEstimate, bootstrap, episode_terms
-from torchrl_spar.ope.fit import fit_fqe
+from torchrl_spar.ope.estimate import (
+    ValueEstimate,
+    bootstrap,
+    episode_terms,
+    estimates_of_critics,
+    with_interval,
+)
+from torchrl_spar.ope.fit import FQEFit, fit_fqe
 from torchrl_spar.residual import SPARActor
 
 SCALES = (0.25, 0.5, 0.75, 1.0)
@@ -26,6 +33,9 @@ class Selection(NamedTuple):
         name: of the chosen candidate, ``"anchor"`` where none is surely better.
         policy: the chosen policy.
         gains: by name, the estimated value less the anchor's, with joint bounds.
+        values: by name, ``"anchor"`` among them, the estimated value; each bound holds for itself.
+        members: likewise, every critic's own estimate ``[E]``; how far they agree.
+        behaviour: critics of the data's own policy, where all fits began, and the held-out rows.
 
     Source: ours.
     """
@@ -33,6 +43,9 @@ class Selection(NamedTuple):
     name: str
     policy: TensorDictModuleBase
     gains: dict[str, ValueEstimate]
+    values: dict[str, ValueEstimate]
+    members: dict[str, Tensor]
+    behaviour: FQEFit
 
 
 def residual_family(actor: SPARActor, scales: Sequence[float] = SCALES) -> dict[str, TensorDictModuleBase]:
@@ -119,15 +132,20 @@ def select_policy(
         candidates = residual_family(candidates)
     if anchor is None or not candidates:
         raise InputError("select_policy needs at least one candidate, and with a mapping anchor=... to fall back to")
+    if "anchor" in candidates:
+        raise InputError("candidates: 'anchor' is the name of the policy to fall back to; name the candidate otherwise")
     check_options((0 < confidence < 1, "confidence", confidence, "between 0 and 1, exclusive"))
     if behaviour is not None:
         options.setdefault("exploration_type", ExplorationType.RANDOM)
-    start = fit_fqe(anchor, data, seed=seed, **{**options, "steps": 0}).loss
-    options = {**options, "seed": seed, "start": start}
-    terms = [
-        episode_terms(fit_fqe(policy, data, **options), policy, behaviour) for policy in (anchor, *candidates.values())
-    ]
-    means, drawn = bootstrap(terms, draws, seed)
+    start = fit_fqe(anchor, data, seed=seed, **{**options, "steps": 0})
+    options = {**options, "seed": seed, "start": start.loss}
+    policies = {"anchor": anchor, **candidates}
+    terms = {
+        name: episode_terms(fit_fqe(policy, data, **options), policy, behaviour) for name, policy in policies.items()
+    }
+    means, drawn = bootstrap([*terms.values()], draws, seed)
+    values = {name: with_interval(means[i], drawn[i], confidence) for i, name in enumerate(terms)}
+    members = {name: estimates_of_critics(each) for name, each in terms.items()}
     gain, drawn = means[1:] - means[0], drawn[1:] - drawn[0]
     spread = drawn.std(1).clamp_min(torch.finfo(torch.float64).tiny)
     # One multiple of the spreads that bounds all candidates at once.
@@ -138,6 +156,5 @@ def select_policy(
         for name, mean, far in zip(candidates, gain.tolist(), reach.tolist())
     }
     best = max(gains, key=lambda name: gains[name].interval[0])
-    if gains[best].interval[0] > 0:
-        return Selection(best, candidates[best], gains)
-    return Selection("anchor", anchor, gains)
+    name = best if gains[best].interval[0] > 0 else "anchor"
+    return Selection(name, policies[name], gains, values, members, start)

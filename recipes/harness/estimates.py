@@ -1,0 +1,154 @@
+"""What a log alone says of a policy: its value by Fitted Q Evaluation, and its distance to the data."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModuleBase
+from torch import Tensor
+
+from torchrl_spar import (
+    OfflineReplayBuffer,
+    SPARActor,
+    estimate_value,
+    residual_family,
+    select_policy,
+    support_distance,
+)
+from torchrl_spar.ope.estimate import ValueEstimate
+from torchrl_spar.ope.fit import FQEFit, episodes_of, split_episodes
+from torchrl_spar.training.sampling import ROWS_PER_CALL, batch_size_of
+
+# Held-out rows whose distance is taken, the rows of the other episodes it is taken to, and how many of the nearest.
+PROBES, REFERENCE, NEIGHBOURS = 1_000, 20_000, 5
+# Groups of equal size in which predicted and true returns are compared.
+BINS = 10
+# Rows of an episode in a piece of FQE's batch.
+SLICE = 16
+
+
+class Support:
+    """Distances of states and actions, both standardised, from the episodes that are held out to the others.
+
+    Args:
+        data: whole.
+        held_out: share of the episodes, the same ones as FQE's.
+        seed: of the split and of the rows that are taken.
+    """
+
+    def __init__(self, data: OfflineReplayBuffer, held_out: float, seed: int) -> None:
+        rows = episodes_of(data, 0.0).cpu()
+        first = torch.searchsorted(rows["episode"], rows["episode"].unique())
+        rows.update({"row": torch.arange(len(rows)), "number": rows["episode"]})
+        rows.set("step", rows["row"] - first[rows["episode"]])
+        others, held = split_episodes(rows, held_out, seed)
+        generator = torch.Generator().manual_seed(seed)
+        self.loc, self.scale = data.observation_loc.cpu(), data.observation_scale.cpu()
+        self.width = others["action"].std(0).clamp_min(1e-6)
+        self.probes = held[torch.randperm(len(held), generator=generator)[:PROBES].sort().values]
+        taken = others[torch.randperm(len(others), generator=generator)[:REFERENCE]]
+        self.reference = self.joined(taken["observation"], taken["action"])
+        self.of_data = self.distance(self.probes["action"])
+
+    def distance(self, action: Tensor) -> Tensor:
+        """Mean distance of each probe, with this action, to its nearest rows ``[N]``."""
+        return support_distance(self.joined(self.probes["observation"], action), self.reference, k=NEIGHBOURS)
+
+    def of_policy(self, policy: TensorDictModuleBase) -> float:
+        """Mean distance of the policy's actions, over that of the data's own."""
+        return (self.distance(actions_of(policy, self.probes)).mean() / self.of_data.mean()).item()
+
+    def joined(self, observation: Tensor, action: Tensor) -> Tensor:
+        return torch.cat([((observation - self.loc) / self.scale).float(), action / self.width], -1)
+
+
+@torch.no_grad()
+def actions_of(policy: TensorDictModuleBase, rows: TensorDictBase) -> Tensor:
+    """The policy's actions, on the CPU."""
+    device = next((tensor.device for tensor in policy.state_dict().values()), torch.device("cpu"))
+    chunks = rows.select(*policy.in_keys).split(ROWS_PER_CALL)
+    return torch.cat([policy(chunk.to(device).clone())["action"].cpu() for chunk in chunks])
+
+
+def estimate_any(policy: TensorDictModuleBase, data: OfflineReplayBuffer, options: dict[str, Any]) -> dict[str, Any]:
+    """Estimated values of any policy and of the data, as results.json keeps them; `options` are `fqe_options`."""
+    two_sided = options | {"confidence": 2 * options["confidence"] - 1, "slice_len": slice_length(data)}
+    return of_data(data, options) | {"policy": plain(estimate_value(policy, data, **two_sided))}
+
+
+def estimate_spar(
+    actor: SPARActor, data: OfflineReplayBuffer, options: dict[str, Any], *, select: bool = False
+) -> tuple[dict[str, Any], SPARActor]:
+    """The same of SPAR and its anchor, and the policy to deploy.
+
+    Args:
+        actor: the policy.
+        data: the log.
+        options: `fqe_options`.
+        select: whether smaller residuals are tried, too.
+
+    Returns:
+        Estimates with gains over the anchor, what FQE chooses and how far its critics can be believed; and the actor,
+        with ``select`` its residual scaled to what was chosen (by zero where that is the anchor).
+    """
+    family = {**residual_family(actor, [0.25, 0.5, 0.75] if select else []), "spar": actor}
+    choice = select_policy(family, data, anchor=actor.anchor, slice_len=slice_length(data), **options)
+    chosen = actor
+    if select and choice.name != "spar":
+        chosen = deepcopy(actor)
+        chosen.residual_scale.mul_(0.0 if choice.name == "anchor" else float(choice.name.removeprefix("c=")))
+    return of_data(data, options) | {
+        **{name: {**plain(value), "critics": choice.members[name].tolist()} for name, value in choice.values.items()},
+        "gains": {name: plain(gain) for name, gain in choice.gains.items()},
+        "choice": choice.name,
+        "calibration": calibration(choice.behaviour),
+    }, chosen
+
+
+def fqe_options(cfg: DictConfig) -> dict[str, Any]:
+    """Of a run: FQE has the discount and the size of its own critics."""
+    return {"gamma": cfg.spar.loss.gamma, "hidden": list(cfg.spar.loss.hidden), "seed": cfg.seed, **cfg.ope}
+
+
+def slice_length(data: OfflineReplayBuffer) -> int:
+    return min(SLICE, batch_size_of(data))
+
+
+def of_data(data: OfflineReplayBuffer, options: dict[str, Any]) -> dict[str, Any]:
+    """What estimates say of the data itself, and by which measure."""
+    gamma, confidence = options["gamma"], options["confidence"]
+    split = {name: options[name] for name in ("gamma", "held_out", "seed")}
+    value = estimate_value(None, data, confidence=2 * confidence - 1, **split)
+    return {"gamma": gamma, "confidence": confidence, "data": plain(value)}
+
+
+def plain(value: ValueEstimate) -> dict[str, float]:
+    return {"mean": value.mean, "low": value.interval[0], "high": value.interval[1]}
+
+
+@torch.no_grad()
+def calibration(fit: FQEFit) -> dict[str, Any]:
+    """Predicted against true returns-to-go of held-out rows, for the behaviour, whose returns the log has.
+
+    Rows are grouped by what the critics predict (their mean), each group with as many rows.
+    """
+    loss, rows = fit
+    # As if the data's own actions were the policy's.
+    rows = rows.clone(False).set("policy_action", rows["action"])
+    chunks = rows.split(ROWS_PER_CALL)
+    predicted = torch.cat([loss.state_value(chunk).mean(0) for chunk in chunks]).double().cpu()
+    true = rows["return_to_go"].squeeze(-1).double().cpu()
+    groups = predicted.argsort().chunk(BINS)
+    error = predicted - true
+    return {
+        "predicted": [predicted[group].mean().item() for group in groups],
+        "true": [true[group].mean().item() for group in groups],
+        "bias": error.mean().item(),
+        "rmse": error.pow(2).mean().sqrt().item(),
+        "spread_of_returns": true.std(correction=0).item(),
+        "rows": len(rows),
+    }

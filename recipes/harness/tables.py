@@ -1,0 +1,66 @@
+"""What a run prints in the end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+def show(results: dict[str, Any], out: Path) -> None:
+    console = Console()
+    names = ("data", "anchor", "spar", "policy", "selected")
+    rows: dict[str, Any] = {name: results[name] for name in names if name in results}
+    what = f"{results['method']}, {results['env'] or 'no environment'}, {results['dataset']}"
+    if results["env"] is not None:
+        table = numeric_table(f"{what}, {results['episodes']} episodes", "return", "+-", "score", "steps up to")
+        for name, row in rows.items():
+            normalized = "-" if row["normalized"] is None else f"{row['normalized']:.1f}"
+            steps = results["steps"]["data" if name == "data" else "evaluation"]
+            table.add_row(name, f"{row['return_mean']:.1f}", f"{row['return_std']:.1f}", normalized, str(steps))
+        console.print(table)
+        if results["steps"]["data"] > results["steps"]["evaluation"]:
+            console.print("The data's episodes go on for longer than an evaluation: their returns do not compare.")
+    if "estimates" in results:
+        show_estimates(console, what, results["estimates"], rows)
+    console.print(
+        f"{results['updates_per_second']:.1f} updates/s, {results['wall_seconds']:.0f} s in all; files in {out}"
+    )
+
+
+def show_estimates(
+    console: Console, what: str, estimates: dict[str, Any], rows: dict[str, dict[str, Any]] | None = None
+) -> None:
+    """Values by FQE, and where they were measured (in `rows`) distances to the data."""
+    rows = rows or {}
+    is_measured = any("support_distance" in row for row in rows.values())
+    low = f"low {estimates['confidence']:.0%}"
+    table = numeric_table(f"{what}: values from the log", "value", low, "high", *["distance"] * is_measured)
+    for name in values_in(estimates):
+        numbers = [f"{estimates[name][key]:.4g}" for key in ("mean", "low", "high")]
+        distance = rows.get(name, {}).get("support_distance")
+        if is_measured:
+            numbers.append("" if distance is None else f"{distance:.2f}")
+        table.add_row(name, *numbers)
+    console.print(table)
+    console.print(f"Values are returns discounted by {estimates['gamma']:g} a step, from the data's initial states.")
+    if is_measured:
+        console.print("Distances of state and action to the data are relative to those of held-out data.")
+    for name, gain in estimates.get("gains", {}).items():
+        console.print(f"gain of {name} over the anchor: {gain['mean']:.4g}, at least {gain['low']:.4g}")
+    if "choice" in estimates:
+        console.print(f"surest choice: {estimates['choice']}")
+
+
+def values_in(estimates: dict[str, Any]) -> list[str]:
+    """The policies whose values were estimated, the data's first."""
+    return [name for name, value in estimates.items() if isinstance(value, dict) and "mean" in value]
+
+
+def numeric_table(title: str, *names: str) -> Table:
+    table = Table("", title=title)
+    for name in names:
+        table.add_column(name, justify="right")
+    return table

@@ -1,0 +1,40 @@
+"""What the tables call the methods, and which of a run's numbers counts."""
+
+from __future__ import annotations
+
+from reporting.runs import Run
+
+# The order of the report; methods without a name here come after, under their own.
+NAMES = {
+    "bc": "BC", "bc10": "10%BC", "td3_bc": "TD3+BC", "td3_bc_critics": "TD3+BC, SPAR's critics", "iql": "IQL",
+    "cql": "CQL", "rebrac": "ReBRAC", "rebrac_critics": "ReBRAC, SPAR's critics",
+    "spar_iql": "SPAR's critic, IQL's policy", "spar": "SPAR (head A)", "spar_latent": "SPAR (head B)",
+    # recipes/config/method/ablation
+    "one_step_targets": "one-step targets", "no_lsi": "no LSI: the trust term alone",
+    "no_trust": "no trust term: LSI alone",
+    "uniform_weights": "candidates weigh the same",
+    "greedy_weights": "the best candidate alone", "action_space": "candidates in action space",
+    "value_gradient": "value gradient for LSI", "candidates_4": "4 candidates", "candidates_16": "16 candidates",
+    "narrow": "half the spread", "trust_3": "trust weighs 3",
+    "mean_of_critics": "mean of the critics", "min_of_critics": "minimum of the critics", "two_critics": "two critics",
+    "in_sample_value": "in-sample expectile value", "no_value_start": "no start from the returns",
+    "no_anchor": "no anchor", "bf16_candidates": "candidates scored in bfloat16",
+    "compiled": "compiled: the same to rounding",
+}  # fmt: skip
+
+
+def score_of(run: Run) -> float:
+    """The normalised score of the last checkpoint."""
+    return run["policy" if "policy" in run else "spar"]["normalized"]
+
+
+def method_of(run: Run) -> str:
+    return run.get("method", "spar")
+
+
+def label(method: str) -> str:
+    return NAMES.get(method, method)
+
+
+def row(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"

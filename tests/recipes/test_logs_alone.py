@@ -1,0 +1,435 @@
+"""Runs without an environment: what they leave instead of scores, the tables of them, and the page to sign."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import math
+import re
+import shlex
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import torch
+from helpers import RECIPES, SMALL, TINY, compose_recipe, run
+from tensordict import TensorDict
+from torch import nn
+from torchrl.modules import ValueOperator
+
+from torchrl_spar import InputError, fit_fqe, load_offline_dataset, load_policy, make_anchor, make_spar_loss
+
+pytest.importorskip("hydra")
+import deployment_report
+import evaluate
+import report
+import spar_offline_to_online
+from harness import estimates
+from harness.environment import load_any
+from reporting import deployment
+
+EPISODES, LENGTH, GAMMA = 12, 20, 0.99
+COLUMNS = "columns={observation:[x,v],action:[u,w],reward:r,episode:id,terminated:end}"
+LOG = ["dataset=log.csv", COLUMNS, "action_bounds=[[-40,0],[40,1]]"]
+FEW = ["ope.steps=4", "ope.warm_steps=4", "batch_size=32"]
+# Every step earns 2, so every episode is worth this much.
+VALUE = 2 * (1 - GAMMA**LENGTH) / (1 - GAMMA)
+
+
+def write_log(path):
+    """A table with a row a step; the first episodes are listed first."""
+    draw = np.random.default_rng(0)
+    lines = ["id,x,v,u,w,r,end"]
+    for episode in range(EPISODES):
+        states = draw.normal(size=(LENGTH, 2)).cumsum(0)
+        for step, (x, v) in enumerate(states):
+            lines.append(f"{episode},{x},{v},{draw.uniform(-40, 40)},{draw.uniform()},2,{int(step == LENGTH - 1)}")
+    path.write_text("\n".join(lines))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    pytest.importorskip("pyarrow")
+    cwd = tmp_path_factory.mktemp("logs")
+    write_log(cwd / "log.csv")
+    done = run("spar_d4rl", *TINY, *LOG, *FEW, "out=result", cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    return done, cwd
+
+
+def test_a_log_without_an_environment_is_a_whole_run(finished):
+    done, cwd = finished
+    out = cwd / "result"
+    assert done.stdout.count("log.csv names no environment") == 1
+    files = ["config.yaml", "evaluations.csv", "learning_curve.png", "metrics.csv", "policy.pt", "results.json"]
+    assert sorted(path.name for path in out.iterdir() if not path.name.startswith("deployment")) == files
+    results = json.loads((out / "results.json").read_text())
+    assert results["env"] is None and results["data"]["normalized"] is None
+    assert results["data"]["return_mean"] == pytest.approx(2 * LENGTH)
+    # All episodes are alike: their value is known, and resampling them changes nothing.
+    for name in ("mean", "low", "high"):
+        assert results["estimates"]["data"][name] == pytest.approx(VALUE, rel=1e-5)
+    for name in ("anchor", "spar"):
+        value = results["estimates"][name]
+        assert value["low"] < value["mean"] < value["high"] and len(value["critics"]) == 5
+        assert f"{value['mean']:.4g}" in done.stdout
+    gain = results["estimates"]["gains"]["spar"]
+    own, base = (results["estimates"][name]["mean"] for name in ("spar", "anchor"))
+    assert gain["mean"] == pytest.approx(own - base, abs=1e-6)
+    assert results["estimates"]["choice"] == ("spar" if gain["low"] > 0 else "anchor")
+    rows = list(csv.DictReader((out / "evaluations.csv").open()))
+    assert [row["step"] for row in rows] == ["0", "2", "4"]
+    assert [{key: pytest.approx(float(x), rel=1e-5) for key, x in row.items()} for row in rows] == results["curve"]
+
+
+def test_the_distance_is_that_of_the_saved_policy(finished):
+    """Against a search by hand, through the file's own rows."""
+    _, cwd = finished
+    table = np.genfromtxt(cwd / "log.csv", delimiter=",", names=True)
+    state, action = (np.stack([table[name] for name in names], 1) for names in (("x", "v"), ("u", "w")))
+    order = torch.randperm(EPISODES, generator=torch.Generator().manual_seed(0))[: round(0.2 * EPISODES)]
+    held = np.isin(table["id"], order.numpy())
+    policy, _ = load_policy(cwd / "result" / "policy.pt")
+    own = policy(observation=torch.from_numpy(state).float()).detach().numpy()
+    width = action[~held].std(0, ddof=1)
+
+    def joined(actions):
+        return np.concatenate([(state - state.mean(0)) / state.std(0), actions / width], 1)
+
+    def distance(actions):
+        gaps = np.linalg.norm(joined(actions)[held][:, None] - joined(action)[~held][None], axis=-1)
+        return np.sort(gaps, 1)[:, :5].mean()
+
+    results = json.loads((cwd / "result" / "results.json").read_text())
+    assert results["spar"]["support_distance"] == pytest.approx(distance(own) / distance(action), rel=1e-4)
+
+
+def test_a_known_environment_can_be_left_out(capsys):
+    data, env, env_kwargs = load_any(
+        compose_recipe("spar_d4rl", "env=none", "cache=null", "out=x"), torch.device("cpu")
+    )
+    assert (data.env_id, env, env_kwargs) == ("Hopper-v5", None, {})
+    assert "names no environment" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["env_kwargs={frame_skip:2}"], r"env_kwargs=.*env=none"),
+        (["action_scale=env"], r"action_scale=env.*env=none"),
+        (["action_bounds=env"], r"action_bounds=env: needs env=NAME"),
+    ],
+)
+def test_options_of_an_environment_are_refused_without_one(options, message):
+    cfg = compose_recipe("spar_d4rl", "env=none", "cache=null", "out=x", *options)
+    with pytest.raises(InputError, match=message):
+        load_any(cfg, torch.device("cpu"))
+
+
+def test_going_online_needs_an_environment(tmp_path):
+    cfg = compose_recipe("spar_offline_to_online", "env=none", "method=spar", "cache=null", f"runs={tmp_path}")
+    with pytest.raises(InputError, match=r"env=none.*Hopper-v5"):
+        spar_offline_to_online.main(cfg)
+
+
+def test_evaluate_reads_the_policys_own_log(finished, capsys, monkeypatch):
+    _, cwd = finished
+    monkeypatch.chdir(cwd)
+
+    def main(*options):
+        evaluate.main(compose_recipe("evaluate", "policy=result/policy.pt", *FEW[:2], *options))
+        return capsys.readouterr().out
+
+    results = json.loads((cwd / "result" / "results.json").read_text())
+    shown = main()
+    assert f"{VALUE:.4g}" in shown and f"{results['spar']['support_distance']:.2f}" in shown
+    # Another log is read with the same columns; its rewards are half.
+    (cwd / "new.csv").write_text((cwd / "log.csv").read_text().replace(",2,", ",1,"))
+    assert f"{VALUE / 2:.4g}" in main("dataset=new.csv")
+    for options, message in (
+        (["dataset=new.csv", COLUMNS.replace("[x,v]", "[x]")], r"does not fit dataset=new\.csv"),
+        (["video=a.gif"], "video=a.gif: needs an environment"),
+        (["env=Hopper-v5", "dataset=new.csv"], r"dataset=new\.csv.*env=none"),
+    ):
+        with pytest.raises(InputError, match=message):
+            main(*options)
+
+
+def test_the_chosen_residual_is_what_is_saved(monkeypatch):
+    """The choice itself is select_policy's; here it is given."""
+    data = small_data()
+    actor = make_spar_loss(data, hidden=[8]).actor
+    nn.init.constant_(actor.head.module.mlp[-1].bias, 0.4)
+    options = {"gamma": 0.9, "seed": 0, "hidden": [8], "steps": 0, "warm_steps": 0, "num_qvalue_nets": 2}
+    options |= {"held_out": 0.5, "confidence": 0.95}
+    state = torch.randn(5, 3)
+    anchor, whole = actor.anchor(observation=state), actor(observation=state)
+    assert (whole - anchor).abs().min() > 0
+    for name, share in (("c=0.5", 0.5), ("anchor", 0.0), ("spar", 1.0)):
+        real = estimates.select_policy
+
+        def choose(*args, real=real, name=name, **kwargs):
+            return real(*args, **kwargs)._replace(name=name)
+
+        monkeypatch.setattr(estimates, "select_policy", choose)
+        found, chosen = estimates.estimate_spar(actor, data, options, select=True)
+        monkeypatch.setattr(estimates, "select_policy", real)
+        assert found["choice"] == name
+        assert [*found["gains"]] == ["c=0.25", "c=0.5", "c=0.75", "spar"]
+        torch.testing.assert_close(chosen(observation=state), anchor + share * (whole - anchor))
+    torch.testing.assert_close(actor(observation=state), whole)
+
+
+def small_data(episodes=8, length=10, batch_size=16):
+    draw = torch.Generator().manual_seed(0)
+    n = episodes * length
+    end = (torch.arange(n) % length == length - 1).unsqueeze(-1)
+    following = {"observation": torch.randn(n, 3, generator=draw), "reward": torch.randn(n, 1, generator=draw)}
+    rows = TensorDict({"observation": torch.randn(n, 3, generator=draw),
+                       "action": torch.rand(n, 2, generator=draw) / 2,
+                       "next": {**following, "terminated": end}}, [n])  # fmt: skip
+    return load_offline_dataset(rows, batch_size=batch_size)
+
+
+def test_calibration_is_of_the_critics_predictions():
+    """Critics that say x and 3 x of the first number of the observation: their mean is known."""
+    data = small_data()
+
+    class Linear(nn.Module):
+        def __init__(self, slope):
+            super().__init__()
+            self.slope = nn.Parameter(torch.tensor(slope))
+
+        def forward(self, observation, action):
+            return self.slope * observation[..., :1]
+
+    critics = [ValueOperator(Linear(slope), in_keys=["observation", "action"]) for slope in (1.0, 3.0)]
+    fit = fit_fqe(make_anchor(data), data, qvalue_network=critics, warm_steps=0, steps=0, slice_len=4)
+    found = estimates.calibration(fit)
+    predicted = 2 * fit.held_out["observation"][:, 0].double().numpy() / fit.loss.reward_scale.item()
+    true = fit.held_out["return_to_go"][:, 0].double().numpy()
+    assert found["bias"] == pytest.approx((predicted - true).mean())
+    assert found["rmse"] == pytest.approx(math.sqrt(((predicted - true) ** 2).mean()))
+    groups = np.array_split(np.argsort(predicted), 10)
+    np.testing.assert_allclose(found["predicted"], [predicted[group].mean() for group in groups], rtol=1e-5)
+    np.testing.assert_allclose(found["true"], [true[group].mean() for group in groups], rtol=1e-5)
+
+
+# ------------------------------------------------------------------ tables
+
+
+def write_runs(folder, values, env=None, scores=None):
+    """Results of values[method][seed], with lower bounds one below them."""
+    for method, by_seed in values.items():
+        for seed, value in by_seed.items():
+            name = "spar" if method == "spar" else "policy"
+            row = {"support_distance": 1.25, "normalized": scores and scores[method]}
+            estimated = {"mean": value, "low": value - 1.0, "high": value + 1.0}
+            estimated = {
+                "gamma": 0.99,
+                "data": {"mean": 5.0, "low": 4.0, "high": 6.0},
+                name: estimated,
+                "anchor": estimated,
+            }
+            facts = {
+                "dataset": "a", "env": env, "method": method, "seed": seed, "updates": 10, "episodes": 2,
+                "curve": [{"step": 0, "normalized": 1.0}], "data": {"normalized": 1.0}, name: row,
+                "anchor": {"normalized": 1.0}, "estimates": estimated,
+            }  # fmt: skip
+            (folder / f"{method}-{seed}-{env}.json").write_text(json.dumps(facts))
+
+
+VALUES = {"spar": {0: 10.0, 1: 14.0}, "iql": {0: 13.0, 1: 13.0}, "bc": {0: 3.0, 1: 3.0}}
+
+
+def test_the_table_of_logs_has_values_and_the_choice(tmp_path, capsys):
+    write_runs(tmp_path, VALUES)
+    report.main(tmp_path)
+    shown = capsys.readouterr().out
+    assert "| a | the data | 5 | 4 | 1.00 |" in shown
+    assert "| a | SPAR (head A) | 12 +- 2.8 (2) | 11 +- 2.8 (2) | 1.25 |" in shown
+    assert "| a | IQL | 13 +- 0 (2) | 12 +- 0 (2) | 1.25 |" in shown
+    assert "IQL would be chosen of 3." in shown and "regret" not in shown
+
+
+def test_the_choice_costs_its_regret_where_scores_are_known(tmp_path, capsys):
+    write_runs(tmp_path, VALUES, env="Hopper-v5", scores={"spar": 70.0, "iql": 64.5, "bc": 20.0})
+    report.main(tmp_path)
+    assert "IQL would be chosen of 3 (64.5 points, regret 5.5 to SPAR (head A))" in capsys.readouterr().out
+
+
+def test_scores_and_values_are_not_mixed(tmp_path):
+    write_runs(tmp_path, {"spar": {0: 1.0}})
+    write_runs(tmp_path, {"iql": {0: 1.0}}, env="Hopper-v5", scores={"iql": 1.0})
+    with pytest.raises(InputError, match="1 of 2 runs have no environment"):
+        report.main(tmp_path)
+
+
+def test_values_of_different_discounts_are_not_compared(tmp_path):
+    write_runs(tmp_path, {"spar": {0: 1.0}, "iql": {0: 1.0}})
+    path = tmp_path / "iql-0-None.json"
+    path.write_text(path.read_text().replace("0.99", "0.9"))
+    with pytest.raises(InputError, match=r"0\.9 and 0\.99"):
+        report.main(tmp_path)
+
+
+# ------------------------------------------------------------------ the page to sign
+
+
+@pytest.fixture(scope="module")
+def signed(finished):
+    _, cwd = finished
+    done = run("deployment_report", "run=result", "rows=3", cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    return done, cwd / "result"
+
+
+class Page(HTMLParser):
+    def __init__(self, text):
+        super().__init__()
+        self.links, self.text, self.open = [], "", []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.links += [value for name, value in attrs if name in ("src", "href", "srcset", "data")]
+        if tag not in ("meta", "img", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_the_page_needs_no_other_file_and_has_everything(signed):
+    done, out = signed
+    text = (out / "deployment.html").read_text()
+    page = Page(text)
+    assert page.open == [] and len(page.links) == 4
+    assert all(link.startswith("data:image/svg+xml;base64,") for link in page.links)
+    assert "url(" not in text and "@import" not in text and "<script" not in text
+    facts = json.loads((out / "deployment.json").read_text())
+    for path in (out / "policy.pt", out / "results.json", out / "config.yaml", out.parent / "log.csv"):
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        assert facts["checksums"][path.name] == digest and digest in page.text
+    assert hashlib.sha256((out / "deployment.json").read_bytes()).hexdigest() in page.text
+    results = json.loads((out / "results.json").read_text())
+    for name in ("data", "anchor", "spar"):
+        assert f"{results['estimates'][name]['mean']:.4g}" in page.text
+    for row in facts["checks"]:
+        assert row["what"] in page.text and row["what"] in done.stdout
+
+
+def test_the_farthest_rows_are_rows_of_the_log(signed):
+    _, out = signed
+    table = list(csv.DictReader((out.parent / "log.csv").open()))
+    facts = json.loads((out / "deployment.json").read_text())
+    policy, _ = load_policy(out / "policy.pt")
+    farthest = facts["support"]["farthest"]
+    assert len(farthest) == 3
+    for row in farthest:
+        source = table[row["row"]]
+        assert (int(source["id"]), row["row"] % LENGTH) == (row["episode"], row["step"])
+        assert row["observation"] == pytest.approx([float(source["x"]), float(source["v"])], rel=1e-5)
+        assert row["action_of_data"] == pytest.approx([float(source["u"]), float(source["w"])], rel=1e-5)
+        state = torch.tensor(row["observation"])
+        assert row["policy"] == pytest.approx(policy(observation=state).tolist(), rel=1e-4, abs=1e-5)
+        assert row["anchor"] == pytest.approx(policy.anchor(observation=state).tolist(), rel=1e-4, abs=1e-5)
+    excess = [row["distance"] - row["of_data"] for row in farthest]
+    assert excess == sorted(excess, reverse=True)
+
+
+def test_residuals_and_rates_are_those_of_the_saved_policy(signed):
+    _, out = signed
+    table = np.genfromtxt(out.parent / "log.csv", delimiter=",", names=True)
+    facts = json.loads((out / "deployment.json").read_text())
+    policy, _ = load_policy(out / "policy.pt")
+    state = torch.from_numpy(np.stack([table["x"], table["v"]], 1)).float()
+    with torch.no_grad():
+        action, anchor = policy(observation=state).double().numpy(), policy.anchor(observation=state).double().numpy()
+    assert [*facts["residual"]] == [*facts["limits"]] == ["u", "w"]
+    follows = np.diff(table["id"]) == 0
+    for i, (name, width) in enumerate((("u", 80.0), ("w", 1.0))):
+        residual, row = (action - anchor)[:, i], facts["residual"][name]
+        assert row["quantiles"]["most"] == pytest.approx(residual.max(), rel=1e-3)
+        assert row["quantiles"]["median"] == pytest.approx(np.median(residual), rel=0.05, abs=1e-3 * width)
+        assert row["rms_share_of_range"] == pytest.approx(np.sqrt((residual**2).mean()) / width, rel=1e-3)
+        assert sum(row["histogram"]) == len(table)
+        limits = facts["limits"][name]
+        for whose, actions in (("data", table[name]), ("policy", action[:, i])):
+            change = np.abs(np.diff(actions))[follows]
+            assert limits[whose]["rate"]["most"] == pytest.approx(change.max(), rel=1e-4)
+            assert limits[whose]["size"]["least"] == pytest.approx(actions.min(), rel=1e-4)
+
+
+def test_checks_ask_for_a_look_where_something_is_wrong(signed):
+    _, out = signed
+    facts = json.loads((out / "deployment.json").read_text())
+    facts["estimates"] |= {"of": "spar", "gains": {"spar": {"mean": 2.0, "low": 1.0}}}
+    for name, critics in (("spar", [3.0, 4.0]), ("anchor", [1.0, 2.0])):
+        facts["estimates"][name]["critics"] = critics
+    facts["support"]["share_beyond"]["policy"] = 0.04
+    for row in facts["limits"].values():
+        row["policy"]["rate"]["99%"], row["data"]["rate"]["99%"] = 1.0, 2.0
+    facts["estimates"]["calibration"] |= {"bias": 0.1, "rmse": 0.5, "spread_of_returns": 1.0}
+
+    def failing():
+        return [i for i, row in enumerate(deployment.checks(facts)) if not row["holds"]]
+
+    assert failing() == []
+    for i, (section, key, value) in enumerate(
+        [
+            (facts["estimates"]["gains"]["spar"], "low", -0.1),
+            (facts["estimates"]["spar"], "critics", [0.5, 4.0]),
+            (facts["support"]["share_beyond"], "policy", 0.2),
+            (facts["limits"]["w"]["policy"]["rate"], "99%", 3.0),
+            (facts["estimates"]["calibration"], "bias", -0.5),
+        ]
+    ):
+        before, section[key] = section[key], value
+        assert failing() == [i]
+        section[key] = before
+
+
+def test_the_page_needs_a_finished_run_of_spar(tmp_path):
+    with pytest.raises(InputError, match=r"config\.yaml"):
+        deployment_report.main(compose_recipe("deployment_report", f"run={tmp_path}"))
+
+
+def test_text_in_the_log_cannot_change_the_page(signed):
+    _, out = signed
+    facts = json.loads((out / "deployment.json").read_text())
+    facts["run"]["dataset"] = "<script>alert(1)</script>"
+    assert "<script" not in deployment_report.page(facts)
+    assert re.search(r"&lt;script&gt;", deployment_report.page(facts))
+
+
+# ------------------------------------------------------------------ the page "Your own robot"
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_page_lead_to_a_policy(tmp_path):
+    pytest.importorskip("onnxruntime")
+    draw = np.random.default_rng(0)
+    for name in ("log.csv", "new.csv"):
+        lines = ["episode,x,y,vx,vy,ux,uy,reward,timeout"]
+        for episode in range(12):
+            numbers = np.cumsum(draw.normal(size=(20, 4)), 0)
+            force = draw.uniform([-40, -20], [40, 20], (20, 2))
+            for step in range(20):
+                row = [episode, *numbers[step], *force[step], draw.normal(), int(step == 19)]
+                lines.append(",".join(map(str, row)))
+        (tmp_path / name).write_text("\n".join(lines))
+    text = (RECIPES / "robot" / "README.md").read_text()
+    block = re.search(r"^```sh\n(.*?)^```", text, flags=re.M | re.S)[1].replace("\\\n", "")
+    commands = [shlex.split(line) for line in block.splitlines() if line.startswith("python")]
+    assert len(commands) == 7
+    for _, script, *options in commands:
+        name = script.removeprefix("recipes/").removesuffix(".py")
+        small = {"spar_d4rl": [*TINY, *FEW], "compare": [*SMALL, *FEW, "hydra/launcher=basic"], "evaluate": FEW[:2]}
+        done = run(name, *options, *small.get(name, []), cwd=tmp_path)
+        assert done.returncode == 0, (name, done.stdout, done.stderr)
+    assert (tmp_path / "outputs" / "robot_spar" / "deployment.html").is_file()
+    assert (tmp_path / "outputs" / "robot_deployed" / "policy.onnx").is_file()
