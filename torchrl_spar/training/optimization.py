@@ -60,8 +60,9 @@ def descent(
         grads, metrics = run(batch)
         for param, grad in zip(params, grads):
             # Fused Adam reads the gradient in the parameter's memory order, whatever its own is.
-            same = grad is None or grad.stride() == param.stride()
-            param.grad = grad if same else torch.empty_like(param).copy_(grad)
+            if grad is not None and grad.stride() != param.stride():
+                grad = torch.empty_like(param).copy_(grad)
+            param.grad = grad
         for optimizer in optimizers:
             optimizer.step()
         return metrics
