@@ -57,7 +57,7 @@ from torchrl_spar.training.sampling import has_trajectories
 class TrainerOptions:
     updates: int = option(24_000, "Updates of everything in all.", least=1)
     round: int = option(
-        1_000,
+        2_000,
         "Updates in a round of the Trainer, which renews the critics' targets, logs means and moves its bar.",
         least=1,
     )

@@ -87,7 +87,7 @@ class Spar:
     actor_lr: float = option(1e-3, "Learning rate of the residual head.", least=0)
     target_rate: float = option(0.01, "Polyak rate of all targets, the deployed head included.", least=0, most=1)
     target_interval: int | None = option(
-        1_000,
+        2_000,
         "Updates between two renewals of the critics' targets, which take a pass over the data; null: one-step.",
         least=1,
     )

@@ -8,7 +8,7 @@ from helpers import build_loss, make_batch
 from tensordict import TensorDict
 from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
 
-from torchrl_spar import InputError, load_offline_dataset, pretrain, with_member_weights
+from torchrl_spar import BatchSampler, InputError, SPARUpdate, load_offline_dataset, pretrain, with_member_weights
 from torchrl_spar.data.returns import episode_ends
 
 
@@ -98,7 +98,9 @@ def test_critics_disagree_about_luck():
         torch.manual_seed(0)
         data = load_offline_dataset(lucky_data(), batch_size=64)
         phase = {"steps": 20}
-        loss, rows = pretrain(data, anchor=phase, vae=phase, critics={"steps": 600}, episode_share=share)
+        loss, rows = pretrain(data, anchor=phase, vae=phase, critics=phase, episode_share=share, hidden=[32])
+        update, sampler = SPARUpdate(loss, qvalue_lr=3e-3), BatchSampler(loss, rows, length=500, seed=0)
+        update.run(next(sampler))
         rows = rows[:]
         values = loss._qvalue(rows, rows["action"], loss.qvalue_network_params)
         return values.std(0).mean().item()

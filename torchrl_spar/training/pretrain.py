@@ -59,16 +59,15 @@ def pretrain(
     """Pre-training in three phases: clones the anchor, fits the VAE to its residuals, warm-starts the critics.
 
     The numbers are those of :func:`make_anchor`, :func:`fit_anchor`, :func:`make_spar_loss`,
-    :func:`with_anchor_actions`, :func:`fit_vae`, :func:`with_member_weights` and :func:`fit_critics`, called in this
-    order.
+    :func:`with_anchor_actions`, :func:`fit_vae` and :func:`fit_critics`, called in this order.
 
     Args:
         data: the data set, as :func:`~torchrl_spar.load_offline_dataset` returns it.
         anchor: options of :func:`fit_anchor`; or a behaviour policy that is trained already, which is not cloned.
         vae: options of :func:`fit_vae`.
         critics: options of :func:`fit_critics`; None leaves the critics as they are.
-        episode_share: of the episodes, what each critic learns from, see :func:`~torchrl_spar.with_member_weights`;
-            it depends on torch's seed (``torch.manual_seed``).
+        episode_share: of the episodes, what each critic learns from after its start, which is on all of them; see
+            :func:`~torchrl_spar.with_member_weights`. The draw depends on ``torch.manual_seed``.
         report: ``report(phase)``, with phase ``"anchor"``, ``"vae"`` or ``"critics"``, gives the ``report`` of its fit.
         progress: where to resume, see :class:`~torchrl_spar.Progress`.
         keep: called as ``keep(name, part)`` with the new ``"anchor"`` and ``"loss"`` before they are trained, and
@@ -78,8 +77,8 @@ def pretrain(
 
     Returns:
         The loss, and the data with the anchor's actions (:func:`~torchrl_spar.with_anchor_actions`) and, if the critics
-        are started and the rows are single steps in order, their first targets
-        (:func:`~torchrl_spar.with_value_targets`).
+        are started and the rows are single steps in order, each critic's episodes
+        (:func:`~torchrl_spar.with_member_weights`) and their first targets (:func:`~torchrl_spar.with_value_targets`).
 
     Raises:
         InputError: for an unknown or impossible option, or data that lacks an entry.
@@ -110,13 +109,12 @@ def pretrain(
     loss = keep("loss", make_spar_loss(data, anchor=anchor, **{"joint_vae": False, **options}))
     rows = with_anchor_actions(loss, data)
     fit_vae(loss, rows, **part("vae", vae))
-    ordered = has_trajectories(loss, rows)
-    if ordered:
-        rows = with_member_weights(loss, rows, share=episode_share, seed=torch.initial_seed())
     if critics is not None:
         fit_critics(loss, rows, **part("critics", critics))
-        if ordered:
-            rows = with_value_targets(loss, rows)
+        if has_trajectories(loss, rows):
+            rows = with_value_targets(
+                loss, with_member_weights(loss, rows, share=episode_share, seed=torch.initial_seed())
+            )
     return loss, rows
 
 
@@ -301,8 +299,7 @@ def fit_critics(
     varies = _varies(data["next"][loss.tensor_keys.reward]) and _varies(returns)
     loss.reward_scale.copy_(1 / returns.std() if varies else torch.ones(()))
     # Not strict: the anchor is not asked here.
-    beside = (getattr(loss.tensor_keys, "member_weight", "member_weight"),)  # no key of TorchRL's losses
-    rows = data.select(*loss.in_keys, *beside, strict=False).exclude("next").set("return", returns * loss.reward_scale)
+    rows = data.select(*loss.in_keys, strict=False).exclude("next").set("return", returns * loss.reward_scale)
 
     batches = partial(uniform_batches, rows, batch_size_of(replay_buffer))
 

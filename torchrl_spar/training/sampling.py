@@ -72,7 +72,7 @@ def with_anchor_actions(loss: SPARLoss, replay_buffer: ReplayBuffer) -> TensorDi
 def with_value_targets(loss: SPARLoss, replay_buffer: ReplayBuffer) -> TensorDictReplayBuffer:
     """The data with the critics' targets along its trajectories, see :meth:`SPARLoss.value_targets`.
 
-    They age as the critics and the policy move: call it again every thousand updates or so. Targets that are never
+    They age as the critics and the policy move: call it again every two thousand updates or so. Targets that are never
     renewed improve the policy on the data's own returns alone. :class:`BatchSampler` does all this itself.
 
     Args:
@@ -239,7 +239,7 @@ class BatchSampler(Iterator[TensorDictBase]):
         seed: of the generator.
         target_interval: batches between two renewals of the targets along the trajectories
             (:meth:`SPARLoss.value_targets`), which take one pass over the data. With None, and for rows of several
-            steps (``"steps_to_next_obs"``) or sequences ``[B, T]``, targets are one-step ones (ours: 1,000).
+            steps (``"steps_to_next_obs"``) or sequences ``[B, T]``, targets are one-step ones (ours: 2,000).
 
     Returns:
         On ``next(sampler)``, a block ``[length, B]`` on the data's device.
@@ -270,7 +270,7 @@ class BatchSampler(Iterator[TensorDictBase]):
         *,
         length: int,
         seed: int,
-        target_interval: int | None = 1_000,
+        target_interval: int | None = 2_000,
     ) -> None:
         keys = loss.tensor_keys
         check_options(
