@@ -308,11 +308,12 @@ def fit_critics(
 
     progress = progress or Progress()
     params = loss.qvalue_network_params
+    options: dict[str, Any] = {"explain": getattr(loss, "explain", None), "compile": compile}
     finish = partial(loss.sync_targets, "qvalue_network")
-    _fit("loss_qvalue", regression, params, batches, steps, lr, progress, report, finish=finish, compile=compile)
+    _fit("loss_qvalue", regression, params, batches, steps, lr, progress, report, finish=finish, **options)
     if loss.value_mix > 0:
         params = loss.value_network_params
-        _fit("loss_value", loss.value_loss, params, batches, steps, lr, progress, compile=compile)
+        _fit("loss_value", loss.value_loss, params, batches, steps, lr, progress, **options)
     return loss
 
 
