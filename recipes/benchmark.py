@@ -1,7 +1,7 @@
 """How fast everything is, as ratios within one run: SPAR's update, TorchRL's, evaluation, loading, policy latency.
 
-python recipes/benchmark.py                     # one CPU core
-python recipes/benchmark.py device=cuda         # CUDA graphs, one and many seeds
+python recipes/benchmark.py                                         # one CPU core
+python recipes/benchmark.py device=cuda seeds=[8,32] compile=true   # CUDA graphs, one and many seeds
 """
 
 from __future__ import annotations
@@ -12,9 +12,11 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -44,6 +46,7 @@ from harness.output import write_json
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
+from torchrl.data import ReplayBuffer
 
 from torchrl_spar import InputError, SPARLoss, environment_sizes, make_spar_loss
 
@@ -66,6 +69,7 @@ class Options:
     compile: bool = option(
         False, "Also the update through torch.compile (a minute to compile; needs a C++ compiler, on a GPU Triton)."
     )
+    peers: bool = option(True, "Also the same update in JAX, where it is installed (extra `peers`).")
     load_steps: int = option(
         1_000_000, "Steps of the Minari set that is written and read; 0 leaves loading out.", least=0
     )
@@ -131,8 +135,15 @@ def measure_updates(cfg: DictConfig, device: torch.device) -> dict[str, Any]:
     }
     if cfg.compile:
         contenders["spar_compiled"] = (spar(losses(1), data, compile=True, cudagraph=on_gpu), BLOCK)
+    if on_gpu:
+        contenders["spar_tf32"] = (in_tf32(spar(losses(1), data, cudagraph=True)), BLOCK)
     for count in cfg.seeds or ():
         contenders[f"spar_{count}_seeds"] = (spar(losses(count), data, cudagraph=on_gpu), BLOCK * count)
+        if on_gpu and cfg.compile:
+            compiled = spar(losses(count), data, compile=True, cudagraph=True)
+            contenders[f"spar_{count}_seeds_compiled"] = (compiled, BLOCK * count)
+    if cfg.peers and (peer := jax_contender(losses(1)[0], data, device, cfg.threads)):
+        contenders["jax"] = (peer, BLOCK)
     clock = time.perf_counter if on_gpu else time.process_time
     rates = measure_rates(contenders, rounds=cfg.rounds, window=cfg.window, device=device, clock=clock)
     mflop = update_flops(
@@ -145,17 +156,44 @@ def measure_updates(cfg: DictConfig, device: torch.device) -> dict[str, Any]:
         "sampling": {"batches_per_second": median(rates["sampling"])},
     }
     for name in contenders:
-        if name.startswith(("spar", "torchrl")):
+        if name.startswith(("spar", "torchrl", "jax")):
             values = rates[name]
             results[name] = {
                 unit: median(values), "lowest": min(values), "highest": max(values),
                 "relative_to_spar": median_ratio(rates, name, "spar"),
+                **({"relative_to_jax": median_ratio(rates, name, "jax")} if "jax" in contenders else {}),
             }  # fmt: skip
     for name in ("spar", "spar_bf16_candidates", *(["spar_compiled"] if cfg.compile else [])):
         share = median_ratio(rates, name, "matmul_fp32") * mflop / done
         results[name] |= {"mflop_per_update": mflop, "share_of_matmul": share}
     results["spar"]["mflop_done"] = done
     return results
+
+
+def in_tf32(call: Callable[[], object]) -> Callable[[], object]:
+    """The call with its matrix products in TF32, which a graph keeps from its capture on."""
+
+    def run() -> object:
+        torch.set_float32_matmul_precision("high")
+        try:
+            return call()
+        finally:
+            torch.set_float32_matmul_precision("highest")
+
+    return run
+
+
+def jax_contender(
+    loss: SPARLoss, data: ReplayBuffer, device: torch.device, threads: int
+) -> Callable[[], object] | None:
+    if find_spec("jax") is None:
+        return None
+    from benchmarks import jax_peer
+
+    if not jax_peer.start(device, threads):
+        print(f"JAX has no {device.type} device here: its figures are left out.")
+        return None
+    return jax_peer.jax_spar(loss, data, block=BLOCK)
 
 
 def measure_evaluation(cfg: DictConfig, device: torch.device) -> dict[str, Any]:
@@ -209,13 +247,14 @@ def _cpu_name() -> str:
 
 def show(results: dict[str, Any], out: Path) -> None:
     table = Table(title=f"Updates, {results['machine']['device']}")
-    for column in ("", "updates/s", "to SPAR", "of the matmul rate"):
+    for column in ("", "updates/s", "to SPAR", "to JAX", "of the matmul rate"):
         table.add_column(column, justify="left" if not column else "right")
     for name, row in results.items():
         if isinstance(row, dict) and "relative_to_spar" in row:
             rate = row.get("updates_per_second") or row["updates_per_cpu_second"]
             share = f"{row['share_of_matmul']:.0%}" if "share_of_matmul" in row else ""
-            table.add_row(name, f"{rate:.1f}", f"{row['relative_to_spar']:.2f}", share)
+            peer = f"{row['relative_to_jax']:.2f}" if "relative_to_jax" in row else ""
+            table.add_row(name, f"{rate:.1f}", f"{row['relative_to_spar']:.2f}", peer, share)
     console = Console()
     console.print(table)
     for name, seconds in results.get("stages", {}).items():
