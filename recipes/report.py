@@ -48,7 +48,7 @@ def table(runs: list[Run]) -> str:
 
 def compare(runs: list[Run], source: Path) -> str:
     """The report of several methods; written into the folder with its figures."""
-    # Only here: the table above needs neither rliable nor matplotlib.
+    # Only here: the table above does not need matplotlib.
     from reporting.figures import plot_all
     from reporting.statistics import REPETITIONS, Comparison
 

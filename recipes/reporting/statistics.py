@@ -1,16 +1,18 @@
-"""Statistics over the runs of several methods, by rliable (https://arxiv.org/abs/2108.13264)."""
+"""Runs of several methods by data set: their table, and statistics over all of them."""
 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from statistics import mean, stdev
 from typing import Any
 
 import numpy as np
 from harness.output import data_score
-from rliable import library, metrics
 
+from reporting.bootstrap import interquartile_mean, intervals, performance_profile, probability_of_improvement
 from reporting.names import NAMES, label, method_of, row, score_of
 from reporting.runs import Run
 from torchrl_spar import InputError
@@ -19,7 +21,6 @@ REFERENCE = "spar"
 # Points below its anchor that count as a loss: evaluations of one policy differ by about as much.
 MARGIN = 3.0
 REPETITIONS = 2_000
-# rliable counts each threshold of each repetition on its own.
 PROFILE_REPETITIONS = 500
 
 
@@ -91,7 +92,7 @@ class Comparison:
 
     def interquartile_means(self) -> dict[str, Interval]:
         """IQM over all runs and data sets, by method."""
-        return _estimate(self.scores(), metrics.aggregate_iqm)
+        return _estimate({method: (scores,) for method, scores in self.scores().items()}, interquartile_mean)
 
     def improvements(self) -> dict[str, Interval]:
         """Probability that a run of SPAR is better than one of the method, by method."""
@@ -99,12 +100,15 @@ class Comparison:
         if REFERENCE not in scores:
             return {}
         pairs = {method: (scores[REFERENCE], other) for method, other in scores.items() if method != REFERENCE}
-        return _estimate(pairs, probability_of_improvement) if pairs else {}
+        return _estimate(pairs, probability_of_improvement)
 
     def profiles(self, thresholds: np.ndarray) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
         """Share of runs above each threshold ``[T]``, and its interval ``[2, T]``, by method."""
-        np.random.seed(0)
-        return library.create_performance_profile(self.scores(), thresholds, reps=PROFILE_REPETITIONS)
+        scores = self.scores()
+        shares = {method: performance_profile(values, thresholds) for method, values in scores.items()}
+        samples = {method: (values,) for method, values in scores.items()}
+        profile = partial(performance_profile, thresholds=thresholds)
+        return shares, intervals(samples, profile, repetitions=PROFILE_REPETITIONS)
 
     def curves(self, dataset: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """Updates ``[T]`` and scores ``[seeds, T]`` of the evaluations during training, by method."""
@@ -171,22 +175,14 @@ class Comparison:
         return list(self.runs[method, dataset].values()) if (method, dataset) in self.runs else []
 
 
-def probability_of_improvement(better: np.ndarray, worse: np.ndarray) -> float:
-    """That a run of the one scores higher on a data set than one of the other, both ``[seeds, data sets]``.
-
-    rliable's statistic, which takes a test a data set and a repetition: a minute for ten methods, this a second.
-    """
-    return float(1 + np.sign(better[:, None] - worse[None]).mean()) / 2
-
-
-def _estimate(scores: dict[str, Any], statistic: Any) -> dict[str, Interval]:
-    # rliable draws from numpy's global generator.
-    np.random.seed(0)
-    points, intervals = library.get_interval_estimates(scores, lambda *x: np.array([statistic(*x)]), reps=REPETITIONS)
-    for name, arrays in scores.items():
-        if min(map(len, arrays if isinstance(arrays, tuple) else (arrays,))) < 2:
-            intervals[name][:] = np.nan
-    return {name: Interval(float(points[name][0]), *map(float, intervals[name][:, 0])) for name in scores}
+def _estimate(
+    samples: Mapping[str, tuple[np.ndarray, ...]], statistic: Callable[..., float]
+) -> dict[str, Interval]:
+    bounds = intervals(samples, statistic, repetitions=REPETITIONS)
+    for name, arrays in samples.items():
+        if min(map(len, arrays)) < 2:
+            bounds[name][:] = np.nan
+    return {name: Interval(statistic(*arrays), *map(float, bounds[name])) for name, arrays in samples.items()}
 
 
 def _spread(scores: list[float]) -> str:

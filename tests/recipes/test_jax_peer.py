@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import math
-import sys
 from functools import partial
 
 import pytest
 import torch
-from helpers import RECIPES
 
 from torchrl_spar import BatchSampler, SPARUpdate
 
-sys.path.insert(0, str(RECIPES))
 jax = pytest.importorskip("jax")
 from benchmarks import jax_peer  # noqa: E402
 from benchmarks.updates import make_data, make_losses  # noqa: E402
