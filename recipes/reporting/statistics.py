@@ -175,9 +175,7 @@ class Comparison:
         return list(self.runs[method, dataset].values()) if (method, dataset) in self.runs else []
 
 
-def _estimate(
-    samples: Mapping[str, tuple[np.ndarray, ...]], statistic: Callable[..., float]
-) -> dict[str, Interval]:
+def _estimate(samples: Mapping[str, tuple[np.ndarray, ...]], statistic: Callable[..., float]) -> dict[str, Interval]:
     bounds = intervals(samples, statistic, repetitions=REPETITIONS)
     for name, arrays in samples.items():
         if min(map(len, arrays)) < 2:

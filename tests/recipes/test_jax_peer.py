@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from functools import partial
 
 import pytest
 import torch
@@ -39,17 +38,20 @@ def loss_off_its_start():
 def test_updates_give_the_packages_numbers():
     loss = loss_off_its_start()
     peer = jax_peer.JaxUpdate(loss)
-    critics, everything = jax.jit(partial(peer.step, latents=None)), jax.jit(peer.step)
+
+    @jax.jit
+    def step(state, fixed, columns, noise, latents):
+        return peer.step(state, fixed, dict(zip(jax_peer.COLUMNS, columns)), noise, latents)
+
     state, fixed = peer.initial()
     update = SPARUpdate(loss)
     block = next(BatchSampler(loss, make_data(32, CPU), length=4, seed=0, target_interval=None))
     block["next", "terminated"] = torch.rand(4, 32, 1, generator=torch.Generator().manual_seed(2)) < 0.3
-    for step, batch in enumerate(block):
-        columns = {key: jax_peer._array(batch[key].float()) for key in jax_peer.COLUMNS}
+    for index, batch in enumerate(block):
+        columns = [jax_peer._array(batch[key].float()) for key in jax_peer.COLUMNS]
         noise = jax_peer._array(batch["action_noise"])
         latents = jax_peer._array(batch["candidate_noise"].movedim(-2, 0)[1:])  # the first candidate has none
-        program = partial(everything, latents=latents) if step % 2 else critics
-        state, found = program(state, fixed, columns, noise)
+        state, found = step(state, fixed, columns, noise, latents if index % 2 else None)
         expected = update(batch)
         assert found.keys() == expected.keys()
         for name, value in expected.items():
