@@ -137,10 +137,7 @@ def rebuild_actor(
 ) -> SPARActor:
     """A default policy, untrained, from the facts in its ``architecture``; no random number is drawn.
 
-    Source: ours.
-
     Examples:
-        >>> from torchrl_spar import make_spar_loss
         >>> actor = make_spar_loss(3, Bounded(-1, 1, (2,))).actor
         >>> rebuild_actor(**actor.architecture).load_state_dict(actor.state_dict())
         <All keys matched successfully>

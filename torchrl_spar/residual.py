@@ -275,10 +275,7 @@ def action_bounds(action_spec: TensorSpec, action_key: NestedKey = "action") -> 
     Raises:
         InputError: if the spec is not a continuous spec with finite bounds; it says why one is needed.
 
-    Source: ours.
-
     Examples:
-        >>> from torchrl.data import Bounded
         >>> action_bounds(Bounded(-1, 2, (2,)))
         (tensor([-1., -1.]), tensor([2., 2.]))
     """

@@ -24,8 +24,6 @@ def recorded_environment(spec: Any) -> tuple[str | None, dict[str, Any]]:
     Returns:
         The id, None if there is no specification, and arguments that JSON can hold.
 
-    Source: ours.
-
     Examples:
         >>> import gymnasium
         >>> env = gymnasium.wrappers.RescaleAction(gymnasium.make("Pendulum-v1", g=9.0, max_episode_steps=50), -1, 1)

@@ -25,8 +25,6 @@ class ValueEstimate(NamedTuple):
     Attributes:
         mean: the estimate.
         interval: lower and upper bound.
-
-    Source: ours.
     """
 
     mean: float
@@ -203,8 +201,6 @@ def bootstrap(policies: list[EpisodeTerms], draws: int, seed: int) -> tuple[Tens
 
     Episodes are resampled, the same for all policies. To that comes Student's t of the critics' own differences
     with their covariance between policies: a critic is another one's copy but for its data and initialisation.
-
-    Source: ours.
     """
     generator = torch.Generator().manual_seed(seed)
     members, count = policies[0].initial.shape

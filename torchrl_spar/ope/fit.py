@@ -36,8 +36,6 @@ class FQEFit(NamedTuple):
         loss: with the trained critics.
         held_out: rows ``[M]`` of the episodes that the critics have not seen, in order, with ``"episode"`` 0, 1, ...
             and ``"return_to_go"``.
-
-    Source: ours.
     """
 
     loss: FQELoss

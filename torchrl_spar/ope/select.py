@@ -36,8 +36,6 @@ class Selection(NamedTuple):
         values: by name, ``"anchor"`` among them, the estimated value; each bound holds for itself.
         members: likewise, every critic's own estimate ``[E]``; how far they agree.
         behaviour: critics of the data's own policy, where all fits began, and the held-out rows.
-
-    Source: ours.
     """
 
     name: str
