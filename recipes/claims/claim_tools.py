@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from importlib.metadata import version
@@ -11,7 +10,7 @@ from typing import Any
 
 import torch
 from harness.launch import run_recipe
-from harness.output import check_unused, write_json
+from harness.output import check_unused, whole_file, write_json
 from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
@@ -58,7 +57,7 @@ def run_claim(
             "versions": {package: version(package) for package in ("torchrl-spar", "torch", "torchrl", "tensordict")},
         }  # fmt: skip
         out.mkdir(parents=True, exist_ok=True)
-        save_figure(draw(facts), out / f"{name}.png")
+        save_small(draw(facts), out / f"{name}.png")
         write_json(out / f"{name}.json", facts)
         show(facts, out)
 
@@ -74,13 +73,12 @@ def rounded(value: Any) -> Any:
     return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
-def save_figure(figure: Figure, path: Path) -> None:
+def save_small(figure: Figure, path: Path) -> None:
     """Writes a figure that appears whole or not at all; 256 colours take a third of the space."""
-    partial = path.with_name(f".{path.name}.partial")
-    figure.savefig(partial, dpi=110, format="png")
-    with Image.open(partial) as image:
-        image.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(partial, format="png", optimize=True)
-    os.replace(partial, path)
+    with whole_file(path) as partial:
+        figure.savefig(partial, dpi=110, format="png")
+        with Image.open(partial) as image:
+            image.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(partial, format="png", optimize=True)
 
 
 def show(facts: dict[str, Any], out: Path) -> None:

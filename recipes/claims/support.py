@@ -15,10 +15,9 @@ from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
-import matplotlib.pyplot as plt
 import torch
 from harness.options import option, recipe_options
-from harness.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, VERMILION
+from harness.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, VERMILION, plt
 from matplotlib.figure import Figure
 from omegaconf import DictConfig
 from rivals.batches import add_next_actions
@@ -265,7 +264,7 @@ def verdict(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def draw(result: dict[str, Any]) -> Figure:
-    figure, axes = plt.subplots(1, 2, figsize=(11.5, 4.8), layout="constrained", sharey=True)
+    figure, axes = plt.subplots(1, 2, figsize=(11.5, 4.8), sharey=True)
     labels = {
         "distance": "distance to the data (mean of the nearest neighbours, standard deviations)",
         "log_density": "log density of the action under an independent model (nats)",
@@ -278,9 +277,8 @@ def draw(result: dict[str, Any]) -> Figure:
                 # The extremes would set the axis: quantiles 5 to 95 %.
                 ax.plot(values[1:-1], share[1:-1], color=colour, linewidth=1.6, label=name if place == 0 else None)
         ax.set_xlabel(label, fontsize=9.5)
-        ax.grid(alpha=0.3)
     axes[0].set_ylabel("share of held-out states at or below")
-    axes[0].legend(fontsize=9)
+    axes[0].legend()
     held = [row["holds"] == "yes" for row in result["findings"]]
     does = "stays" if held[2] and held[4] else "does not stay"
     figure.suptitle(f"SPAR {does} nearer to the data than TD3+BC and ReBRAC (Hopper, a line a seed)")

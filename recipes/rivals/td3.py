@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +17,9 @@ from rivals.base import Problem, Rival, Step, adam
 from torchrl_spar import InputError, fit_critics
 from torchrl_spar.ensemble import Bound, lower_bound
 from torchrl_spar.functional import call, call_ensemble
+
+# Options of TorchRL's own losses.
+TORCHRL: dict[str, Any] = {"loss_function": "l2", "deactivate_vmap": True}
 
 
 class BehaviorRegularizedLoss(TD3BCLoss):
@@ -115,10 +119,12 @@ class ActorCritic(Rival):
 
 
 def alternate(
-    loss: Any,
-    policy: Any,
+    make_loss: Callable[..., Any],
     problem: Problem,
     *,
+    critics: dict[str, Any],
+    policy_noise: float,
+    noise_clip: float,
     actor_lr: float,
     qvalue_lr: float,
     policy_interval: int,
@@ -127,13 +133,22 @@ def alternate(
     start: bool = False,
     decay: bool = False,
     actor_metrics: tuple[str, ...] = ("bc_loss",),
-) -> Rival:
+) -> ActorCritic:
     """The critics every time, the actor and all targets every `policy_interval` times.
 
     Args:
+        make_loss: of an actor, a list of critics, the action spec and the noise.
+        problem: data, sizes, number of updates.
+        critics: their `num`, `layer_norm`, `bound` and `kappa`.
+        policy_noise: standard deviation of the noise on the bootstrapped action.
+        noise_clip: bound of that noise.
         start: whether the critics start from the data's returns, with the main job's `value` options.
         decay: whether both learning rates fall to zero along a cosine.
     """
+    actor = problem.networks.deterministic_actor()
+    qvalue = problem.networks.critics(critics["num"], layer_norm=critics["layer_norm"])
+    noise = {"policy_noise": policy_noise, "noise_clip": noise_clip}
+    loss = make_loss(actor, qvalue, action_spec=problem.data.action_spec, **noise)
     if start and not isinstance(loss, BehaviorRegularizedLoss):
         raise InputError(
             "method.start=true: TorchRL's loss is not started from the returns; give method.critics.bound=lcb"
@@ -152,4 +167,4 @@ def alternate(
         step("actor", loss.actor_network_params, actor_lr, policy_interval, actor_metrics),
     ]
     targets = SoftUpdate(loss, tau=target_rate)
-    return ActorCritic(problem.data, policy, steps, targets, policy_interval, loss=loss, starts=start)
+    return ActorCritic(problem.data, actor, steps, targets, policy_interval, loss=loss, starts=start)

@@ -15,12 +15,11 @@ from torchrl.envs.utils import ExplorationType
 from torchrl.modules import ValueOperator
 from torchrl.objectives import SoftUpdate
 
-from torchrl_spar.build import HIDDEN
+from torchrl_spar.build import HIDDEN, DefaultNetworks
 from torchrl_spar.data.buffer import OfflineReplayBuffer
 from torchrl_spar.data.returns import episode_ends, returns_to_go
 from torchrl_spar.data.rows import rows_of
 from torchrl_spar.errors import InputError, check_options
-from torchrl_spar.networks import ObservationNorm, StateMLP
 from torchrl_spar.ope.objective import FQELoss
 from torchrl_spar.training.pretrain import Report, _fit
 from torchrl_spar.training.progress import Progress
@@ -119,7 +118,7 @@ def fit_fqe(
     train, held = split_episodes(rows, held_out, seed)
     device = train["episode"].device
     # The loss would train the caller's own, and fits of several policies would share them.
-    critics = deepcopy([*qvalue_network]) if qvalue_network else _critics(data, rows, num_qvalue_nets, hidden, seed)
+    critics = deepcopy([*qvalue_network]) if qvalue_network else _critics(data, num_qvalue_nets, hidden, seed)
     width = rows["action"].std(0).clamp_min(1e-3)
     loss = FQELoss(
         policy, critics, num_qvalue_nets=len(critics), lmbda=lmbda, trace_width=width, exploration_type=exploration_type
@@ -185,18 +184,14 @@ def _renumbered(rows: TensorDictBase) -> Tensor:
     return rows["episode"].unique_consecutive(return_inverse=True)[1]
 
 
-def _critics(
-    data: ReplayBuffer, rows: TensorDictBase, count: int, hidden: Sequence[int], seed: int
-) -> list[ValueOperator]:
+def _critics(data: ReplayBuffer, count: int, hidden: Sequence[int], seed: int) -> list[ValueOperator]:
     """Default critics, the same for the same seed."""
     if not isinstance(data, OfflineReplayBuffer):
         raise InputError("default critics need data as load_offline_dataset returns it; else give qvalue_network=[...]")
-    loc, scale = data.observation_loc, data.observation_scale
-    size = loc.numel() + rows["action"].shape[-1]
+    make = DefaultNetworks.of(data, hidden=hidden, device="cpu")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        nets = [StateMLP(ObservationNorm(loc, scale), size, 1, hidden=hidden, layer_norm=True) for _ in range(count)]
-    return [ValueOperator(net, in_keys=["observation", "action"]) for net in nets]
+        return [make.qvalue() for _ in range(count)]
 
 
 def _add_policy_actions(loss: FQELoss, rows: TensorDictBase) -> None:
