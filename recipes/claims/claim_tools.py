@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from harness.launch import run_recipe
-from harness.output import check_unused, whole_file, write_json
+from harness.output import check_unused, rounded, whole_file, write_json
 from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
@@ -51,7 +51,7 @@ def run_claim(
         result = measure(cfg)
         options = {key: value for key, value in OmegaConf.to_container(cfg, resolve=True).items() if key != "out"}  # type: ignore[union-attr]
         facts = {
-            "claim": name, **rounded(result), "options": options,
+            "claim": name, **rounded(result, 5), "options": options,
             # Beside other jobs the wall shows their load, too.
             "wall_seconds": round(time.perf_counter() - start, 1), "cpu_seconds": round(time.process_time(), 1),
             "versions": {package: version(package) for package in ("torchrl-spar", "torch", "torchrl", "tensordict")},
@@ -62,15 +62,6 @@ def run_claim(
         show(facts, out)
 
     run_recipe(main, f"claims/{name}")
-
-
-def rounded(value: Any) -> Any:
-    """Numbers of five digits: a file that is read, not computed with."""
-    if isinstance(value, dict):
-        return {key: rounded(part) for key, part in value.items()}
-    if isinstance(value, list):
-        return [rounded(part) for part in value]
-    return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
 def save_small(figure: Figure, path: Path) -> None:

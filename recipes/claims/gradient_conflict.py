@@ -26,13 +26,13 @@ from claims.claim_tools import finding, grade
 from claims.small_spar import (
     SmallOptions,
     clone_behaviour,
+    fit_manifold,
     fixed_rows,
     head_parameters,
     improve,
     load_embedded,
     make_update,
     mean_value,
-    prepare,
     rectified,
 )  # fmt: skip
 from torchrl_spar import OfflineReplayBuffer, SPARLoss, gradient_cosine
@@ -109,7 +109,7 @@ def measure(cfg: DictConfig) -> dict[str, Any]:
     runs: dict[str, list[dict]] = {kind: [] for kind in IMPROVE}
     for seed in cfg.seeds:
         torch.manual_seed(seed)
-        start = prepare(cfg, data, clone_behaviour(cfg, data))
+        start = fit_manifold(cfg, data, clone_behaviour(cfg, data), cfg.critics)
         rows = fixed_rows(data, cfg.rows)
         for kind in IMPROVE:
             torch.manual_seed(seed)

@@ -30,7 +30,6 @@ from claims.small_spar import (
     load_embedded,
     make_update,
     mean_value,
-    prepare,
     rectified,
     take_critics,
 )
@@ -67,7 +66,7 @@ def log_volume(points: Tensor) -> float:
 
 def compare(cfg: DictConfig, data: OfflineReplayBuffer, seed: int) -> dict[str, Any]:
     torch.manual_seed(seed)
-    trained = prepare(cfg, data, clone_behaviour(cfg, data))
+    trained = fit_manifold(cfg, data, clone_behaviour(cfg, data), cfg.critics)
     improve(cfg, make_update(cfg, trained), data)
     space = data.action_spec.space
     middle = (space.low + space.high) / 2

@@ -29,7 +29,7 @@ from torchrl.modules import MLP
 from torchrl.objectives import SoftUpdate, TD3BCLoss
 
 from claims.claim_tools import finding, grade
-from claims.small_spar import SmallOptions, clone_behaviour, improve, load_embedded, make_update, prepare
+from claims.small_spar import SmallOptions, clone_behaviour, fit_manifold, improve, load_embedded, make_update
 from torchrl_spar import OfflineReplayBuffer, SPARLoss, load_offline_dataset, support_distance
 from torchrl_spar.networks import ObservationNorm
 
@@ -169,7 +169,7 @@ def compare(cfg: DictConfig, data: OfflineReplayBuffer, seed: int) -> dict[str, 
     learn, held = hold_out(cfg, data)
     density = fit_density(cfg, learn)
     actor = clone_behaviour(cfg, learn)
-    loss = prepare(cfg, learn, actor)
+    loss = fit_manifold(cfg, learn, actor, cfg.critics)
     start = deepcopy(loss)
     improve(cfg, make_update(cfg, loss), learn)
     policies = {"anchor": loss.anchor, "SPAR": loss.actor}

@@ -45,6 +45,15 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
+def rounded(value: Any, digits: int) -> Any:
+    """Every number in nested dictionaries and lists, to significant digits: a file that is read, not computed with."""
+    if isinstance(value, dict):
+        return {key: rounded(part, digits) for key, part in value.items()}
+    if isinstance(value, list):
+        return [rounded(part, digits) for part in value]
+    return float(f"{value:.{digits}g}") if isinstance(value, float) else value
+
+
 def data_score(runs: list[dict[str, Any]]) -> str:
     """The normalised score of the runs' one data set; a dash where it has none, as Minari's kitchen sets."""
     scores = [run["data"]["normalized"] for run in runs]
