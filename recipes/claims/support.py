@@ -207,58 +207,51 @@ def measure(cfg: DictConfig) -> dict[str, Any]:
 
 
 def verdict(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    def each(quantity: str, name: str) -> list[float]:
-        return [run[quantity][name] for run in runs]
+    names = dict(zip(("data", "anchor", "spar", "td3bc", "rebrac", "larger_alpha"), STYLE))
+    distance, density, moved = (
+        {key: [run[quantity][name] for run in runs] for key, name in names.items()}
+        for quantity in ("mean_distance", "mean_log_density", "rms_from_anchor")
+    )
 
-    data, _, spar, td3bc, rebrac, control = STYLE
-    distance, density = "mean_distance", "mean_log_density"
+    def of(numbers: dict[str, list[float]], *keys: str) -> dict[str, list[float]]:
+        return {key: numbers[key] for key in keys}
 
     def at_most(one: list[float], other: list[float]) -> bool:
         return all(a <= b for a, b in zip(one, other))
 
-    excess = [one / other - 1 for one, other in zip(each(distance, spar), each(distance, data))]
-    left = at_most(each(distance, data), each(distance, control)), at_most(each(density, control), each(density, data))
+    excess = [one / other - 1 for one, other in zip(distance["spar"], distance["data"])]
+    control = {"distance": distance["larger_alpha"], "log_density": density["larger_alpha"]}
     return [
         finding(
             "the measures see a policy that leaves the data: TD3+BC with the larger alpha, farther and less likely",
-            all(left),
-            distance=each(distance, control),
-            log_density=each(density, control),
+            at_most(distance["data"], control["distance"]) and at_most(control["log_density"], density["data"]),
+            **control,
         ),
         finding(
             "SPAR's actions lie no farther from the data than held-out data does",
             grade(max(0.0, *excess), 0.05),
             relative_excess=excess,
-            spar=each(distance, spar),
-            data=each(distance, data),
+            **of(distance, "spar", "data"),
         ),
         finding(
             "TD3+BC's and ReBRAC's actions lie farther from the data than SPAR's",
-            all(at_most(each(distance, spar), each(distance, rival)) for rival in (td3bc, rebrac)),
-            spar=each(distance, spar),
-            td3bc=each(distance, td3bc),
-            rebrac=each(distance, rebrac),
+            all(at_most(distance["spar"], distance[rival]) for rival in ("td3bc", "rebrac")),
+            **of(distance, "spar", "td3bc", "rebrac"),
         ),
         finding(
             "SPAR's actions are at least as likely as held-out data's (mean log density)",
-            at_most(each(density, data), each(density, spar)),
-            spar=each(density, spar),
-            data=each(density, data),
+            at_most(density["data"], density["spar"]),
+            **of(density, "spar", "data"),
         ),
         finding(
             "TD3+BC's and ReBRAC's actions are less likely than SPAR's (mean log density)",
-            all(at_most(each(density, rival), each(density, spar)) for rival in (td3bc, rebrac)),
-            spar=each(density, spar),
-            td3bc=each(density, td3bc),
-            rebrac=each(density, rebrac),
+            all(at_most(density[rival], density["spar"]) for rival in ("td3bc", "rebrac")),
+            **of(density, "spar", "td3bc", "rebrac"),
         ),
         finding(
             "SPAR moves farther from the anchor than TD3+BC (rms, action units)",
-            at_most(each("rms_from_anchor", td3bc), each("rms_from_anchor", spar)),
-            spar=each("rms_from_anchor", spar),
-            td3bc=each("rms_from_anchor", td3bc),
-            rebrac=each("rms_from_anchor", rebrac),
-            larger_alpha=each("rms_from_anchor", control),
+            at_most(moved["td3bc"], moved["spar"]),
+            **of(moved, "spar", "td3bc", "rebrac", "larger_alpha"),
         ),
     ]
 
