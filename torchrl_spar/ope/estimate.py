@@ -99,18 +99,13 @@ def estimate_value(
     bootstrap of episodes, Hanna et al. 2017 (https://arxiv.org/abs/1606.06126); the traces as weights are ours.
 
     Examples:
-        >>> import torch
-        >>> from tensordict import TensorDict
-        >>> from torchrl_spar import estimate_value, load_offline_dataset, make_anchor
-        >>> step = {"reward": torch.ones(40, 1), "terminated": torch.arange(40).unsqueeze(-1) % 5 == 4}
-        >>> data = TensorDict({"observation": torch.randn(40, 3), "action": torch.rand(40, 2),
-        ...                    "next": {"observation": torch.randn(40, 3), **step}}, [40])
-        >>> buffer = load_offline_dataset(data, batch_size=8)
+        >>> from torchrl_spar import estimate_value, make_anchor, make_toy_data
+        >>> data = make_toy_data()
         >>> small = {"warm_steps": 2, "steps": 2, "slice_len": 4, "hidden": [8]}
-        >>> mean, (low, high) = estimate_value(make_anchor(buffer), buffer, **small)
+        >>> mean, (low, high) = estimate_value(make_anchor(data), data, **small)
         >>> low < mean < high
         True
-        >>> estimate_value(None, buffer, gamma=1.0)
+        >>> estimate_value(None, data, gamma=1.0)
         ValueEstimate(mean=5.0, interval=(5.0, 5.0))
     """
     check_options(

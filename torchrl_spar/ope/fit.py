@@ -96,14 +96,9 @@ def fit_fqe(
     Source: Le et al. 2019 (https://arxiv.org/abs/1903.08738); the warm start, traces and ensemble are ours.
 
     Examples:
-        >>> import torch
-        >>> from tensordict import TensorDict
-        >>> from torchrl_spar import fit_fqe, load_offline_dataset, make_anchor
-        >>> step = {"reward": torch.randn(40, 1), "terminated": torch.arange(40).unsqueeze(-1) % 5 == 4}
-        >>> data = TensorDict({"observation": torch.randn(40, 3), "action": torch.rand(40, 2),
-        ...                    "next": {"observation": torch.randn(40, 3), **step}}, [40])
-        >>> buffer = load_offline_dataset(data, batch_size=8)
-        >>> loss, held_out = fit_fqe(make_anchor(buffer), buffer, warm_steps=2, steps=2, slice_len=4, hidden=[8])
+        >>> from torchrl_spar import fit_fqe, make_anchor, make_toy_data
+        >>> data = make_toy_data()
+        >>> loss, held_out = fit_fqe(make_anchor(data), data, warm_steps=2, steps=2, slice_len=4, hidden=[8])
         >>> loss.state_value(held_out).shape
         torch.Size([5, 10])
     """
