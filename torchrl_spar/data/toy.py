@@ -9,7 +9,7 @@ from torchrl_spar.data.buffer import OfflineReplayBuffer, load_offline_dataset
 
 
 def make_toy_data(episodes: int = 8, steps: int = 5, *, batch_size: int = 8) -> OfflineReplayBuffer:
-    """Episodes of random states, with actions that can be cloned and a reward of 1 a step.
+    """Episodes of random states, with actions that can be cloned and rewards of 0, 1, 2, ...
 
     Args:
         episodes: how many; each ends in a terminal state.
@@ -31,6 +31,7 @@ def make_toy_data(episodes: int = 8, steps: int = 5, *, batch_size: int = 8) -> 
     states = torch.randn(episodes, steps + 1, 3)
     terminated = torch.zeros(episodes, steps, 1, dtype=torch.bool)
     terminated[:, -1] = True
-    step = {"observation": states[:, 1:], "reward": torch.ones(episodes, steps, 1), "terminated": terminated}
+    reward = torch.arange(float(steps)).expand(episodes, steps).unsqueeze(-1)
+    step = {"observation": states[:, 1:], "reward": reward, "terminated": terminated}
     rows = {"observation": states[:, :-1], "action": states[:, :-1, :2].tanh(), "next": step}
     return load_offline_dataset(TensorDict(rows, [episodes, steps]), batch_size=batch_size)

@@ -106,7 +106,7 @@ def estimate_value(
         >>> low < mean < high
         True
         >>> estimate_value(None, data, gamma=1.0)
-        ValueEstimate(mean=5.0, interval=(5.0, 5.0))
+        ValueEstimate(mean=10.0, interval=(10.0, 10.0))
     """
     check_options(
         (0 < confidence < 1, "confidence", confidence, "between 0 and 1, exclusive"),
