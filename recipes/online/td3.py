@@ -31,7 +31,7 @@ def warm_start(
     if critics["bound"] != "min":
         raise InputError(f"method.critics.bound={critics['bound']}: TorchRL's TD3Loss has the minimum alone")
     make_loss = partial(WarmTD3Loss, num_qvalue_nets=critics["num"], **TORCHRL)
-    rival = alternate(make_loss, problem, critics=critics, actor_metrics=(), **options)
+    rival = alternate(make_loss, problem, problem.data, critics=critics, actor_metrics=(), **options)
     assert pretrained.targets is not None
     # Last, for TorchRL's updater of targets begins with copies of the networks.
     rival.loss.load_state_dict(pretrained.targets.loss_module.state_dict())

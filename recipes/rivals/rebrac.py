@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -32,4 +31,4 @@ def build(
         bound=critics["bound"], kappa=critics["kappa"],
     )  # fmt: skip
     data = add_next_actions(transform_rewards(problem.data, **reward))
-    return alternate(make_loss, replace(problem, data=data), critics=critics, **options)
+    return alternate(make_loss, problem, data, critics=critics, **options)

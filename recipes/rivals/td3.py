@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from torchrl.objectives import SoftUpdate, TD3BCLoss
 
 from rivals.base import Problem, Rival, Step, adam
-from torchrl_spar import InputError, fit_critics
+from torchrl_spar import InputError, OfflineReplayBuffer, fit_critics
 from torchrl_spar.ensemble import Bound, lower_bound
 from torchrl_spar.functional import call, call_ensemble
 
@@ -121,6 +121,7 @@ class ActorCritic(Rival):
 def alternate(
     make_loss: Callable[..., Any],
     problem: Problem,
+    data: OfflineReplayBuffer,
     *,
     critics: dict[str, Any],
     policy_noise: float,
@@ -138,7 +139,8 @@ def alternate(
 
     Args:
         make_loss: of an actor, a list of critics, the action spec and the noise.
-        problem: data, sizes, number of updates.
+        problem: sizes, statistics, number of updates.
+        data: what the loss is trained on: the problem's, or what the method makes of it.
         critics: their `num`, `layer_norm`, `bound` and `kappa`.
         policy_noise: standard deviation of the noise on the bootstrapped action.
         noise_clip: bound of that noise.
@@ -155,7 +157,7 @@ def alternate(
         )
     loss.make_value_estimator(gamma=gamma)
     # TorchRL's loss would bootstrap from the current observation, silently, were the next one missing.
-    problem.data[:1].select(*loss.in_keys)
+    data[:1].select(*loss.in_keys)
 
     def step(name: str, params: Any, lr: float, interval: int, metrics: tuple[str, ...]) -> Step:
         optimizer = adam(params.parameters(), lr)
@@ -167,4 +169,4 @@ def alternate(
         step("actor", loss.actor_network_params, actor_lr, policy_interval, actor_metrics),
     ]
     targets = SoftUpdate(loss, tau=target_rate)
-    return ActorCritic(problem.data, actor, steps, targets, policy_interval, loss=loss, starts=start)
+    return ActorCritic(data, actor, steps, targets, policy_interval, loss=loss, starts=start)

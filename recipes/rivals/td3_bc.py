@@ -24,4 +24,4 @@ def build(problem: Problem, *, critics: dict[str, Any], alpha: float, **options:
         penalty = 1 / (alpha * problem.networks.action_dim)
         bound = {name: critics[name] for name in ("bound", "kappa")}
         make_loss = partial(BehaviorRegularizedLoss, actor_penalty=penalty, critic_penalty=0.0, **bound)
-    return alternate(make_loss, problem, critics=critics, **options)
+    return alternate(make_loss, problem, problem.data, critics=critics, **options)

@@ -22,6 +22,7 @@ from torchrl.data import Bounded
 from torchrl.objectives import TD3BCLoss
 
 from torchrl_spar import InputError, load_offline_dataset
+from torchrl_spar.networks import ObservationNorm
 
 pytest.importorskip("hydra")
 import compare
@@ -180,6 +181,13 @@ def test_next_action_is_the_next_rows_and_a_cut_off_row_is_dropped():
     torch.testing.assert_close(rows["action"], action[:5])
     torch.testing.assert_close(rows["next", "action"][[0, 1, 3, 4]], action[[1, 2, 4, 5]])
     assert ("next", "action") not in data[:].keys(True)
+
+
+def test_rebracs_networks_are_standardised_by_the_rows_that_it_drops_too():
+    data = episodes(1.0, 2.0, 3.0)
+    rival = build_rival(data, 2, "method=rebrac")
+    (norm,) = (module for module in rival.policy.modules() if isinstance(module, ObservationNorm))
+    assert len(rival.data) < len(data) and torch.equal(norm.loc, data.observation_loc)
 
 
 def make_pair(num, *, policy_noise, **options):
