@@ -5,7 +5,6 @@ python recipes/deployment_report.py run=outputs/.../    # writes deployment.html
 
 from __future__ import annotations
 
-import hashlib
 import json
 import platform
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from harness.checkpoints import sha256
 from harness.environment import load_any, source_of
 from harness.estimates import estimate_spar, fqe_options
 from harness.launch import best_device, run_recipe
@@ -81,7 +81,7 @@ def main(cfg: DictConfig) -> None:
         "checksums": checksums(files, data),
     }
     write_json(run / "deployment.json", facts)
-    digest = hashlib.sha256((run / "deployment.json").read_bytes()).hexdigest()
+    digest = sha256(run / "deployment.json")
     shown = {**facts, "checksums": {**facts["checksums"], "deployment.json": digest}}
     write_text(run / "deployment.html", page(shown))
     for row in facts["checks"]:

@@ -17,7 +17,7 @@ from harness.environment import NO_ENV, longest_episode, match, read, step_limit
 from harness.launch import run_recipe, summarize
 from harness.options import option, recipe_options
 from harness.output import named_error
-from harness.plots import BLUE, GREY, ORANGE, plt
+from harness.plots import BLUE, GREY, ORANGE, plt, save_figure
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
@@ -162,7 +162,7 @@ def span(spec: Bounded) -> str:
 
 def draw(data: OfflineReplayBuffer, path: Path) -> None:
     """Returns, lengths, rewards, and how actions fill their bounds."""
-    figure, axes = plt.subplots(2, 2, figsize=(9.0, 6.0), layout="constrained")
+    figure, axes = plt.subplots(2, 2, figsize=(9.0, 6.0))
     rows = data[:]
     if len(data.episode_returns):
         ends = episodes_of(data)
@@ -173,7 +173,7 @@ def draw(data: OfflineReplayBuffer, path: Path) -> None:
             [length for _, length in kinds], bins=50, stacked=True, label=[name for name, _ in kinds],
             color=[colours[name] for name, _ in kinds],
         )  # fmt: skip
-        axes[0, 1].legend(title="end", fontsize=8)
+        axes[0, 1].legend(title="end")
     axes[0, 0].set(title="returns", xlabel="return", ylabel="episodes")
     axes[0, 1].set(title="lengths", xlabel="rows", ylabel="episodes")
     axes[1, 0].hist(rows["next", "reward"].flatten().cpu().numpy(), bins=50, color=BLUE, log=True)
@@ -189,11 +189,10 @@ def draw(data: OfflineReplayBuffer, path: Path) -> None:
     axes[1, 1].axhline(1, color="black", linewidth=0.8)
     axes[1, 1].set(title="actions, their bounds at +-1", xlabel="column", ylim=(-1.1, 1.1))
     axes[1, 1].xaxis.get_major_locator().set_params(integer=True)
-    axes[1, 1].legend(fontsize=8)
+    axes[1, 1].legend()
     with named_error(path, "cannot be written"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=120)
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 def main(cfg: DictConfig) -> None:

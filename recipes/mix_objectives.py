@@ -130,7 +130,7 @@ def main(cfg: DictConfig) -> None:
     out = Path(cfg.out)
     check_unused(out)
     data = load_offline_dataset(RECIPES / "data" / EMBEDDED, batch_size=cfg.batch_size)
-    networks = Networks(data, cfg.spar.loss.hidden, torch.device("cpu"))
+    networks = Networks.of(data, hidden=cfg.spar.loss.hidden)
     out.mkdir(parents=True, exist_ok=True)
     runs: list[dict[str, Any]] = []
     for seed in cfg.seeds:

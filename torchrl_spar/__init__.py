@@ -6,6 +6,7 @@ from torchrl_spar.data.buffer import OfflineReplayBuffer, load_offline_dataset
 from torchrl_spar.data.chunks import chunk_actions
 from torchrl_spar.data.observations import flatten_observation
 from torchrl_spar.data.returns import returns_to_go
+from torchrl_spar.data.toy import make_toy_data
 from torchrl_spar.diagnostics import gradient_cosine, normal_share, support_distance, tangent_normal_split
 from torchrl_spar.errors import InputError, NonFiniteError
 from torchrl_spar.evaluation.background import BackgroundEvaluator
@@ -62,6 +63,7 @@ __all__ = [
     "make_anchor",
     "make_env",
     "make_spar_loss",
+    "make_toy_data",
     "measure_residual_scale",
     "normal_share",
     "normalized_score",

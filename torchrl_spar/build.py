@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential
@@ -21,6 +21,7 @@ HIDDEN = (256, 256)
 STATE = ["observation", "anchor_action"]
 ObservationStats = tuple[torch.Tensor, torch.Tensor]
 Device = torch.device | str | None
+N = TypeVar("N", bound="DefaultNetworks")
 
 
 def make_anchor(
@@ -56,7 +57,7 @@ def make_anchor(
         >>> make_anchor(3, Bounded(-1, 1, (2,)))(observation=torch.zeros(5, 3)).shape
         torch.Size([5, 2])
     """
-    return _Networks.of(data, action_spec, observation_stats, hidden, device).anchor()
+    return DefaultNetworks.of(data, action_spec, observation_stats, hidden, device).anchor()
 
 
 def make_spar_loss(
@@ -117,7 +118,7 @@ def make_spar_loss(
         (latent_dim is None or latent_dim >= 1, "latent_dim", latent_dim, "at least 1"),
         (0 <= gamma <= 1, "gamma", gamma, "between 0 and 1"),
     )
-    make = _Networks.of(data, action_spec, observation_stats, hidden, device, latent_dim)
+    make = DefaultNetworks.of(data, action_spec, observation_stats, hidden, device, latent_dim)
     vae = ResidualVAE(make.encoder(), make.decoder())
     actor = make.actor(head, vae.decoder, anchor)
     qvalue = [make.qvalue() for _ in range(num_qvalue_nets)]
@@ -137,10 +138,7 @@ def rebuild_actor(
 ) -> SPARActor:
     """A default policy, untrained, from the facts in its ``architecture``; no random number is drawn.
 
-    Source: ours.
-
     Examples:
-        >>> from torchrl_spar import make_spar_loss
         >>> actor = make_spar_loss(3, Bounded(-1, 1, (2,))).actor
         >>> rebuild_actor(**actor.architecture).load_state_dict(actor.state_dict())
         <All keys matched successfully>
@@ -148,12 +146,12 @@ def rebuild_actor(
     bounds = torch.tensor(low), torch.tensor(high)
     spec = Bounded(*bounds, bounds[0].shape, dtype=bounds[0].dtype)
     with torch.random.fork_rng(devices=[]):
-        make = _Networks.of(observation_dim, spec, None, hidden, None, latent_dim)
+        make = DefaultNetworks.of(observation_dim, spec, None, hidden, None, latent_dim)
         return make.actor(head, make.decoder() if head == "latent" else None, None)
 
 
 @dataclass
-class _Networks:
+class DefaultNetworks:
     """The default networks of one task."""
 
     observation_dim: int
@@ -167,14 +165,14 @@ class _Networks:
 
     @classmethod
     def of(
-        cls,
+        cls: type[N],
         data: OfflineReplayBuffer | int,
-        action_spec: TensorSpec | None,
-        stats: ObservationStats | None,
-        hidden: Sequence[int],
-        device: Device,
+        action_spec: TensorSpec | None = None,
+        stats: ObservationStats | None = None,
+        hidden: Sequence[int] = HIDDEN,
+        device: Device = None,
         latent_dim: int | None = None,
-    ) -> _Networks:
+    ) -> N:
         if isinstance(data, OfflineReplayBuffer):
             loc, scale = data.observation_loc, data.observation_scale
             size, stats, device = loc.numel(), stats or (loc, scale), device or loc.device

@@ -26,7 +26,6 @@ def lower_bound(values: torch.Tensor, *, bound: Bound = "lcb", kappa: float = 1.
     Source: that the value is conservative is the paper's; this bound is ours.
 
     Examples:
-        >>> import torch
         >>> lower_bound(torch.tensor([[1.0], [3.0]])), lower_bound(torch.tensor([[1.0], [3.0]]), bound="min")
         (tensor([1.]), tensor([1.]))
     """
@@ -38,10 +37,7 @@ def lower_bound(values: torch.Tensor, *, bound: Bound = "lcb", kappa: float = 1.
 def spread(values: torch.Tensor) -> torch.Tensor:
     """Population standard deviation of ``values`` over the first dimension, ``[E, *B]`` to ``[*B]``.
 
-    Source: ours.
-
     Examples:
-        >>> import torch
         >>> spread(torch.tensor([[1.0], [3.0]]))
         tensor([1.])
     """

@@ -35,10 +35,7 @@ def call(
         entries: inputs beside the state's, ``[*L, *B, features]``; the state repeats along ``L``.
         frozen: whether gradients pass through the module and leave ``params`` as they are.
 
-    Source: ours.
-
     Examples:
-        >>> import torch
         >>> from tensordict import TensorDict
         >>> linear = TensorDictModule(torch.nn.Linear(3, 2), ["observation"], ["action"])
         >>> params = TensorDict.from_module(linear)
@@ -75,7 +72,6 @@ def call_ensemble(
     Source: ours. A loop, not ``vmap``, which takes LayerNorm apart and is slower on a CPU.
 
     Examples:
-        >>> import torch
         >>> from tensordict import TensorDict
         >>> linear = TensorDictModule(torch.nn.Linear(3, 2), ["observation"], ["action"])
         >>> params = TensorDict.from_modules(linear, linear)

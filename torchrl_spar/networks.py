@@ -16,8 +16,6 @@ def functional_of(network: Any) -> Callable[..., Any] | None:
 
     It does not where a subclass overrides ``forward`` alone, or where a hook is registered.
 
-    Source: ours.
-
     Examples:
         >>> functional_of(nn.Linear(3, 2)) is None
         True
@@ -46,7 +44,6 @@ class ObservationNorm(nn.Module):
     Source: the field's habit.
 
     Examples:
-        >>> import torch
         >>> ObservationNorm(torch.tensor([1.0]), torch.tensor([2.0]))(torch.tensor([[5.0]]))
         tensor([[2.]])
     """
@@ -78,10 +75,7 @@ class StateMLP(nn.Module):
         layer_norm: LayerNorm before each activation (critics).
         device: where the weights live.
 
-    Source: ours.
-
     Examples:
-        >>> import torch
         >>> net = StateMLP(ObservationNorm(torch.zeros(3), torch.ones(3)), 3 + 2, 1, hidden=[8])
         >>> net(torch.zeros(5, 3), torch.zeros(5, 2)).shape
         torch.Size([5, 1])

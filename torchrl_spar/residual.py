@@ -78,13 +78,11 @@ class ResidualVAE(TensorDictModuleBase):
 
     Examples:
         >>> import torch
-        >>> from tensordict import TensorDict
         >>> from torchrl.data import Bounded
         >>> from torchrl_spar import make_spar_loss
         >>> vae = make_spar_loss(3, Bounded(-1, 1, (2,))).residual_vae
-        >>> sizes = {"observation": 3, "anchor_action": 2, "residual": 2}
-        >>> td = TensorDict({key: torch.zeros(5, size) for key, size in sizes.items()}, [5])
-        >>> vae(td)["latent"].shape
+        >>> action = torch.zeros(5, 2)
+        >>> vae(observation=torch.zeros(5, 3), anchor_action=action, residual=action)[2].shape  # mean, log std, latent
         torch.Size([5, 4])
     """
 
@@ -195,12 +193,11 @@ class SPARActor(TensorDictModuleBase):
         >>> import torch
         >>> from tensordict.nn import TensorDictModule
         >>> from torchrl.data import Bounded
+        >>> from torchrl.modules import MLP
         >>> from torchrl_spar import ResidualHead, SPARActor
-        >>> class Head(torch.nn.Linear):
-        ...     def forward(self, observation, anchor_action):
-        ...         return super().forward(torch.cat([observation, anchor_action], -1))
         >>> behaviour = TensorDictModule(torch.nn.Linear(3, 2), ["observation"], ["action"])
-        >>> actor = SPARActor(behaviour, ResidualHead(Head(5, 2)), action_spec=Bounded(-1, 1, (2,)))
+        >>> head = ResidualHead(MLP(5, 2))  # an MLP joins its inputs
+        >>> actor = SPARActor(behaviour, head, action_spec=Bounded(-1, 1, (2,)))
         >>> actor(observation=torch.zeros(4, 3)).shape
         torch.Size([4, 2])
     """
@@ -275,10 +272,7 @@ def action_bounds(action_spec: TensorSpec, action_key: NestedKey = "action") -> 
     Raises:
         InputError: if the spec is not a continuous spec with finite bounds; it says why one is needed.
 
-    Source: ours.
-
     Examples:
-        >>> from torchrl.data import Bounded
         >>> action_bounds(Bounded(-1, 2, (2,)))
         (tensor([-1., -1.]), tensor([2., 2.]))
     """

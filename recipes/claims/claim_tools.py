@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from importlib.metadata import version
@@ -11,7 +10,7 @@ from typing import Any
 
 import torch
 from harness.launch import run_recipe
-from harness.output import check_unused, write_json
+from harness.output import check_unused, rounded, whole_file, write_json
 from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
@@ -52,35 +51,25 @@ def run_claim(
         result = measure(cfg)
         options = {key: value for key, value in OmegaConf.to_container(cfg, resolve=True).items() if key != "out"}  # type: ignore[union-attr]
         facts = {
-            "claim": name, **rounded(result), "options": options,
+            "claim": name, **rounded(result, 5), "options": options,
             # Beside other jobs the wall shows their load, too.
             "wall_seconds": round(time.perf_counter() - start, 1), "cpu_seconds": round(time.process_time(), 1),
             "versions": {package: version(package) for package in ("torchrl-spar", "torch", "torchrl", "tensordict")},
         }  # fmt: skip
         out.mkdir(parents=True, exist_ok=True)
-        save_figure(draw(facts), out / f"{name}.png")
+        save_small(draw(facts), out / f"{name}.png")
         write_json(out / f"{name}.json", facts)
         show(facts, out)
 
     run_recipe(main, f"claims/{name}")
 
 
-def rounded(value: Any) -> Any:
-    """Numbers of five digits: a file that is read, not computed with."""
-    if isinstance(value, dict):
-        return {key: rounded(part) for key, part in value.items()}
-    if isinstance(value, list):
-        return [rounded(part) for part in value]
-    return float(f"{value:.5g}") if isinstance(value, float) else value
-
-
-def save_figure(figure: Figure, path: Path) -> None:
+def save_small(figure: Figure, path: Path) -> None:
     """Writes a figure that appears whole or not at all; 256 colours take a third of the space."""
-    partial = path.with_name(f".{path.name}.partial")
-    figure.savefig(partial, dpi=110, format="png")
-    with Image.open(partial) as image:
-        image.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(partial, format="png", optimize=True)
-    os.replace(partial, path)
+    with whole_file(path) as partial:
+        figure.savefig(partial, dpi=110, format="png")
+        with Image.open(partial) as image:
+            image.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(partial, format="png", optimize=True)
 
 
 def show(facts: dict[str, Any], out: Path) -> None:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import matplotlib.pyplot as plt
-from harness.plots import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION, YELLOW
+from harness.plots import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION, YELLOW, plt
 from matplotlib.figure import Figure
 
 from claims.drift_methods import AWR, DPG, IN_ACTIONS, LSI_A, LSI_B, SHIPPED, TD3BC, THROUGH
@@ -17,14 +16,12 @@ STYLE = {
 
 
 def draw(result: dict[str, Any]) -> Figure:
-    figure, axes = plt.subplots(2, 3, figsize=(15, 9), layout="constrained")
+    figure, axes = plt.subplots(2, 3, figsize=(15, 9))
     draw_first_update(axes[0, 0], result)
     draw_training(axes[0, 1], result)
     draw_noise(axes[0, 2], result)
     draw_closed_form(axes[1, 0], result)
     draw_curvature(axes[1, 1], result)
-    for ax in axes.flat:
-        ax.title.set_size(10.5)
     axes[1, 2].axis("off")
     handles = [
         plt.Line2D([], [], color=colour, marker=marker, markersize=8, markeredgecolor=BLACK, label=name)
@@ -45,6 +42,7 @@ def draw_first_update(axes: Any, result: dict[str, Any]) -> None:
     axes.set_yticks(range(len(STYLE)), list(reversed(STYLE)), fontsize=9)
     axes.set_xlabel(f"normal share of the first update\n(in each row, from the top: {', '.join(shares)})")
     axes.set_title("Latent updates are tangent up to curvature;\nupdates made in action space point off")
+    axes.grid(False)
 
 
 def draw_training(axes: Any, result: dict[str, Any]) -> None:
@@ -57,12 +55,10 @@ def draw_training(axes: Any, result: dict[str, Any]) -> None:
             markeredgecolor=BLACK, markeredgewidth=0.4,
         )  # fmt: skip
     axes.set_yscale("log")
-    axes.set_xlabel("gradient steps")
-    axes.set_ylabel("distance to the manifold\n(mean, action units; floor 1e-6)")
+    axes.set(xlabel="gradient steps", ylabel="distance to the manifold\n(mean, action units; floor 1e-6)")
     axes.set_title(
         f"Training on the {manifold}: action-space updates leave it;\nlatent ones stay, averages up to curvature"
     )
-    axes.grid(alpha=0.3)
 
 
 def draw_noise(axes: Any, result: dict[str, Any]) -> None:
@@ -75,10 +71,8 @@ def draw_noise(axes: Any, result: dict[str, Any]) -> None:
     axes.set_yscale("log")
     axes.set_ylabel("final regret (value units)")
     axes.set_title(
-        "Noisy critics (a point a draw of the noise): a gradient\nthrough the decoder follows it, candidates less so",
-        fontsize=10.5,
+        "Noisy critics (a point a draw of the noise): a gradient\nthrough the decoder follows it, candidates less so"
     )
-    axes.grid(alpha=0.3)
 
 
 def draw_closed_form(axes: Any, result: dict[str, Any]) -> None:
@@ -94,11 +88,9 @@ def draw_closed_form(axes: Any, result: dict[str, Any]) -> None:
     axes.axhline(1, color=GREY, linestyle="--", label="closed form")
     axes.set_xscale("log", base=2)
     axes.set_ylim(0, 1.1)
-    axes.set_xlabel("candidates K")
-    axes.set_ylabel(r"move / ($\sigma^2/(\tau S)\; W W^\top \nabla Q$)")
-    axes.set_title("Affine, linear Q: the closed form holds for\nmany candidates and soft weights", fontsize=10.5)
-    axes.legend(fontsize=9)
-    axes.grid(alpha=0.3)
+    axes.set(xlabel="candidates K", ylabel=r"move / ($\sigma^2/(\tau S)\; W W^\top \nabla Q$)")
+    axes.set_title("Affine, linear Q: the closed form holds for\nmany candidates and soft weights")
+    axes.legend()
 
 
 def draw_curvature(axes: Any, result: dict[str, Any]) -> None:
@@ -118,4 +110,3 @@ def draw_curvature(axes: Any, result: dict[str, Any]) -> None:
     axes.set_ylabel("distance of the target (action units)")
     axes.set_title("Averaging residuals (A) costs a curvature bias\nof sigma^2/2; averaging latents (B) does not")
     axes.legend(fontsize=8, loc="upper left")
-    axes.grid(alpha=0.3)

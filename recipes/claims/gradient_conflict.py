@@ -14,10 +14,9 @@ from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
-import matplotlib.pyplot as plt
 import torch
 from harness.options import option, recipe_options
-from harness.plots import BLUE, GREY, VERMILION
+from harness.plots import BLUE, GREY, VERMILION, plt
 from matplotlib.figure import Figure
 from omegaconf import DictConfig
 from tensordict import TensorDictBase
@@ -27,13 +26,13 @@ from claims.claim_tools import finding, grade
 from claims.small_spar import (
     SmallOptions,
     clone_behaviour,
+    fit_manifold,
     fixed_rows,
     head_parameters,
     improve,
     load_embedded,
     make_update,
     mean_value,
-    prepare,
     rectified,
 )  # fmt: skip
 from torchrl_spar import OfflineReplayBuffer, SPARLoss, gradient_cosine
@@ -110,7 +109,7 @@ def measure(cfg: DictConfig) -> dict[str, Any]:
     runs: dict[str, list[dict]] = {kind: [] for kind in IMPROVE}
     for seed in cfg.seeds:
         torch.manual_seed(seed)
-        start = prepare(cfg, data, clone_behaviour(cfg, data))
+        start = fit_manifold(cfg, data, clone_behaviour(cfg, data), cfg.critics)
         rows = fixed_rows(data, cfg.rows)
         for kind in IMPROVE:
             torch.manual_seed(seed)
@@ -154,7 +153,7 @@ def verdict(runs: dict[str, list[dict]], slope_at_vae: float) -> list[dict[str, 
 
 
 def draw(result: dict[str, Any]) -> Figure:
-    figure, axes = plt.subplots(1, 2, figsize=(11.5, 4.6), layout="constrained", sharey=True)
+    figure, axes = plt.subplots(1, 2, figsize=(11.5, 4.6), sharey=True)
     for ax, (fit, label) in zip(axes, FIT.items()):
         for run, kind, colour, line in (
             ("lsi", "lsi", BLUE, "-"), ("lsi", "value", VERMILION, "-"), ("value", "value", VERMILION, "--"),
@@ -165,11 +164,9 @@ def draw(result: dict[str, Any]) -> Figure:
             ax.plot(steps, curves.mean(0), line, color=colour, label=name, linewidth=2)
             ax.fill_between(steps, curves.amin(0), curves.amax(0), color=colour, alpha=0.15, linewidth=0)
         ax.axhline(0, color=GREY, linewidth=1)
-        ax.set_xlabel("updates")
-        ax.set_title(f"against {label}", fontsize=10)
-        ax.grid(alpha=0.3)
+        ax.set(xlabel="updates", title=f"against {label}")
     axes[0].set_ylabel("cosine of improve and fit gradient")
-    axes[0].legend(fontsize=9, loc="best")
+    axes[0].legend()
     seeds = len(result["runs"]["lsi"])
     figure.suptitle(f"{title(result)} (Hopper, mean and range of {seeds} seeds)", fontsize=11.5)
     return figure

@@ -12,10 +12,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import matplotlib.pyplot as plt
 import torch
 from harness.options import option, recipe_options
-from harness.plots import BLUE, GREEN, GREY, VERMILION
+from harness.plots import BLUE, GREEN, GREY, VERMILION, plt
 from matplotlib.figure import Figure
 from omegaconf import DictConfig
 from tensordict.nn import TensorDictModule, TensorDictModuleBase
@@ -31,7 +30,6 @@ from claims.small_spar import (
     load_embedded,
     make_update,
     mean_value,
-    prepare,
     rectified,
     take_critics,
 )
@@ -68,7 +66,7 @@ def log_volume(points: Tensor) -> float:
 
 def compare(cfg: DictConfig, data: OfflineReplayBuffer, seed: int) -> dict[str, Any]:
     torch.manual_seed(seed)
-    trained = prepare(cfg, data, clone_behaviour(cfg, data))
+    trained = fit_manifold(cfg, data, clone_behaviour(cfg, data), cfg.critics)
     improve(cfg, make_update(cfg, trained), data)
     space = data.action_spec.space
     middle = (space.low + space.high) / 2
@@ -130,7 +128,7 @@ def verdict(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def draw(result: dict[str, Any]) -> Figure:
-    figure, axes = plt.subplots(1, 2, figsize=(11.5, 4.6), layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(11.5, 4.6))
     runs = result["runs"]
     edges = torch.tensor(runs[0]["bin_edges"])
     centres = (edges[1:] + edges[:-1]) / 2
@@ -138,19 +136,15 @@ def draw(result: dict[str, Any]) -> Figure:
         shares = torch.tensor([run["share"][name] for run in runs])
         axes[0].plot(centres, shares.mean(0), line, color=colour, linewidth=2, label=name)
         axes[0].fill_between(centres, shares.amin(0), shares.amax(0), color=colour, alpha=0.15, linewidth=0)
-    axes[0].set_xlabel("distance from the start (Euclidean, action units)")
-    axes[0].set_ylabel("share of states in a bin")
-    axes[0].set_title("Where data and policies lie", fontsize=10.5)
-    axes[0].legend(fontsize=9)
+    axes[0].set(xlabel="distance from the start (Euclidean, action units)", ylabel="share of states in a bin")
+    axes[0].set_title("Where data and policies lie")
+    axes[0].legend()
     for place, (name, (colour, _)) in enumerate(STYLE.items()):
         values = [run["quantiles_10_50_90"][name][1] for run in runs]
         axes[1].bar(place, sum(values) / len(values), color=colour, alpha=0.6, width=0.6)
         axes[1].plot([place] * len(values), values, "o", color="black", markersize=5)
     axes[1].set_xticks(range(len(STYLE)), [name.replace(", ", ",\n") for name in STYLE], fontsize=9)
-    axes[1].set_ylabel("median distance (action units)")
-    axes[1].set_title(f"Medians: mean and {len(runs)} seeds", fontsize=10.5)
-    for ax in axes:
-        ax.grid(alpha=0.3)
+    axes[1].set(ylabel="median distance (action units)", title=f"Medians: mean and {len(runs)} seeds")
     first = result["findings"][0]
     share = 100 * sum(first["ratio"]) / len(first["ratio"])
     figure.suptitle(f"On the anchor the head moves {share:.0f} % of the way it goes without one (Hopper, same critics)")

@@ -59,15 +59,11 @@ def clone_behaviour(cfg: DictConfig, data: OfflineReplayBuffer, **changes: Any) 
     return fit_anchor(make_anchor(data, hidden=cfg.spar.loss.hidden), data, **{**cfg.anchor, **changes})
 
 
-def fit_manifold(cfg: DictConfig, data: OfflineReplayBuffer, anchor: TensorDictModuleBase) -> SPARLoss:
-    """The loss after the residual fit; its critics are untrained."""
-    return pretrain(data, anchor=anchor, vae=cfg.vae, critics=None, **cfg.spar.loss)[0]
-
-
-def prepare(cfg: DictConfig, data: OfflineReplayBuffer, anchor: TensorDictModuleBase) -> SPARLoss:
-    """The loss after the residual fit and the critics' start."""
-    options = {"vae": cfg.vae, "critics": cfg.critics, "episode_share": cfg.episode_share}
-    return pretrain(data, anchor=anchor, **options, **cfg.spar.loss)[0]
+def fit_manifold(
+    cfg: DictConfig, data: OfflineReplayBuffer, anchor: TensorDictModuleBase, critics: DictConfig | None = None
+) -> SPARLoss:
+    """The loss after the residual fit; its critics are untrained without `critics`, the options of their start."""
+    return pretrain(data, anchor=anchor, vae=cfg.vae, critics=critics, **cfg.spar.loss)[0]
 
 
 def take_critics(loss: SPARLoss, other: SPARLoss) -> SPARLoss:

@@ -12,11 +12,10 @@ from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
-import matplotlib.pyplot as plt
 import torch
 from harness.launch import summarize
 from harness.options import option, recipe_options
-from harness.plots import BLUE, GREY, ORANGE
+from harness.plots import BLUE, GREY, ORANGE, plt
 from harness.spar_options import Phase
 from matplotlib.figure import Figure
 from omegaconf import DictConfig
@@ -114,7 +113,7 @@ def verdict(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def draw(result: dict[str, Any]) -> Figure:
-    figure, axes = plt.subplots(figsize=(9, 4.8), layout="constrained")
+    figure, axes = plt.subplots(figsize=(9, 4.8))
     rows = result["anchors"]
     for place, row in enumerate(rows):
         for shift, (kind, colour) in zip((-0.19, 0.19), (("anchor", ORANGE), ("spar", BLUE))):
@@ -124,12 +123,11 @@ def draw(result: dict[str, Any]) -> Figure:
             axes.text(place + shift, score + 0.6, f"{score:.0f}", ha="center", fontsize=9, bbox=WHITE)
     axes.axhline(result["data"]["normalized"], color=GREY, linestyle="--", label="data (mean return)")
     axes.set_xticks(range(len(rows)), [row["anchor_trained_on"].replace(" of", "\nof") for row in rows], fontsize=9)
-    axes.set_xlabel("what the anchor was trained on")
-    axes.set_ylabel("D4RL-normalised score (Hopper-v5)")
+    axes.set(xlabel="what the anchor was trained on", ylabel="D4RL-normalised score (Hopper-v5)")
     lifted = sum(row["spar"]["normalized"] > row["anchor"]["normalized"] for row in rows)
     axes.set_title(
         f"SPAR ends above {lifted} of {len(rows)} anchors (one seed, {result['options']['episodes']} episodes)"
     )
-    axes.legend(fontsize=9)
-    axes.grid(alpha=0.3, axis="y")
+    axes.legend()
+    axes.grid(False, axis="x")
     return figure

@@ -15,10 +15,9 @@ from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
-import matplotlib.pyplot as plt
 import torch
 from harness.options import option, recipe_options
-from harness.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, VERMILION
+from harness.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, VERMILION, plt
 from matplotlib.figure import Figure
 from omegaconf import DictConfig
 from rivals.batches import add_next_actions
@@ -30,7 +29,7 @@ from torchrl.modules import MLP
 from torchrl.objectives import SoftUpdate, TD3BCLoss
 
 from claims.claim_tools import finding, grade
-from claims.small_spar import SmallOptions, clone_behaviour, improve, load_embedded, make_update, prepare
+from claims.small_spar import SmallOptions, clone_behaviour, fit_manifold, improve, load_embedded, make_update
 from torchrl_spar import OfflineReplayBuffer, SPARLoss, load_offline_dataset, support_distance
 from torchrl_spar.networks import ObservationNorm
 
@@ -170,7 +169,7 @@ def compare(cfg: DictConfig, data: OfflineReplayBuffer, seed: int) -> dict[str, 
     learn, held = hold_out(cfg, data)
     density = fit_density(cfg, learn)
     actor = clone_behaviour(cfg, learn)
-    loss = prepare(cfg, learn, actor)
+    loss = fit_manifold(cfg, learn, actor, cfg.critics)
     start = deepcopy(loss)
     improve(cfg, make_update(cfg, loss), learn)
     policies = {"anchor": loss.anchor, "SPAR": loss.actor}
@@ -208,64 +207,57 @@ def measure(cfg: DictConfig) -> dict[str, Any]:
 
 
 def verdict(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    def each(quantity: str, name: str) -> list[float]:
-        return [run[quantity][name] for run in runs]
+    names = dict(zip(("data", "anchor", "spar", "td3bc", "rebrac", "larger_alpha"), STYLE))
+    distance, density, moved = (
+        {key: [run[quantity][name] for run in runs] for key, name in names.items()}
+        for quantity in ("mean_distance", "mean_log_density", "rms_from_anchor")
+    )
 
-    data, _, spar, td3bc, rebrac, control = STYLE
-    distance, density = "mean_distance", "mean_log_density"
+    def of(numbers: dict[str, list[float]], *keys: str) -> dict[str, list[float]]:
+        return {key: numbers[key] for key in keys}
 
     def at_most(one: list[float], other: list[float]) -> bool:
         return all(a <= b for a, b in zip(one, other))
 
-    excess = [one / other - 1 for one, other in zip(each(distance, spar), each(distance, data))]
-    left = at_most(each(distance, data), each(distance, control)), at_most(each(density, control), each(density, data))
+    excess = [one / other - 1 for one, other in zip(distance["spar"], distance["data"])]
+    control = {"distance": distance["larger_alpha"], "log_density": density["larger_alpha"]}
     return [
         finding(
             "the measures see a policy that leaves the data: TD3+BC with the larger alpha, farther and less likely",
-            all(left),
-            distance=each(distance, control),
-            log_density=each(density, control),
+            at_most(distance["data"], control["distance"]) and at_most(control["log_density"], density["data"]),
+            **control,
         ),
         finding(
             "SPAR's actions lie no farther from the data than held-out data does",
             grade(max(0.0, *excess), 0.05),
             relative_excess=excess,
-            spar=each(distance, spar),
-            data=each(distance, data),
+            **of(distance, "spar", "data"),
         ),
         finding(
             "TD3+BC's and ReBRAC's actions lie farther from the data than SPAR's",
-            all(at_most(each(distance, spar), each(distance, rival)) for rival in (td3bc, rebrac)),
-            spar=each(distance, spar),
-            td3bc=each(distance, td3bc),
-            rebrac=each(distance, rebrac),
+            all(at_most(distance["spar"], distance[rival]) for rival in ("td3bc", "rebrac")),
+            **of(distance, "spar", "td3bc", "rebrac"),
         ),
         finding(
             "SPAR's actions are at least as likely as held-out data's (mean log density)",
-            at_most(each(density, data), each(density, spar)),
-            spar=each(density, spar),
-            data=each(density, data),
+            at_most(density["data"], density["spar"]),
+            **of(density, "spar", "data"),
         ),
         finding(
             "TD3+BC's and ReBRAC's actions are less likely than SPAR's (mean log density)",
-            all(at_most(each(density, rival), each(density, spar)) for rival in (td3bc, rebrac)),
-            spar=each(density, spar),
-            td3bc=each(density, td3bc),
-            rebrac=each(density, rebrac),
+            all(at_most(density[rival], density["spar"]) for rival in ("td3bc", "rebrac")),
+            **of(density, "spar", "td3bc", "rebrac"),
         ),
         finding(
             "SPAR moves farther from the anchor than TD3+BC (rms, action units)",
-            at_most(each("rms_from_anchor", td3bc), each("rms_from_anchor", spar)),
-            spar=each("rms_from_anchor", spar),
-            td3bc=each("rms_from_anchor", td3bc),
-            rebrac=each("rms_from_anchor", rebrac),
-            larger_alpha=each("rms_from_anchor", control),
+            at_most(moved["td3bc"], moved["spar"]),
+            **of(moved, "spar", "td3bc", "rebrac", "larger_alpha"),
         ),
     ]
 
 
 def draw(result: dict[str, Any]) -> Figure:
-    figure, axes = plt.subplots(1, 2, figsize=(11.5, 4.8), layout="constrained", sharey=True)
+    figure, axes = plt.subplots(1, 2, figsize=(11.5, 4.8), sharey=True)
     labels = {
         "distance": "distance to the data (mean of the nearest neighbours, standard deviations)",
         "log_density": "log density of the action under an independent model (nats)",
@@ -278,9 +270,8 @@ def draw(result: dict[str, Any]) -> Figure:
                 # The extremes would set the axis: quantiles 5 to 95 %.
                 ax.plot(values[1:-1], share[1:-1], color=colour, linewidth=1.6, label=name if place == 0 else None)
         ax.set_xlabel(label, fontsize=9.5)
-        ax.grid(alpha=0.3)
     axes[0].set_ylabel("share of held-out states at or below")
-    axes[0].legend(fontsize=9)
+    axes[0].legend()
     held = [row["holds"] == "yes" for row in result["findings"]]
     does = "stays" if held[2] and held[4] else "does not stay"
     figure.suptitle(f"SPAR {does} nearer to the data than TD3+BC and ReBRAC (Hopper, a line a seed)")

@@ -15,7 +15,6 @@ from harness.launch import RECIPES, RESERVED
 from torchrl_spar import InputError, OfflineReplayBuffer, environment_sizes, load_offline_dataset, make_env
 from torchrl_spar.data.buffer import ActionError
 from torchrl_spar.errors import first_line
-from torchrl_spar.evaluation.environments import step_limit
 from torchrl_spar.evaluation.protocols import d4rl_protocol
 from torchrl_spar.paths import user_path
 
@@ -287,8 +286,9 @@ def in_words(kwargs: Mapping[str, Any]) -> str:
 
 
 def step_limit_of(env: str, env_kwargs: Mapping[str, Any]) -> int | None:
+    """Steps after which the environment cuts its episodes; None where its specification has no limit."""
     with closing(make_env(env, **env_kwargs)) as made:
-        return step_limit(made)
+        return getattr(made.spec, "max_episode_steps", None)
 
 
 def longest_episode(data: OfflineReplayBuffer) -> int:

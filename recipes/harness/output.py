@@ -5,8 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import os
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -24,19 +24,34 @@ def check_unused(out: Path) -> None:
         raise InputError(f"out={out}: exists and is not empty; give another directory or remove it")
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes a file that appears whole or not at all."""
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Where to write a file that appears whole or not at all."""
     partial = path.with_name(f".{path.name}.partial")
     with named_error(path, "cannot be written"):
         try:
-            partial.write_text(text)
+            yield partial
             os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)
 
 
+def write_text(path: Path, text: str) -> None:
+    with whole_file(path) as partial:
+        partial.write_text(text)
+
+
 def write_json(path: Path, content: dict[str, Any]) -> None:
     write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def rounded(value: Any, digits: int) -> Any:
+    """Every number in nested dictionaries and lists, to significant digits: a file that is read, not computed with."""
+    if isinstance(value, dict):
+        return {key: rounded(part, digits) for key, part in value.items()}
+    if isinstance(value, list):
+        return [rounded(part, digits) for part in value]
+    return float(f"{value:.{digits}g}") if isinstance(value, float) else value
 
 
 def data_score(runs: list[dict[str, Any]]) -> str:

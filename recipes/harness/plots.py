@@ -1,4 +1,4 @@
-"""Figures of a run."""
+"""The look of all figures, and those of a run."""
 
 from __future__ import annotations
 
@@ -9,38 +9,48 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
+from harness.output import whole_file
+
+plt.rcParams.update({
+    "figure.constrained_layout.use": True, "axes.grid": True, "grid.alpha": 0.3, "axes.titlesize": 10,
+    "legend.fontsize": 9,
+})  # fmt: skip
 # Okabe and Ito's colours: told apart by colour-blind readers, too.
 BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILION, PURPLE, GREY = (
     "#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#666666"
 )  # fmt: skip
 
 
+def save_figure(figure: Figure, path: Path, *, dpi: int = 150) -> None:
+    """Writes a figure, which appears whole or not at all, and forgets it."""
+    with whole_file(path) as partial:
+        figure.savefig(partial, format=path.suffix[1:], dpi=dpi)
+    plt.close(figure)
+
+
 def plot_learning_curve(path: Path, curve: list[dict[str, float]], results: dict[str, Any]) -> None:
     """Score over updates, beside the anchor's and the data's."""
     rows = [*curve, results["spar"], results["anchor"]]
     name = "return_mean" if None in [row["normalized"] for row in rows] else "normalized"
-    figure, axes = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
+    figure, axes = plt.subplots(figsize=(6.4, 4.0))
     steps = [row["step"] for row in curve]
     axes.plot(steps, [row[name] for row in curve], "-o", color=BLUE, markersize=4, label="SPAR (during training)")
     axes.plot(steps[-1:], [results["spar"][name]], "*", color=BLUE, markersize=14, label="SPAR (final evaluation)")
     axes.axhline(results["anchor"][name], color=VERMILION, linestyle="--", label="anchor (behaviour cloning)")
     if results["data"][name] is not None:  # Minari's kitchen sets have no score
         axes.axhline(results["data"][name], color=GREY, linestyle=":", label="data")
-    axes.set_xlabel("updates")
-    axes.set_ylabel("D4RL-normalised score" if name == "normalized" else "return")
-    axes.set_title(f"{results['env']}, {results['dataset']}, seed {results['seed']}", fontsize=10)
+    axes.set(xlabel="updates", ylabel="D4RL-normalised score" if name == "normalized" else "return")
+    axes.set_title(f"{results['env']}, {results['dataset']}, seed {results['seed']}")
     axes.set_ylim(bottom=min(0, *axes.get_ylim()))
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8, loc="lower right")
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    axes.legend(loc="lower right")
+    save_figure(figure, path)
 
 
 def plot_log_curve(path: Path, curve: list[dict[str, float]], results: dict[str, Any]) -> None:
     """Without an environment: the critics' value and the distance to the data, over updates; FQE's estimates."""
-    panels: dict[str, Any] = {"figsize": (6.4, 5.6), "height_ratios": (2, 1), "sharex": True, "layout": "constrained"}
-    figure, (axes, below) = plt.subplots(2, 1, **panels)
+    figure, (axes, below) = plt.subplots(2, 1, figsize=(6.4, 5.6), height_ratios=(2, 1), sharex=True)
     steps, value, spread = ([row[name] for row in curve] for name in ("step", "value", "value_std"))
     axes.errorbar(steps, value, spread, color=BLUE, marker="o", markersize=4, label="SPAR's own critics, +- one std")
     estimates = results["estimates"]
@@ -49,12 +59,9 @@ def plot_log_curve(path: Path, curve: list[dict[str, float]], results: dict[str,
         mean, low, high = (estimates[name][key] for key in ("mean", "low", "high"))
         axes.axhline(mean, color=color, linestyle="--", label=f"{label}: {mean:.4g} [{low:.4g}, {high:.4g}]")
     axes.set_ylabel(f"return discounted by {estimates['gamma']:g}")
-    axes.set_title(f"no environment, {results['dataset']}, seed {results['seed']}", fontsize=10)
-    axes.legend(fontsize=8)
+    axes.set_title(f"no environment, {results['dataset']}, seed {results['seed']}")
+    axes.legend()
     below.plot(steps, [row["support_distance"] for row in curve], "-o", color=BLUE, markersize=4)
     below.axhline(1, color=GREY, linestyle=":")
     below.set(xlabel="updates", ylabel="distance to the data\n(held-out data: 1)")
-    for part in (axes, below):
-        part.grid(alpha=0.3)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    save_figure(figure, path)

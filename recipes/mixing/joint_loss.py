@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import warnings
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from rivals.bc import cloning_loss
 from rivals.models import Networks
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential
 from torch import Tensor, nn
 from torchrl.modules import MLP, TanhModule, ValueOperator
-from torchrl.objectives import BCLoss, CQLLoss, IQLLoss
+from torchrl.objectives import CQLLoss, IQLLoss
 from torchrl.objectives.common import LossModule
 
 from torchrl_spar import InputError, ResidualHead, ResidualVAE, SPARActor, SPARLoss, share_critics
@@ -107,7 +107,7 @@ def add_encoder(mix: Mix, networks: Networks, *, features: int, **options: Any) 
         norm = {"norm_class": nn.LayerNorm, "norm_kwargs": {"normalized_shape": width}} if layer_norm else {}
         return MLP(inputs, outputs, num_cells=[width], activation_class=nn.ReLU, **norm)  # type: ignore[arg-type]
 
-    mix.encoder = TensorDictModule(networks.body(networks.observation_dim, features), ["observation"], ["features"])
+    mix.encoder = TensorDictModule(networks.body(0, features), ["observation"], ["features"])
     head = ResidualHead(body(features + size, size), ["features", "anchor_action"])
     critics = [
         ValueOperator(body(features + size, 1, layer_norm=True), in_keys=["features", "action"])
@@ -131,7 +131,4 @@ def add_aux(mix: Mix, networks: Networks, *, features: int, **options: Any) -> N
         TensorDictModule(nn.Linear(features, networks.action_dim), ["features"], ["action"]),
         TanhModule(in_keys=["action"], low=networks.low, high=networks.high),
     )
-    with warnings.catch_warnings():
-        # BCLoss has no target; TorchRL warns that it is not annotated.
-        warnings.filterwarnings("ignore", message="The name target_actor_network_params")
-        mix.beside["bc"] = BCLoss(decoder)
+    mix.beside["bc"] = cloning_loss(decoder)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 from harness.output import write_json
-from harness.plots import BLUE, GREY, VERMILION, plt
+from harness.plots import BLUE, GREY, VERMILION, plt, save_figure
 
 NAMES = {"spar": "SPAR", "td3_bc": "TD3, from TD3+BC"}
 COLORS = {"spar": BLUE, "td3_bc": VERMILION}
@@ -61,7 +61,7 @@ def describe(run: dict[str, Any]) -> str:
 
 def draw(path: Path, runs: list[dict[str, Any]]) -> None:
     """A thin line a seed, a thick one for their mean."""
-    figure, axes = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
+    figure, axes = plt.subplots(figsize=(6.4, 4.0))
     for method in dict.fromkeys(run["method"] for run in runs):
         curves = [run["online"]["curve"] for run in runs if run["method"] == method]
         color = COLORS.get(method)
@@ -72,11 +72,8 @@ def draw(path: Path, runs: list[dict[str, Any]]) -> None:
         axes.plot(0, returns[:, 0].mean(), "o", color=line.get_color(), markersize=5)
     data = mean(run["data"]["return_mean"] for run in runs)
     axes.axhline(data, color=GREY, linestyle=":", label="the data")
-    axes.set_xlabel("environment steps (0: the offline policy)")
-    axes.set_ylabel("return")
-    axes.set_title(f"{runs[0]['env']}, {runs[0]['dataset']}; mean and single seeds", fontsize=10)
+    axes.set(xlabel="environment steps (0: the offline policy)", ylabel="return")
+    axes.set_title(f"{runs[0]['env']}, {runs[0]['dataset']}; mean and single seeds")
     axes.set_ylim(bottom=min(0, *axes.get_ylim()))
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8, loc="best")
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    axes.legend()
+    save_figure(figure, path)

@@ -18,7 +18,7 @@ from torch import Tensor
 from torchrl.trainers.algorithms.offline_to_online import OfflineToOnlineReplayBufferHook
 
 from online.collecting import check_collector, make_collector, with_noise
-from online.replay import anneal, check_share, make_replay_buffer
+from online.replay import anneal, make_replay_buffer
 from torchrl_spar import InputError, evaluate
 
 Update = Callable[[TensorDictBase], dict[str, Tensor]]
@@ -26,9 +26,12 @@ Update = Callable[[TensorDictBase], dict[str, Tensor]]
 
 def check(cfg: DictConfig) -> None:
     """Refuses wrong options before the offline phase is spent on them."""
-    online, frames = cfg.online, cfg.collector.frames_per_batch
+    online, share, frames = cfg.online, cfg.online.offline_share, cfg.collector.frames_per_batch
     check_collector(cfg.collector)
-    check_share(online.offline_share)
+    if not 0 <= share.end <= share.start < 1 or share.start == 0:
+        raise InputError(
+            f"online.offline_share: start={share.start}, end={share.end}: must be 0 <= end <= start, 0 < start < 1"
+        )
     for name in ("steps", "eval_interval"):
         if not online[name] or online[name] % frames:
             raise InputError(f"online.{name}={online[name]}: must be a multiple of collector.frames_per_batch={frames}")

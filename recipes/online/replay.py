@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from omegaconf import DictConfig
 from torchrl.data import (
     ImmutableDatasetWriter,
     LazyTensorStorage,
@@ -12,14 +11,7 @@ from torchrl.data import (
     TensorStorage,
 )
 
-from torchrl_spar import InputError, OfflineReplayBuffer
-
-
-def check_share(share: DictConfig) -> None:
-    if not 0 <= share.end <= share.start < 1 or share.start == 0:
-        raise InputError(
-            f"online.offline_share: start={share.start}, end={share.end}: must be 0 <= end <= start, 0 < start < 1"
-        )
+from torchrl_spar import OfflineReplayBuffer
 
 
 def make_replay_buffer(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from rivals.base import Problem, Rival
-from rivals.td3 import alternate
+from rivals.td3 import TORCHRL, ActorCritic, alternate
 from torchrl.objectives import TD3Loss
 
 from torchrl_spar import InputError
@@ -18,38 +19,20 @@ class WarmTD3Loss(TD3Loss):
 
 
 def warm_start(
-    pretrained: Rival,
-    problem: Problem,
-    *,
-    critics: dict[str, Any],
-    alpha: float,
-    policy_noise: float,
-    noise_clip: float,
-    **options: Any,
-) -> Rival:
+    pretrained: Rival, problem: Problem, *, critics: dict[str, Any], alpha: float, **options: Any
+) -> ActorCritic:
     """
     Args:
         pretrained: TD3+BC, trained offline.
         problem: what it was given.
-        critics, policy_noise, noise_clip: TD3+BC's own.
         alpha: TD3+BC's own; without a cloning error it has no use here.
-        **options: learning rates, intervals, rates and start, see `alternate`.
+        critics, **options: TD3+BC's own, see `alternate`.
     """
     if critics["bound"] != "min":
         raise InputError(f"method.critics.bound={critics['bound']}: TorchRL's TD3Loss has the minimum alone")
-    actor = problem.networks.actor()
-    loss = WarmTD3Loss(
-        actor,
-        problem.networks.critics(critics["num"], layer_norm=critics["layer_norm"]),
-        num_qvalue_nets=critics["num"],
-        action_spec=problem.data.action_spec,
-        policy_noise=policy_noise,
-        noise_clip=noise_clip,
-        loss_function="l2",
-        deactivate_vmap=True,
-    )
-    rival = alternate(loss, actor, problem, actor_metrics=(), **options)
+    make_loss = partial(WarmTD3Loss, num_qvalue_nets=critics["num"], **TORCHRL)
+    rival = alternate(make_loss, problem, problem.data, critics=critics, actor_metrics=(), **options)
     assert pretrained.targets is not None
     # Last, for TorchRL's updater of targets begins with copies of the networks.
-    loss.load_state_dict(pretrained.targets.loss_module.state_dict())
+    rival.loss.load_state_dict(pretrained.targets.loss_module.state_dict())
     return rival

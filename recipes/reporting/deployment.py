@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from harness.checkpoints import sha256
 from harness.estimates import Support, actions_of
 from omegaconf import DictConfig
 from tensordict import TensorDictBase
@@ -204,13 +205,7 @@ def quantile(values: Tensor, q: float) -> float:
 
 def checksums(paths: Sequence[Path], data: OfflineReplayBuffer) -> dict[str, str]:
     """SHA-256 of files, and of the rows as they were read."""
-    found = {}
-    for path in paths:
-        whole = hashlib.sha256()
-        with path.open("rb") as file:
-            while block := file.read(2**20):
-                whole.update(block)
-        found[path.name] = whole.hexdigest()
+    found = {path.name: sha256(path) for path in paths}
     digest, rows = hashlib.sha256(), data[:].cpu()
     for key in ("observation", "action", ("next", "observation"), ("next", "reward"), ("next", "terminated")):
         digest.update(rows[key].contiguous().numpy())

@@ -25,9 +25,7 @@ def draw_residuals(residual: dict[str, Any]) -> Figure:
     """A histogram a component."""
     columns = min(3, len(residual))
     rows = -(-len(residual) // columns)
-    figure, panels = plt.subplots(
-        rows, columns, figsize=(3.1 * columns, 2.0 * rows + 0.3), layout="constrained", squeeze=False
-    )
+    figure, panels = plt.subplots(rows, columns, figsize=(3.1 * columns, 2.0 * rows + 0.3), squeeze=False)
     for axes, (name, row) in zip(panels.flat, residual.items()):
         bound, counts = row["histogram_bound"], np.array(row["histogram"])
         edges = np.linspace(-bound, bound, len(counts) + 1)
@@ -43,7 +41,7 @@ def draw_residuals(residual: dict[str, Any]) -> Figure:
 
 def draw_support(support: dict[str, Any]) -> Figure:
     """Quantiles of the distances, a bar each."""
-    figure, axes = plt.subplots(figsize=(6.2, 2.0), layout="constrained")
+    figure, axes = plt.subplots(figsize=(6.2, 2.0))
     rows = {"policy": BLUE, "anchor": VERMILION, "data": GREY}
     for height, (name, color) in enumerate(rows.items()):
         row = support[name]
@@ -54,14 +52,14 @@ def draw_support(support: dict[str, Any]) -> Figure:
     axes.set_yticks(range(3), ["policy", "anchor", "held-out data"])
     axes.set_ylim(-0.6, 2.6)
     axes.set_xlabel("distance; bars: 5 to 95 % and 25 to 75 % of the states; dashed: the data's 95 %", fontsize=9)
-    axes.grid(axis="x", alpha=0.3)
+    axes.grid(False, axis="y")
     return figure
 
 
 def draw_value(estimates: dict[str, Any]) -> Figure:
     """Estimates with intervals, and each critic's own."""
     names = list(dict.fromkeys([estimates["of"], "anchor", "data"]))
-    figure, axes = plt.subplots(figsize=(6.2, 0.5 * len(names) + 0.8), layout="constrained")
+    figure, axes = plt.subplots(figsize=(6.2, 0.5 * len(names) + 0.8))
     for height, name in enumerate(names):
         value, color = estimates[name], {"anchor": VERMILION, "data": GREY}.get(name, BLUE)
         axes.hlines(height, value["low"], value["high"], color=color, linewidth=7, alpha=0.35)
@@ -71,18 +69,16 @@ def draw_value(estimates: dict[str, Any]) -> Figure:
     axes.set_yticks(range(len(names)), [labels.get(name, f"policy ({name})") for name in names])
     axes.set_ylim(-0.6, len(names) - 0.4)
     axes.set_xlabel(f"return discounted by {estimates['gamma']:g} a step; ticks: each critic", fontsize=9)
-    axes.grid(axis="x", alpha=0.3)
+    axes.grid(False, axis="y")
     return figure
 
 
 def draw_calibration(calibration: dict[str, Any]) -> Figure:
-    figure, axes = plt.subplots(figsize=(3.6, 3.2), layout="constrained")
+    figure, axes = plt.subplots(figsize=(3.6, 3.2))
     both = [*calibration["predicted"], *calibration["true"]]
     axes.plot([min(both), max(both)], [min(both), max(both)], color=GREY, linestyle=":")
     axes.plot(calibration["predicted"], calibration["true"], "o", color=BLUE)
-    axes.set_xlabel("predicted return-to-go", fontsize=9)
-    axes.set_ylabel("true, held-out", fontsize=9)
-    axes.grid(alpha=0.3)
+    axes.set(xlabel="predicted return-to-go", ylabel="true, held-out")
     return figure
 
 

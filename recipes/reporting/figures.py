@@ -5,12 +5,8 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
-from harness.plots import BLUE, GREEN, GREY, VERMILION
+from harness.plots import BLUE, GREEN, GREY, VERMILION, plt, save_figure
 
 from reporting.statistics import REFERENCE, Comparison, Interval, label
 
@@ -28,10 +24,7 @@ def plot_all(comparison: Comparison, folder: Path) -> list[str]:
     if len(comparison.datasets) > 1 and (improvements := comparison.improvements()):
         figures["improvement.png"] = _intervals(improvements, "probability that SPAR (head A) is better", middle=0.5)
     for name, figure in figures.items():
-        partial = folder / f".{name}.partial"
-        figure.savefig(partial, format="png", dpi=150)
-        partial.replace(folder / name)
-        plt.close(figure)
+        save_figure(figure, folder / name)
     return list(figures)
 
 
@@ -43,7 +36,7 @@ def colors(comparison: Comparison) -> dict[str, str]:
 
 def _intervals(intervals: dict[str, Interval], title: str, middle: float | None = None) -> plt.Figure:
     """One line a method, its point and its 95 % interval."""
-    figure, axes = plt.subplots(figsize=(7.0, 1.0 + 0.36 * len(intervals)), layout="constrained")
+    figure, axes = plt.subplots(figsize=(7.0, 1.0 + 0.36 * len(intervals)))
     names = list(intervals)[::-1]
     for height, name in enumerate(names):
         interval, color = intervals[name], BLUE if name == REFERENCE else GREY
@@ -55,22 +48,20 @@ def _intervals(intervals: dict[str, Interval], title: str, middle: float | None 
     if middle is not None:
         axes.axvline(middle, color=GREY, linestyle=":")
         axes.set_xlim(-0.02, 1.02)
-    axes.grid(axis="x", alpha=0.3)
+    axes.grid(False, axis="y")
     return figure
 
 
 def _profiles(comparison: Comparison, thresholds: np.ndarray) -> plt.Figure:
-    figure, axes = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
+    figure, axes = plt.subplots(figsize=(6.4, 4.0))
     shares, intervals = comparison.profiles(thresholds)
     for name, color in colors(comparison).items():
         if name in shares:
             low, high = intervals[name]
             axes.plot(thresholds, shares[name], color=color, label=label(name), drawstyle="steps-post")
             axes.fill_between(thresholds, low, high, color=color, alpha=0.15, step="post", linewidth=0)
-    axes.set_xlabel("normalised score")
-    axes.set_ylabel("share of runs above it")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=9)
+    axes.set(xlabel="normalised score", ylabel="share of runs above it")
+    axes.legend()
     return figure
 
 
@@ -79,7 +70,7 @@ def _curves(comparison: Comparison) -> plt.Figure:
     columns = min(3, math.ceil(math.sqrt(len(comparison.datasets))))
     rows = -(-len(comparison.datasets) // columns)
     size = (4.6 * columns, 3.4 * rows + 0.4)
-    figure, panels = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+    figure, panels = plt.subplots(rows, columns, figsize=size, squeeze=False)
     handles = {}
     for axes, dataset in zip(panels.flat, comparison.datasets):
         curves = comparison.curves(dataset)
@@ -91,10 +82,7 @@ def _curves(comparison: Comparison) -> plt.Figure:
                 axes.fill_between(steps / 1000, center - spread, center + spread, color=color, alpha=0.15, linewidth=0)
         if anchors := comparison.anchors(dataset):
             handles["SPAR's anchor"] = axes.axhline(float(np.mean(anchors)), color=GREY, linestyle="--")
-        axes.set_title(dataset.removeprefix("minari:"), fontsize=10)
-        axes.set_xlabel("thousand updates")
-        axes.set_ylabel("normalised score")
-        axes.grid(alpha=0.3)
+        axes.set(title=dataset.removeprefix("minari:"), xlabel="thousand updates", ylabel="normalised score")
     for axes in panels.flat[len(comparison.datasets) :]:
         axes.remove()
     figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=4, fontsize=10, frameon=False)

@@ -13,7 +13,7 @@ from typing import Any
 
 from harness.directory import flatten
 from harness.method_options import method_options
-from harness.output import write_text
+from harness.output import rounded, write_text
 from omegaconf import DictConfig, OmegaConf
 
 from torchrl_spar import InputError
@@ -61,7 +61,7 @@ def write_table(path: Path, folders: Sequence[Path]) -> int:
         run = json.loads(results.read_text())
         run["options"] = _options(results.with_name("config.yaml"), run["dataset"])
         run["curve"] = _columns(run["curve"])
-        runs.append(_rounded(run))
+        runs.append(rounded(run, 6))
     if not runs:
         raise InputError(f"{', '.join(map(str, folders))}: no finished run")
     write_text(path, table_text(runs))
@@ -123,11 +123,3 @@ def _columns(curve: list[Run]) -> dict[str, list[Any]]:
 
 def _rows(curve: dict[str, list[Any]]) -> list[Run]:
     return [dict(zip(curve, values)) for values in zip(*curve.values())]
-
-
-def _rounded(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _rounded(part) for key, part in value.items()}
-    if isinstance(value, list):
-        return [_rounded(part) for part in value]
-    return float(f"{value:.6g}") if isinstance(value, float) else value

@@ -38,7 +38,7 @@ class Problem:
 
     @cached_property
     def networks(self) -> Networks:
-        return Networks(self.data, self.cfg.spar.loss.hidden, self.device)
+        return Networks.of(self.data, hidden=self.cfg.spar.loss.hidden, device=self.device)
 
     @property
     def updates(self) -> int:

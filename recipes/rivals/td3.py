@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,9 +14,12 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from torchrl.objectives import SoftUpdate, TD3BCLoss
 
 from rivals.base import Problem, Rival, Step, adam
-from torchrl_spar import InputError, fit_critics
+from torchrl_spar import InputError, OfflineReplayBuffer, fit_critics
 from torchrl_spar.ensemble import Bound, lower_bound
 from torchrl_spar.functional import call, call_ensemble
+
+# Options of TorchRL's own losses.
+TORCHRL: dict[str, Any] = {"loss_function": "l2", "deactivate_vmap": True}
 
 
 class BehaviorRegularizedLoss(TD3BCLoss):
@@ -115,10 +119,13 @@ class ActorCritic(Rival):
 
 
 def alternate(
-    loss: Any,
-    policy: Any,
+    make_loss: Callable[..., Any],
     problem: Problem,
+    data: OfflineReplayBuffer,
     *,
+    critics: dict[str, Any],
+    policy_noise: float,
+    noise_clip: float,
     actor_lr: float,
     qvalue_lr: float,
     policy_interval: int,
@@ -127,20 +134,30 @@ def alternate(
     start: bool = False,
     decay: bool = False,
     actor_metrics: tuple[str, ...] = ("bc_loss",),
-) -> Rival:
+) -> ActorCritic:
     """The critics every time, the actor and all targets every `policy_interval` times.
 
     Args:
+        make_loss: of an actor, a list of critics, the action spec and the noise.
+        problem: sizes, statistics, number of updates.
+        data: what the loss is trained on: the problem's, or what the method makes of it.
+        critics: their `num`, `layer_norm`, `bound` and `kappa`.
+        policy_noise: standard deviation of the noise on the bootstrapped action.
+        noise_clip: bound of that noise.
         start: whether the critics start from the data's returns, with the main job's `value` options.
         decay: whether both learning rates fall to zero along a cosine.
     """
+    actor = problem.networks.deterministic_actor()
+    qvalue = problem.networks.critics(critics["num"], layer_norm=critics["layer_norm"])
+    noise = {"policy_noise": policy_noise, "noise_clip": noise_clip}
+    loss = make_loss(actor, qvalue, action_spec=problem.data.action_spec, **noise)
     if start and not isinstance(loss, BehaviorRegularizedLoss):
         raise InputError(
             "method.start=true: TorchRL's loss is not started from the returns; give method.critics.bound=lcb"
         )
     loss.make_value_estimator(gamma=gamma)
     # TorchRL's loss would bootstrap from the current observation, silently, were the next one missing.
-    problem.data[:1].select(*loss.in_keys)
+    data[:1].select(*loss.in_keys)
 
     def step(name: str, params: Any, lr: float, interval: int, metrics: tuple[str, ...]) -> Step:
         optimizer = adam(params.parameters(), lr)
@@ -152,4 +169,4 @@ def alternate(
         step("actor", loss.actor_network_params, actor_lr, policy_interval, actor_metrics),
     ]
     targets = SoftUpdate(loss, tau=target_rate)
-    return ActorCritic(problem.data, policy, steps, targets, policy_interval, loss=loss, starts=start)
+    return ActorCritic(data, actor, steps, targets, policy_interval, loss=loss, starts=start)

@@ -168,7 +168,7 @@ def small():
     cfg = options("search_space", SMALL["search_space"])
     torch.manual_seed(0)
     data = small_spar.load_embedded(cfg)
-    return cfg, data, small_spar.prepare(cfg, data, small_spar.clone_behaviour(cfg, data))
+    return cfg, data, small_spar.fit_manifold(cfg, data, small_spar.clone_behaviour(cfg, data), cfg.critics)
 
 
 def test_parts_of_the_residual_loss_add_up_to_it(small):

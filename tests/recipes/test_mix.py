@@ -38,7 +38,7 @@ REACHED = {
 def mix(request):
     torch.manual_seed(0)
     data = load_offline_dataset(make_batch(12), action_spec=Bounded(-1, 1, (ACTION,)))
-    networks = Networks(data, [8], torch.device("cpu"))
+    networks = Networks.of(data, hidden=[8])
     options = {"hidden": [8], "num_qvalue_nets": 2, "joint_vae": False, "reward_scale": 0.5, "with_value": True}
     made = mixes.Mix(make_spar_loss(OBSERVATION, data.action_spec, **options))
     add = mix_objectives.adders(compose_recipe("mix_objectives"))[request.param]

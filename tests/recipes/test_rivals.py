@@ -18,9 +18,11 @@ import pytest
 import torch
 from helpers import SHARED, compose_recipe, make_batch
 from tensordict import TensorDict
+from torchrl.data import Bounded
 from torchrl.objectives import TD3BCLoss
 
 from torchrl_spar import InputError, load_offline_dataset
+from torchrl_spar.networks import ObservationNorm
 
 pytest.importorskip("hydra")
 import compare
@@ -181,14 +183,11 @@ def test_next_action_is_the_next_rows_and_a_cut_off_row_is_dropped():
     assert ("next", "action") not in data[:].keys(True)
 
 
-class Sizes:
-    """What Networks reads of a data set."""
-
-    def __init__(self):
-        from torchrl.data import Bounded
-
-        self.observation_loc, self.observation_scale = torch.zeros(5), torch.ones(5)
-        self.action_spec = Bounded(-1, 1, (3,), dtype=torch.float32)
+def test_rebracs_networks_are_standardised_by_the_rows_that_it_drops_too():
+    data = episodes(1.0, 2.0, 3.0)
+    rival = build_rival(data, 2, "method=rebrac")
+    (norm,) = (module for module in rival.policy.modules() if isinstance(module, ObservationNorm))
+    assert len(rival.data) < len(data) and torch.equal(norm.loc, data.observation_loc)
 
 
 def make_pair(num, *, policy_noise, **options):
@@ -196,10 +195,10 @@ def make_pair(num, *, policy_noise, **options):
     losses = []
     for kind in (TD3BCLoss, BehaviorRegularizedLoss):
         torch.manual_seed(0)
-        networks = Networks(Sizes(), [16], torch.device("cpu"))
+        networks = Networks.of(5, Bounded(-1, 1, (3,)), hidden=[16])
         common = dict(action_spec=networks.action_spec, policy_noise=policy_noise, loss_function="l2")
         own = dict(num_qvalue_nets=num, alpha=2.5) if kind is TD3BCLoss else options
-        loss = kind(networks.actor(), networks.critics(num, layer_norm=True), **own, **common)
+        loss = kind(networks.deterministic_actor(), networks.critics(num, layer_norm=True), **own, **common)
         loss.make_value_estimator(gamma=0.9)
         losses.append(loss)
     return losses
@@ -234,8 +233,8 @@ def test_rebracs_penalties_by_hand(bound, reward_scale):
     loss.reward_scale.fill_(reward_scale)
     batch = make_batch(32)
     batch["next", "action"] = make_batch(32, seed=1)["action"]
-    networks = Networks(Sizes(), [16], torch.device("cpu"))
-    actor, critics = networks.actor(), networks.critics(3, layer_norm=True)
+    networks = Networks.of(5, Bounded(-1, 1, (3,)), hidden=[16])
+    actor, critics = networks.deterministic_actor(), networks.critics(3, layer_norm=True)
     loss.actor_network_params.to_module(actor)
     for params, critic in zip(loss.qvalue_network_params.unbind(0), critics):
         params.to_module(critic)

@@ -27,8 +27,6 @@ def arrange(fields: dict[str, Any], *, sequence: np.ndarray | None = None) -> di
 
     Returns:
         The fields of :class:`Steps` less ``action_bounds``.
-
-    Source: ours.
     """
     n = len(fields["action"])
     stop = fields["truncated"].copy()  # an end that nothing goes beyond

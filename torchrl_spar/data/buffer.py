@@ -74,15 +74,10 @@ class OfflineReplayBuffer(TensorDictReplayBuffer):
 
     Examples:
         >>> from torchrl.data import SliceSampler
-        >>> flag = torch.zeros(6, 1, dtype=torch.bool)
-        >>> data = TensorDict({
-        ...     "observation": torch.rand(6, 3), "action": torch.rand(6, 2), "episode": torch.arange(6) // 3,
-        ...     "next": {"observation": torch.rand(6, 3), "reward": torch.ones(6, 1), "done": flag,
-        ...              "terminated": flag, "truncated": flag},
-        ... }, [6])
-        >>> buffer = OfflineReplayBuffer(
-        ...     data, action_spec=Bounded(-1, 1, (2,)), episode_returns=torch.full((2,), 3.0), name="toy", batch_size=4
-        ... )
+        >>> from torchrl_spar import OfflineReplayBuffer, make_toy_data
+        >>> data = make_toy_data(episodes=4)
+        >>> known = {"action_spec": data.action_spec, "episode_returns": data.episode_returns[:2]}
+        >>> buffer = OfflineReplayBuffer(data[:10], **known, name="the first two episodes", batch_size=4)
         >>> sampler = buffer.set_sampler(SliceSampler(slice_len=2, traj_key="episode"))
         >>> buffer.sample().shape
         torch.Size([4])

@@ -42,8 +42,6 @@ def load_cached(source: Path, options: Any, cache: Path, build: Callable[[], Con
 
     Returns:
         The content. From the cache its tensors map the files copy-on-write: what is written to them never gets there.
-
-    Source: ours.
     """
     try:
         version = _version(source)

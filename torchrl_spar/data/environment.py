@@ -24,8 +24,6 @@ def recorded_environment(spec: Any) -> tuple[str | None, dict[str, Any]]:
     Returns:
         The id, None if there is no specification, and arguments that JSON can hold.
 
-    Source: ours.
-
     Examples:
         >>> import gymnasium
         >>> env = gymnasium.wrappers.RescaleAction(gymnasium.make("Pendulum-v1", g=9.0, max_episode_steps=50), -1, 1)
@@ -54,12 +52,19 @@ def recorded_environment(spec: Any) -> tuple[str | None, dict[str, Any]]:
     return spec.id, arguments
 
 
-def _registered(env_id: str) -> Any:
-    """The specification that every process has for an id; None if there is none."""
+def register_robotics(env_id: str) -> None:
+    """Makes gymnasium-robotics, where it is installed, register its environments if an id is not known yet."""
     import gymnasium
 
     if env_id not in gymnasium.registry and importlib.util.find_spec("gymnasium_robotics") is not None:
         gymnasium.register_envs(importlib.import_module("gymnasium_robotics"))
+
+
+def _registered(env_id: str) -> Any:
+    """The specification that every process has for an id; None if there is none."""
+    import gymnasium
+
+    register_robotics(env_id)
     spec = gymnasium.registry.get(env_id)
     is_known = spec is not None and str(spec.entry_point).partition(":")[0].split(".")[0] in _KNOWN
     return spec if is_known else None

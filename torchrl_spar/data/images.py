@@ -28,8 +28,6 @@ def encode_images(column: Any, name: str, encoder: Encoder) -> np.ndarray:
 
     Raises:
         InputError: if there is no image in a row, or the encoder's result is not ``[b, k]``.
-
-    Source: ours.
     """
     image = require("PIL.Image")
     parts: list[np.ndarray] = []

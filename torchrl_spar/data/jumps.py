@@ -25,8 +25,6 @@ def find_jumps(observation: np.ndarray, end: np.ndarray) -> np.ndarray:
         observation: ``[n, d]``, in order.
         end: rows after which an episode is told to end, bool ``[n]``.
 
-    Source: ours.
-
     Examples:
         >>> t = np.arange(200.0)
         >>> x = np.stack([t % 100, np.sin(t % 100 / 9)], 1)
@@ -56,8 +54,6 @@ def go_on(observation: np.ndarray, rows: np.ndarray) -> np.ndarray:
         observation: ``[n, d]``.
         rows: indices ``[m]`` below ``n - 1``.
 
-    Source: ours.
-
     Examples:
         >>> go_on(np.array([[0.0], [0.1], [3.0]]), np.array([0, 1]))
         array([ True, False])
@@ -76,8 +72,6 @@ def is_disordered(observation: np.ndarray, end: np.ndarray) -> bool:
     Args:
         observation: ``[n, d]``.
         end: rows after which an episode is told to end, bool ``[n]``.
-
-    Source: ours.
 
     Examples:
         >>> x = np.linspace(0, 1, 1000)[:, None]

@@ -48,8 +48,6 @@ def find_links(observation: Tensor, following: Tensor, end: Tensor, label: Tenso
         end: rows after which an episode is told to end, bool ``[n]``.
         label: a number for each row's episode, ``[n]``: rows go on within theirs alone.
 
-    Source: ours.
-
     Examples:
         >>> x = torch.tensor([[2.0], [0.0], [3.0], [1.0]])  # a shuffled episode 0, 1, 2, 3
         >>> find_links(x, x + 1, torch.zeros(4, dtype=torch.bool)).successor

@@ -91,10 +91,7 @@ def episode_ends(
     Raises:
         InputError: if the next observations are those of other rows, so that the rows are shuffled or interleaved.
 
-    Source: ours.
-
     Examples:
-        >>> import torch
         >>> from tensordict import TensorDict
         >>> done = torch.tensor([[True], [False], [False]])
         >>> episode_ends(TensorDict({"next": {"done": done}, "episode": torch.tensor([0, 1, 2])}, [3])).flatten()
@@ -126,10 +123,7 @@ def discounted_sums(values: Tensor, factors: Tensor) -> Tensor:
         values: ``[N]``.
         factors: ``[N]``; 0 where a row is the last of its episode.
 
-    Source: ours.
-
     Examples:
-        >>> import torch
         >>> discounted_sums(torch.ones(3), torch.tensor([0.5, 0.0, 0.5]))
         tensor([1.5000, 1.0000, 1.0000])
     """

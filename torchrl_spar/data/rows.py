@@ -27,8 +27,6 @@ def parts_of(source: Any) -> Iterator[TensorDictBase]:
     Raises:
         InputError: if there is something else in it.
 
-    Source: ours.
-
     Examples:
         >>> from tensordict import TensorDict, lazy_stack
         >>> episodes = [TensorDict({"reward": torch.zeros(n, 1)}, [n]) for n in (2, 3)]
@@ -98,8 +96,6 @@ def rows_of(replay_buffer: ReplayBuffer) -> TensorDictBase:
 
     Raises:
         InputError: likewise, or if nothing is left.
-
-    Source: ours.
 
     Examples:
         >>> from tensordict import TensorDict

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -56,7 +57,8 @@ def clean(raw: dict[str, tuple[str, np.ndarray]]) -> dict[str, Any]:
     if not all(lengths.values()):
         raise InputError("the data set holds no step")
     wide = any(needs_float64(raw[field][1]) for field in ("observation", "next_observation") if field in raw)
-    casts = _CASTS | dict.fromkeys(("observation", "next_observation"), _wide_vectors if wide else _vectors)
+    observations = partial(_vectors, dtype=np.float64) if wide else _vectors
+    casts = _CASTS | {"observation": observations, "next_observation": observations}
     fields = {field: casts[field](*raw.pop(field)) for field in labels}
     width, next_width = (fields.get(key, fields["observation"]).shape[1] for key in ("observation", "next_observation"))
     if width != next_width:
@@ -69,6 +71,8 @@ def clean(raw: dict[str, tuple[str, np.ndarray]]) -> dict[str, Any]:
                 "load_offline_dataset"
             )
     fields.setdefault("truncated", np.zeros_like(fields["terminated"]))
+    # What is done but not terminated is a time limit.
+    fields["truncated"] = fields["truncated"] | (fields.pop("done", False) & ~fields["terminated"])
     return fields
 
 
@@ -104,10 +108,6 @@ def _vectors(label: str, array: np.ndarray, dtype: Any = np.float32) -> np.ndarr
         raise InputError(f"{label}: shape {array.shape}, expected [n, dimensions]")
     _check_finite(label, array)
     return array.astype(dtype, copy=False)
-
-
-def _wide_vectors(label: str, array: np.ndarray) -> np.ndarray:
-    return _vectors(label, array, np.float64)
 
 
 def _actions(label: str, array: np.ndarray) -> np.ndarray:
@@ -171,8 +171,6 @@ def _check_finite(label: str, array: np.ndarray) -> None:
 
 
 _CASTS: dict[str, Callable[[str, np.ndarray], np.ndarray]] = {
-    "observation": _vectors,
-    "next_observation": _vectors,
     "action": _actions,
     "reward": _scalars,
     "terminated": _flags,

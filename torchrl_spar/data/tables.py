@@ -154,7 +154,6 @@ def _read(table: Any, columns: Columns, notes: Sequence[str] = ()) -> Steps:
         else:
             raw["terminated"] = ("terminated", np.zeros(len(table), dtype=bool))
     fields = clean(raw)
-    fields["truncated"] = fields["truncated"] | (fields.pop("done", False) & ~fields["terminated"])
     if "done" in columns and "terminated" not in columns:
         fields["terminated"] = fields["terminated"] & ~fields["truncated"]
     fields = arrange(fields)
@@ -198,16 +197,17 @@ def _column(table: Any, name: str, field: str) -> np.ndarray:
             raise InputError(f"{name}: lists of {lengths.min()} to {lengths.max()} numbers, expected one length")
         if values.null_count:
             raise InputError(f"{name}: {values.null_count} numbers within its lists are missing")
-        if not (
-            arrow.types.is_floating(values.type)
-            or arrow.types.is_integer(values.type)
-            or arrow.types.is_boolean(values.type)
-        ):
+        if not _is_number(values.type):
             raise InputError(f"{name}: lists of type {values.type}, expected numbers")
         return values.to_numpy(zero_copy_only=False).reshape(len(column), -1)
-    elif not (arrow.types.is_floating(kind) or arrow.types.is_integer(kind) or arrow.types.is_boolean(kind)):
+    elif not _is_number(kind):
         raise InputError(f"{name}: type {kind}, expected numbers or lists of them")
     return column.to_numpy(zero_copy_only=False)[:, None]
+
+
+def _is_number(kind: Any) -> bool:
+    types = _arrow().types
+    return types.is_floating(kind) or types.is_integer(kind) or types.is_boolean(kind)
 
 
 def _check_columns(columns: Columns | None, needed: Sequence[str] = _NEEDED) -> dict[str, str | Sequence[str]]:

@@ -53,9 +53,7 @@ def read_tensordict(source: Any) -> Steps:
         raw[name] = (labels[name], arrays[0] if len(arrays) == 1 else np.concatenate(arrays))
     # A collector's ids are of whole trajectories, wherever its batches were cut.
     sequence = None if "traj_ids" in labels.get("episode", "") else np.concatenate(sequences)
-    fields = clean(raw)
-    fields["truncated"] = fields["truncated"] | (fields.pop("done", False) & ~fields["terminated"])
-    fields = arrange(fields, sequence=sequence)
+    fields = arrange(clean(raw), sequence=sequence)
     return Steps(**fields, action_bounds=unit_bounds(fields))
 
 

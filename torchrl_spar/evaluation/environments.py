@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -11,6 +9,7 @@ from typing import Any
 import torch
 from torchrl.data import Bounded
 
+from torchrl_spar.data.environment import register_robotics
 from torchrl_spar.data.observations import flatten_observation
 from torchrl_spar.errors import InputError, check_bounds
 
@@ -48,8 +47,7 @@ def make_env(env_id: str, **kwargs: Any) -> Any:
         import gymnasium
     except ImportError:
         raise InputError("evaluation needs gymnasium: pip install 'torchrl-spar[recipes]'") from None
-    if env_id not in gymnasium.registry and importlib.util.find_spec("gymnasium_robotics") is not None:
-        gymnasium.register_envs(importlib.import_module("gymnasium_robotics"))
+    register_robotics(env_id)
     arguments = dict(kwargs)
     entry_point, wrappers = arguments.pop("entry_point", None), arguments.pop("additional_wrappers", None)
     try:
@@ -122,13 +120,3 @@ def _bounded_actions(env: Any) -> Any:
     while isinstance(layer, Wrapper) and (isinstance(layer, ClipAction) or layer._action_space is None):
         layer = layer.env
     return layer.action_space
-
-
-def step_limit(env: Any) -> int | None:
-    """The number of steps after which an environment cuts its episodes; None where its specification has none.
-
-    Examples:
-        >>> step_limit(make_env("Pendulum-v1")), step_limit(make_env("Pendulum-v1", max_episode_steps=-1))
-        (200, None)
-    """
-    return getattr(env.spec, "max_episode_steps", None)

@@ -29,13 +29,9 @@ def action_function(policy: TensorDictModuleBase) -> Callable[[Tensor], Tensor]:
         policy: reads ``"observation"``, writes ``"action"``. Its tensors are looked up here: later
             changes in place are seen, a later replacement is not.
 
-    Source: ours.
-
     Examples:
-        >>> import torch
         >>> from torchrl.data import Bounded
         >>> from torchrl_spar import make_spar_loss
-        >>> from torchrl_spar.evaluation.fast_policy import action_function
         >>> policy = make_spar_loss(3, Bounded(-1, 1, (2,))).actor
         >>> x = torch.randn(5, 3)
         >>> torch.equal(action_function(policy)(x), policy(observation=x))

@@ -11,7 +11,7 @@ from tensordict.nn import TensorDictModuleBase
 
 from torchrl_spar.data.observations import flatten_observation
 from torchrl_spar.errors import InputError
-from torchrl_spar.evaluation.environments import make_env, step_limit
+from torchrl_spar.evaluation.environments import make_env
 from torchrl_spar.evaluation.fast_policy import action_function
 
 # Where an environment has no step limit: an episode this long will not end by itself.
@@ -78,7 +78,7 @@ def evaluate(
         returns = [0.0] * episodes
         observations = [flatten_observation(env.reset(seed=seed + i)[0], dtype=dtype) for i, env in enumerate(envs)]
         running = list(range(episodes))
-        limit = step_limit(envs[0]) or LONGEST_EPISODE
+        limit = getattr(envs[0].spec, "max_episode_steps", None) or LONGEST_EPISODE
         for _ in range(limit):
             batch = np.empty((len(running), *observations[0].shape), dtype)
             for row, observation in enumerate(observations):

@@ -25,8 +25,6 @@ class ValueEstimate(NamedTuple):
     Attributes:
         mean: the estimate.
         interval: lower and upper bound.
-
-    Source: ours.
     """
 
     mean: float
@@ -101,19 +99,14 @@ def estimate_value(
     bootstrap of episodes, Hanna et al. 2017 (https://arxiv.org/abs/1606.06126); the traces as weights are ours.
 
     Examples:
-        >>> import torch
-        >>> from tensordict import TensorDict
-        >>> from torchrl_spar import estimate_value, load_offline_dataset, make_anchor
-        >>> step = {"reward": torch.ones(40, 1), "terminated": torch.arange(40).unsqueeze(-1) % 5 == 4}
-        >>> data = TensorDict({"observation": torch.randn(40, 3), "action": torch.rand(40, 2),
-        ...                    "next": {"observation": torch.randn(40, 3), **step}}, [40])
-        >>> buffer = load_offline_dataset(data, batch_size=8)
+        >>> from torchrl_spar import estimate_value, make_anchor, make_toy_data
+        >>> data = make_toy_data()
         >>> small = {"warm_steps": 2, "steps": 2, "slice_len": 4, "hidden": [8]}
-        >>> mean, (low, high) = estimate_value(make_anchor(buffer), buffer, **small)
+        >>> mean, (low, high) = estimate_value(make_anchor(data), data, **small)
         >>> low < mean < high
         True
-        >>> estimate_value(None, buffer, gamma=1.0)
-        ValueEstimate(mean=5.0, interval=(5.0, 5.0))
+        >>> estimate_value(None, data, gamma=1.0)
+        ValueEstimate(mean=10.0, interval=(10.0, 10.0))
     """
     check_options(
         (0 < confidence < 1, "confidence", confidence, "between 0 and 1, exclusive"),
@@ -203,8 +196,6 @@ def bootstrap(policies: list[EpisodeTerms], draws: int, seed: int) -> tuple[Tens
 
     Episodes are resampled, the same for all policies. To that comes Student's t of the critics' own differences
     with their covariance between policies: a critic is another one's copy but for its data and initialisation.
-
-    Source: ours.
     """
     generator = torch.Generator().manual_seed(seed)
     members, count = policies[0].initial.shape

@@ -15,12 +15,11 @@ from torchrl.envs.utils import ExplorationType
 from torchrl.modules import ValueOperator
 from torchrl.objectives import SoftUpdate
 
-from torchrl_spar.build import HIDDEN
+from torchrl_spar.build import HIDDEN, DefaultNetworks
 from torchrl_spar.data.buffer import OfflineReplayBuffer
 from torchrl_spar.data.returns import episode_ends, returns_to_go
 from torchrl_spar.data.rows import rows_of
 from torchrl_spar.errors import InputError, check_options
-from torchrl_spar.networks import ObservationNorm, StateMLP
 from torchrl_spar.ope.objective import FQELoss
 from torchrl_spar.training.pretrain import Report, _fit
 from torchrl_spar.training.progress import Progress
@@ -36,8 +35,6 @@ class FQEFit(NamedTuple):
         loss: with the trained critics.
         held_out: rows ``[M]`` of the episodes that the critics have not seen, in order, with ``"episode"`` 0, 1, ...
             and ``"return_to_go"``.
-
-    Source: ours.
     """
 
     loss: FQELoss
@@ -99,14 +96,9 @@ def fit_fqe(
     Source: Le et al. 2019 (https://arxiv.org/abs/1903.08738); the warm start, traces and ensemble are ours.
 
     Examples:
-        >>> import torch
-        >>> from tensordict import TensorDict
-        >>> from torchrl_spar import fit_fqe, load_offline_dataset, make_anchor
-        >>> step = {"reward": torch.randn(40, 1), "terminated": torch.arange(40).unsqueeze(-1) % 5 == 4}
-        >>> data = TensorDict({"observation": torch.randn(40, 3), "action": torch.rand(40, 2),
-        ...                    "next": {"observation": torch.randn(40, 3), **step}}, [40])
-        >>> buffer = load_offline_dataset(data, batch_size=8)
-        >>> loss, held_out = fit_fqe(make_anchor(buffer), buffer, warm_steps=2, steps=2, slice_len=4, hidden=[8])
+        >>> from torchrl_spar import fit_fqe, make_anchor, make_toy_data
+        >>> data = make_toy_data()
+        >>> loss, held_out = fit_fqe(make_anchor(data), data, warm_steps=2, steps=2, slice_len=4, hidden=[8])
         >>> loss.state_value(held_out).shape
         torch.Size([5, 10])
     """
@@ -121,7 +113,7 @@ def fit_fqe(
     train, held = split_episodes(rows, held_out, seed)
     device = train["episode"].device
     # The loss would train the caller's own, and fits of several policies would share them.
-    critics = deepcopy([*qvalue_network]) if qvalue_network else _critics(data, rows, num_qvalue_nets, hidden, seed)
+    critics = deepcopy([*qvalue_network]) if qvalue_network else _critics(data, num_qvalue_nets, hidden, seed)
     width = rows["action"].std(0).clamp_min(1e-3)
     loss = FQELoss(
         policy, critics, num_qvalue_nets=len(critics), lmbda=lmbda, trace_width=width, exploration_type=exploration_type
@@ -187,18 +179,14 @@ def _renumbered(rows: TensorDictBase) -> Tensor:
     return rows["episode"].unique_consecutive(return_inverse=True)[1]
 
 
-def _critics(
-    data: ReplayBuffer, rows: TensorDictBase, count: int, hidden: Sequence[int], seed: int
-) -> list[ValueOperator]:
+def _critics(data: ReplayBuffer, count: int, hidden: Sequence[int], seed: int) -> list[ValueOperator]:
     """Default critics, the same for the same seed."""
     if not isinstance(data, OfflineReplayBuffer):
         raise InputError("default critics need data as load_offline_dataset returns it; else give qvalue_network=[...]")
-    loc, scale = data.observation_loc, data.observation_scale
-    size = loc.numel() + rows["action"].shape[-1]
+    make = DefaultNetworks.of(data, hidden=hidden, device="cpu")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        nets = [StateMLP(ObservationNorm(loc, scale), size, 1, hidden=hidden, layer_norm=True) for _ in range(count)]
-    return [ValueOperator(net, in_keys=["observation", "action"]) for net in nets]
+        return [make.qvalue() for _ in range(count)]
 
 
 def _add_policy_actions(loss: FQELoss, rows: TensorDictBase) -> None:

@@ -61,20 +61,14 @@ class FQELoss(Conventions):
     (https://arxiv.org/abs/1602.04951); the shape of the traces is ours.
 
     Examples:
-        >>> import torch
         >>> from torchrl.modules import MLP, ValueOperator
         >>> from torchrl.objectives import SoftUpdate
-        >>> class Critic(MLP):
-        ...     def forward(self, observation, action):
-        ...         return super().forward(torch.cat([observation, action], -1))
-        >>> policy = TensorDictModule(torch.nn.Linear(3, 2), ["observation"], ["action"])
-        >>> loss = FQELoss(policy, ValueOperator(Critic(5, 1), in_keys=["observation", "action"]), num_qvalue_nets=2)
+        >>> from torchrl_spar import FQELoss, make_anchor, make_toy_data
+        >>> data = make_toy_data()
+        >>> critic = ValueOperator(MLP(5, 1), in_keys=["observation", "action"])  # an MLP joins its inputs
+        >>> loss = FQELoss(make_anchor(data), critic, num_qvalue_nets=2)
         >>> _ = loss.make_value_estimator(gamma=0.95)
-        >>> updater = SoftUpdate(loss, tau=0.01)
-        >>> flag = torch.zeros(8, 1, dtype=torch.bool)
-        >>> batch = TensorDict({"observation": torch.randn(8, 3), "action": torch.rand(8, 2),
-        ...                     "next": {"observation": torch.randn(8, 3), "reward": torch.randn(8, 1),
-        ...                              "done": flag, "terminated": flag}}, [8])
+        >>> updater, batch = SoftUpdate(loss, tau=0.01), data.sample()
         >>> loss(batch)["loss_qvalue"].backward()
         >>> loss.state_value(batch).shape
         torch.Size([2, 8])

@@ -36,8 +36,6 @@ class Selection(NamedTuple):
         values: by name, ``"anchor"`` among them, the estimated value; each bound holds for itself.
         members: likewise, every critic's own estimate ``[E]``; how far they agree.
         behaviour: critics of the data's own policy, where all fits began, and the held-out rows.
-
-    Source: ours.
     """
 
     name: str
@@ -115,17 +113,12 @@ def select_policy(
     falling back to the behaviour, SPIBB (https://arxiv.org/abs/1712.06924); paired FQE and joint bounds are ours.
 
     Examples:
-        >>> import torch
-        >>> from tensordict import TensorDict
-        >>> from torchrl_spar import load_offline_dataset, make_spar_loss, select_policy
-        >>> step = {"reward": torch.zeros(40, 1), "terminated": torch.arange(40).unsqueeze(-1) % 5 == 4}
-        >>> data = TensorDict({"observation": torch.randn(40, 3), "action": torch.rand(40, 2),
-        ...                    "next": {"observation": torch.randn(40, 3), **step}}, [40])
-        >>> buffer = load_offline_dataset(data, batch_size=8)
+        >>> from torchrl_spar import make_spar_loss, make_toy_data, select_policy
+        >>> data = make_toy_data()
         >>> small = {"warm_steps": 2, "steps": 2, "slice_len": 4, "hidden": [8]}
-        >>> choice = select_policy(make_spar_loss(buffer).actor, buffer, **small)
-        >>> choice.name, list(choice.gains)
-        ('anchor', ['c=0.25', 'c=0.5', 'c=0.75', 'c=1'])
+        >>> choice = select_policy(make_spar_loss(data).actor, data, **small)
+        >>> choice.name in choice.values, list(choice.gains)
+        (True, ['c=0.25', 'c=0.5', 'c=0.75', 'c=1'])
     """
     if isinstance(candidates, SPARActor):
         anchor = candidates.anchor if anchor is None else anchor

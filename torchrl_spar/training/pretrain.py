@@ -87,14 +87,9 @@ def pretrain(
     Source: the order of the phases is ours.
 
     Examples:
-        >>> import torch
-        >>> from tensordict import TensorDict
-        >>> from torchrl_spar import SPARUpdate, load_offline_dataset, pretrain
-        >>> step = {"reward": torch.randn(8, 1), "terminated": torch.arange(8).unsqueeze(-1) == 7}
-        >>> data = TensorDict({"observation": torch.randn(8, 3), "action": torch.full((8, 2), 0.5),
-        ...                    "next": {"observation": torch.randn(8, 3), **step}}, [8])
+        >>> from torchrl_spar import SPARUpdate, make_toy_data, pretrain
         >>> few = {"steps": 2}
-        >>> loss, rows = pretrain(load_offline_dataset(data, batch_size=4), anchor=few, vae=few, critics=few)
+        >>> loss, rows = pretrain(make_toy_data(), anchor=few, vae=few, critics=few)
         >>> "loss_qvalue" in SPARUpdate(loss)(rows.sample())
         True
     """
@@ -153,16 +148,11 @@ def fit_anchor(
     Source: pure behaviour cloning is the paper's; optimiser and schedule are ours.
 
     Examples:
-        >>> import torch
-        >>> from tensordict import TensorDict
-        >>> from torchrl.data import Bounded
-        >>> from torchrl_spar import fit_anchor, load_offline_dataset, make_anchor
-        >>> step = {"reward": torch.zeros(8, 1), "terminated": torch.zeros(8, 1, dtype=torch.bool)}
-        >>> data = TensorDict({"observation": torch.randn(8, 3), "action": torch.full((8, 2), 0.5),
-        ...                    "next": {"observation": torch.randn(8, 3), **step}}, [8])
-        >>> buffer = load_offline_dataset(data, batch_size=8)
-        >>> actor = fit_anchor(make_anchor(buffer), buffer, steps=200)
-        >>> bool((actor(data.select("observation"))["action"] - 0.5).abs().max() < 0.1)
+        >>> from torchrl_spar import fit_anchor, make_anchor, make_toy_data
+        >>> data = make_toy_data()
+        >>> actor = fit_anchor(make_anchor(data), data, steps=200)
+        >>> rows = data[:]
+        >>> bool((actor(observation=rows["observation"]) - rows["action"]).abs().mean() < 0.1)
         True
     """
     with warnings.catch_warnings():
@@ -215,15 +205,9 @@ def fit_vae(
     Source: fitting the residual manifold first is ours (the paper's part (i)).
 
     Examples:
-        >>> import torch
-        >>> from tensordict import TensorDict
-        >>> from torchrl.data import Bounded
-        >>> from torchrl_spar import fit_vae, load_offline_dataset, make_spar_loss
-        >>> step = {"reward": torch.zeros(8, 1), "terminated": torch.zeros(8, 1, dtype=torch.bool)}
-        >>> data = TensorDict({"observation": torch.randn(8, 3), "action": torch.full((8, 2), 0.5),
-        ...                    "next": {"observation": torch.randn(8, 3), **step}}, [8])
-        >>> buffer = load_offline_dataset(data, batch_size=8)
-        >>> fit_vae(make_spar_loss(buffer, joint_vae=False), buffer, steps=1).residual_scale.shape
+        >>> from torchrl_spar import fit_vae, make_spar_loss, make_toy_data
+        >>> data = make_toy_data()
+        >>> fit_vae(make_spar_loss(data, joint_vae=False), data, steps=1).residual_scale.shape
         torch.Size([2])
     """
     loss.residual_scale = measure_residual_scale(loss, replay_buffer)
@@ -274,15 +258,9 @@ def fit_critics(
     Source: ours.
 
     Examples:
-        >>> import torch
-        >>> from tensordict import TensorDict
-        >>> from torchrl.data import Bounded
-        >>> from torchrl_spar import fit_critics, load_offline_dataset, make_spar_loss
-        >>> step = {"reward": torch.randn(8, 1), "terminated": torch.arange(8).unsqueeze(-1) == 7}
-        >>> data = TensorDict({"observation": torch.randn(8, 3), "action": torch.full((8, 2), 0.5),
-        ...                    "next": {"observation": torch.randn(8, 3), **step}}, [8])
-        >>> buffer = load_offline_dataset(data, batch_size=8)
-        >>> loss = fit_critics(make_spar_loss(buffer), buffer, steps=1)
+        >>> from torchrl_spar import fit_critics, make_spar_loss, make_toy_data
+        >>> data = make_toy_data()
+        >>> loss = fit_critics(make_spar_loss(data), data, steps=1)
         >>> bool(loss.reward_scale != 1)
         True
     """
@@ -340,14 +318,9 @@ def measure_residual_scale(loss: SPARLoss, replay_buffer: ReplayBuffer) -> Tenso
     Source: ours.
 
     Examples:
-        >>> import torch
-        >>> from tensordict import TensorDict
-        >>> from torchrl.data import Bounded
-        >>> from torchrl_spar import load_offline_dataset, make_spar_loss
-        >>> step = {"reward": torch.zeros(8, 1), "terminated": torch.zeros(8, 1, dtype=torch.bool)}
-        >>> data = TensorDict({"observation": torch.randn(8, 3), "action": torch.full((8, 2), 0.5),
-        ...                    "next": {"observation": torch.randn(8, 3), **step}}, [8])
-        >>> measure_residual_scale(make_spar_loss(3, Bounded(-1, 1, (2,))), load_offline_dataset(data)).shape
+        >>> from torchrl_spar import make_spar_loss, make_toy_data, measure_residual_scale
+        >>> data = make_toy_data()
+        >>> measure_residual_scale(make_spar_loss(data), data).shape
         torch.Size([2])
     """
     action_key, anchor_key = loss.tensor_keys.action, loss.tensor_keys.anchor_action

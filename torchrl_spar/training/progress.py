@@ -25,27 +25,22 @@ class Progress:
 
     Examples:
         >>> import torch
-        >>> from tensordict import TensorDict
-        >>> from torchrl.data import Bounded
-        >>> from torchrl_spar import Progress, fit_anchor, load_offline_dataset, make_anchor
-        >>> step = {"reward": torch.zeros(8, 1), "terminated": torch.zeros(8, 1, dtype=torch.bool)}
-        >>> data = TensorDict({"observation": torch.randn(8, 3), "action": torch.full((8, 2), 0.5),
-        ...                    "next": {"observation": torch.randn(8, 3), **step}}, [8])
-        >>> buffer, spec = load_offline_dataset(data, batch_size=8), Bounded(-1, 1, (2,))
+        >>> from torchrl_spar import Progress, fit_anchor, make_anchor, make_toy_data
+        >>> data = make_toy_data()
         >>> def save():
         ...     if progress.steps("loss_bc") == 3:
         ...         saved.update(actor=actor.state_dict(), progress=progress.state_dict(), rng=torch.get_rng_state())
         ...         raise InterruptedError
-        >>> saved, actor, progress = {}, make_anchor(3, spec), Progress(save)
-        >>> fit_anchor(actor, buffer, steps=5, progress=progress)
+        >>> saved, actor, progress = {}, make_anchor(data), Progress(save)
+        >>> fit_anchor(actor, data, steps=5, progress=progress)
         Traceback (most recent call last):
             ...
         InterruptedError
-        >>> actor, progress = make_anchor(3, spec), Progress()
+        >>> actor, progress = make_anchor(data), Progress()
         >>> actor.load_state_dict(saved["actor"]), progress.load_state_dict(saved["progress"])
         (<All keys matched successfully>, None)
         >>> torch.set_rng_state(saved["rng"])
-        >>> _ = fit_anchor(actor, buffer, steps=5, progress=progress)
+        >>> _ = fit_anchor(actor, data, steps=5, progress=progress)
         >>> progress.steps("loss_bc")
         5
     """

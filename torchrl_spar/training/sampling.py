@@ -47,17 +47,10 @@ def with_anchor_actions(loss: SPARLoss, replay_buffer: ReplayBuffer) -> TensorDi
     Source: ours.
 
     Examples:
-        >>> import torch
-        >>> from tensordict import TensorDict
-        >>> from torchrl.data import Bounded
-        >>> from torchrl_spar import load_offline_dataset, make_spar_loss
-        >>> step = {"reward": torch.zeros(8, 1), "terminated": torch.zeros(8, 1, dtype=torch.bool)}
-        >>> data = TensorDict({"observation": torch.randn(8, 3), "action": torch.full((8, 2), 0.5),
-        ...                    "next": {"observation": torch.randn(8, 3), **step}}, [8])
-        >>> loss = make_spar_loss(3, Bounded(-1, 1, (2,)))
-        >>> buffer = with_anchor_actions(loss, load_offline_dataset(data, batch_size=4))
-        >>> buffer.sample()["next", "anchor_action"].shape
-        torch.Size([4, 2])
+        >>> from torchrl_spar import make_spar_loss, make_toy_data, with_anchor_actions
+        >>> data = make_toy_data()
+        >>> with_anchor_actions(make_spar_loss(data), data).sample()["next", "anchor_action"].shape
+        torch.Size([8, 2])
     """
     rows = whole_of(replay_buffer).select(*loss.in_keys, *BESIDE, strict=False)
     anchor, key = loss.anchor, loss.tensor_keys.action
@@ -89,14 +82,9 @@ def with_value_targets(loss: SPARLoss, replay_buffer: ReplayBuffer) -> TensorDic
     Source: ours.
 
     Examples:
-        >>> import torch
-        >>> from tensordict import TensorDict
-        >>> from torchrl_spar import load_offline_dataset, pretrain, with_value_targets
-        >>> step = {"reward": torch.randn(8, 1), "terminated": torch.arange(8).unsqueeze(-1) == 7}
-        >>> data = TensorDict({"observation": torch.randn(8, 3), "action": torch.full((8, 2), 0.5),
-        ...                    "next": {"observation": torch.randn(8, 3), **step}}, [8])
+        >>> from torchrl_spar import make_toy_data, pretrain, with_value_targets
         >>> few = {"steps": 2}
-        >>> loss, rows = pretrain(load_offline_dataset(data, batch_size=4), anchor=few, vae=few, critics=few)
+        >>> loss, rows = pretrain(make_toy_data(), anchor=few, vae=few, critics=few)
         >>> for step in range(3):
         ...     if step % 2 == 0:
         ...         rows = with_value_targets(loss, rows)
@@ -138,14 +126,9 @@ def with_member_weights(
     Source: bootstrapped ensembles (https://arxiv.org/abs/1602.04621); halves of the episodes are ours.
 
     Examples:
-        >>> import torch
-        >>> from tensordict import TensorDict
-        >>> from torchrl.data import Bounded
-        >>> from torchrl_spar import load_offline_dataset, make_spar_loss, with_member_weights
-        >>> step = {"reward": torch.zeros(32, 1), "terminated": torch.arange(32).unsqueeze(-1) % 2 == 1}
-        >>> data = TensorDict({"observation": torch.randn(32, 3), "action": torch.full((32, 2), 0.5),
-        ...                    "next": {"observation": torch.randn(32, 3), **step}}, [32])
-        >>> rows = with_member_weights(make_spar_loss(3, Bounded(-1, 1, (2,))), load_offline_dataset(data))[:]
+        >>> from torchrl_spar import make_spar_loss, make_toy_data, with_member_weights
+        >>> data = make_toy_data(episodes=16, steps=2)
+        >>> rows = with_member_weights(make_spar_loss(data), data)[:]
         >>> rows["member_weight"].shape, rows["member_weight"].sum(-1).unique()
         (torch.Size([32, 4]), tensor([4.]))
     """
@@ -250,15 +233,9 @@ class BatchSampler(Iterator[TensorDictBase]):
     Source: ours.
 
     Examples:
-        >>> import torch
-        >>> from tensordict import TensorDict
-        >>> from torchrl.data import Bounded
-        >>> from torchrl_spar import load_offline_dataset, make_spar_loss
-        >>> step = {"reward": torch.zeros(8, 1), "terminated": torch.zeros(8, 1, dtype=torch.bool)}
-        >>> data = TensorDict({"observation": torch.randn(8, 3), "action": torch.full((8, 2), 0.5),
-        ...                    "next": {"observation": torch.randn(8, 3), **step}}, [8])
-        >>> loss = make_spar_loss(3, Bounded(-1, 1, (2,)))
-        >>> block = next(BatchSampler(loss, load_offline_dataset(data, batch_size=4), length=10, seed=0))
+        >>> from torchrl_spar import BatchSampler, make_spar_loss, make_toy_data
+        >>> data = make_toy_data(batch_size=4)
+        >>> block = next(BatchSampler(make_spar_loss(data), data, length=10, seed=0))
         >>> block.shape, block["candidate_noise"].shape, block["value_target"].shape
         (torch.Size([10, 4]), torch.Size([10, 4, 8, 4]), torch.Size([10, 4, 1]))
     """

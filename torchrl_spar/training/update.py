@@ -49,15 +49,10 @@ class SPARUpdate:
     Source: ours.
 
     Examples:
-        >>> import torch
-        >>> from tensordict import TensorDict
-        >>> from torchrl.data import Bounded
-        >>> from torchrl_spar import SPARUpdate, make_spar_loss
-        >>> step = {"reward": torch.zeros(8, 1), "terminated": torch.zeros(8, 1, dtype=torch.bool)}
-        >>> data = TensorDict({"observation": torch.randn(8, 3), "action": torch.full((8, 2), 0.5),
-        ...                    "next": {"observation": torch.randn(8, 3), "done": step["terminated"], **step}}, [8])
-        >>> update = SPARUpdate(make_spar_loss(3, Bounded(-1, 1, (2,)), joint_vae=False))
-        >>> metrics = [update(data), update(data)]
+        >>> from torchrl_spar import SPARUpdate, make_spar_loss, make_toy_data
+        >>> data = make_toy_data()
+        >>> update = SPARUpdate(make_spar_loss(data, joint_vae=False))
+        >>> metrics = [update(data.sample()), update(data.sample())]
         >>> "loss_actor" in metrics[0], "loss_actor" in metrics[1]
         (False, True)
     """
