@@ -243,7 +243,7 @@ def test_a_batch_of_other_sizes_is_named():
     loss, batch = make_spar_loss(OBSERVATION, SPEC, hidden=[8]), make_batch(12)
     for part in (batch, batch["next"]):
         part["observation"] = torch.randn(12, OBSERVATION + 1)
-    with pytest.raises(InputError, match=r"anchor cannot take this batch, .*'observation': \(6,\)"):
+    with pytest.raises(InputError, match=r"anchor cannot take this batch, .*'observation': '\[6\] torch.float32 cpu'"):
         loss(batch)
     batch = make_batch(12).set("action", torch.rand(12, ACTION + 1))
     with pytest.raises(InputError, match=r"'action' has size 4; the policy's has 3"):

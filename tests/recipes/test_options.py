@@ -19,7 +19,16 @@ from omegaconf.errors import OmegaConfBaseException
 
 from torchrl_spar import InputError, SPARLoss, make_spar_loss
 
-SCRIPTS = ("benchmark", "compare", "drop_in_trainer", "evaluate", "export", "inspect_dataset", "make_dataset")
+SCRIPTS = (
+    "benchmark",
+    "compare",
+    "deployment_report",
+    "drop_in_trainer",
+    "evaluate",
+    "export",
+    "inspect_dataset",
+    "make_dataset",
+)
 SCRIPTS += ("mix_objectives", "spar_d4rl", "spar_offline_to_online")
 CLAIMS = ("drift", "gradient_conflict", "search_space", "suboptimal_anchors", "support")
 
