@@ -10,8 +10,8 @@ NAMES = {
     "cql": "CQL", "rebrac": "ReBRAC", "rebrac_critics": "ReBRAC, SPAR's critics",
     "spar_iql": "SPAR's critic, IQL's policy", "spar": "SPAR (head A)", "spar_latent": "SPAR (head B)",
     # recipes/config/method/ablation
-    "one_step_targets": "one-step targets", "shared_episodes": "critics on all episodes", "no_lsi": "no LSI: the trust term alone",
-    "no_trust": "no trust term: LSI alone",
+    "one_step_targets": "one-step targets", "shared_episodes": "critics on all episodes",
+    "no_lsi": "no LSI: the trust term alone", "no_trust": "no trust term: LSI alone",
     "uniform_weights": "candidates weigh the same",
     "greedy_weights": "the best candidate alone", "action_space": "candidates in action space",
     "value_gradient": "value gradient for LSI", "candidates_4": "4 candidates", "candidates_16": "16 candidates",
