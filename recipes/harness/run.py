@@ -164,8 +164,8 @@ class Run:
             self.estimate_into(results)
         self.go_on(results)
         self.save(results)
-        write_json(self.out / "results.json", results)
         self.draw(results)
+        write_json(self.out / "results.json", results)  # last: with it the run is finished
         show(results, self.out)
 
     def estimate_into(self, results: dict[str, Any]) -> None:
