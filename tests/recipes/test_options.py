@@ -108,7 +108,9 @@ def test_what_a_plus_has_added_is_refused():
 
 @pytest.mark.parametrize("name", [*SCRIPTS, *(f"claims/{name}" for name in CLAIMS)])
 def test_every_option_has_a_meaning_in_the_help_and_a_default_that_passes(name, capsys):
-    compose_recipe(name, *(["policy=x"] if name in ("evaluate", "export") else []))
+    compose_recipe(
+        name, *{"evaluate": ["policy=x"], "export": ["policy=x"], "deployment_report": ["run=x"]}.get(name, [])
+    )
     options.print_help(name, "About.")
     printed = capsys.readouterr().out.splitlines()
     for path, entry, _ in options.walk(options.OPTIONS[name]):
