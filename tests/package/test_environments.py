@@ -272,7 +272,7 @@ def test_the_pens_episode_ends_at_the_drop_and_after_100_steps():
     assert len(steps) <= 100
 
 
-@pytest.mark.skipif(not (SHARED / "relocate-human-24.hdf5").exists(), reason="relocate-human-24.hdf5 is not at hand")
+@pytest.mark.skipif(not (SHARED / "relocate-human-24.hdf5").exists(), reason="needs ../shared")
 def test_relocates_correction_is_the_one_of_recorded_rewards():
     h5py = pytest.importorskip("h5py")
     with h5py.File(SHARED / "relocate-human-24.hdf5") as file:
@@ -281,7 +281,7 @@ def test_relocates_correction_is_the_one_of_recorded_rewards():
     np.testing.assert_allclose(d4rl - robotics, -0.2 * np.linalg.norm(offset, axis=1), atol=1e-4)
 
 
-@pytest.mark.skipif(not (SHARED / "antmaze-umaze-diverse-regen.hdf5").exists(), reason="antmaze-umaze-diverse-regen.hdf5 is not at hand")
+@pytest.mark.skipif(not (SHARED / "antmaze-umaze-diverse-regen.hdf5").exists(), reason="needs ../shared")
 def test_antmazes_roll_outs_are_counted_between_timeouts():
     h5py = pytest.importorskip("h5py")
     path = SHARED / "antmaze-umaze-diverse-regen.hdf5"
@@ -297,7 +297,7 @@ def test_antmazes_roll_outs_are_counted_between_timeouts():
     assert score == pytest.approx(100 * np.mean(successes)) == pytest.approx(19.87, abs=0.01)
 
 
-@pytest.mark.skipif(not (SHARED / "pen-expert-regen.hdf5").exists(), reason="pen-expert-regen.hdf5 is not at hand")
+@pytest.mark.skipif(not (SHARED / "pen-expert-regen.hdf5").exists(), reason="needs ../shared")
 def test_the_pens_data_has_its_score_under_d4rls_protocol():
     data = load_offline_dataset(SHARED / "pen-expert-regen.hdf5")
     assert normalized_score("AdroitHandPen-v1", data.episode_returns).mean().item() == pytest.approx(90.5, abs=0.1)

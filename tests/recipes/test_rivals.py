@@ -144,7 +144,7 @@ def test_ten_percent_are_the_best_episodes():
         keep_best_episodes(episodes(1.0), 0.0)
 
 
-@pytest.mark.skipif(not (SHARED / "antmaze-umaze-diverse-regen.hdf5").exists(), reason="antmaze-umaze-diverse-regen.hdf5 is not at hand")
+@pytest.mark.skipif(not (SHARED / "antmaze-umaze-diverse-regen.hdf5").exists(), reason="needs ../shared")
 @pytest.mark.parametrize("ended", [False, True])
 def test_ten_percent_of_antmaze_are_whole_roll_outs_that_succeed(ended):
     """Every row at the goal is terminal there: counted by flags, the best tenth would be rows at the goal alone."""
