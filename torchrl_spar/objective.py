@@ -38,7 +38,7 @@ from torchrl_spar.residual import ResidualVAE, SPARActor
 # The weights lie between exp(-5) and exp(2.3) = 10 before they are divided by their mean.
 TRUST_LOG_WEIGHT_RANGE = (-5.0, 2.3)
 # By how much the evidence changes the weight of self-imitation, at most.
-EVIDENCE_RANGE = (0.5, 4.0)
+EVIDENCE_RANGE = (0.5, 8.0)
 TINY = 1e-8
 # Of a data set, at once.
 ROWS_PER_CALL = 16_384
@@ -391,8 +391,8 @@ class SPARLoss(SPARLossBase):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Squared distance of the residual (head B: the latent) to :meth:`self_imitation_target`, ``[*B]``.
 
-        It counts by the evidence: times ``S / evidence_scale``, clipped to half and four times, where S is how much
-        the candidates' values differ. Where no action makes a difference that the returns would show, the trust term
+        It counts by the evidence: times ``(S / evidence_scale)^2``, clipped to half and eight times, where S is how
+        much the candidates' values differ. Where no action makes a difference that the returns would show, the trust term
         holds the policy to the data. Arguments as there; a mean over dimensions. This is the step that improves the
         policy: a subclass may put another in its place, with :attr:`lsi_metrics` as the names of what it reports.
 
@@ -402,7 +402,8 @@ class SPARLoss(SPARLossBase):
         prediction = residual if latent is None else latent
         imitation = (prediction - target).pow(2).mean(-1)
         if self.evidence_scale is not None:
-            imitation = imitation * (diagnostics["candidate_spread"] / self.evidence_scale).clamp(*EVIDENCE_RANGE)
+            evidence = (diagnostics["candidate_spread"] / self.evidence_scale).square()
+            imitation = imitation * evidence.clamp(*EVIDENCE_RANGE)
         return imitation, diagnostics
 
     @torch.no_grad()

@@ -117,7 +117,7 @@ class JaxUpdate:
         data_residual = (batch["action"] - anchor) / fixed["residual_scale"]
         policy = lax.stop_gradient(residual)
         target, scale, metrics = self._self_imitation(critics, fixed, observation, anchor, policy, latents)
-        evidence = jnp.clip(scale / self.loss.evidence_scale, *EVIDENCE_RANGE)
+        evidence = jnp.clip(jnp.square(scale / self.loss.evidence_scale), *EVIDENCE_RANGE)
         weight, more = self._trust(critics, fixed, observation, batch["action"], _compose(fixed, anchor, policy))
         terms = fixed["lsi_coeff"] * evidence * jnp.square(residual - target).mean(-1)
         terms += fixed["trust_coeff"] * weight * jnp.square(residual - data_residual).mean(-1)

@@ -34,7 +34,7 @@ from torchrl_spar.training.compiling import check_compiler
 COLUMNS = (
     "loss_bc", "loss_vae", "reconstruction_error", "kl", "loss_value", "loss_qvalue", "pred_value", "target_value",
     "loss_actor", "candidate_spread", "effective_sample_size", "candidate_diversity", "lsi_advantage",
-    "candidate_value_std", "trust_advantage", "data_value_std", "residual_ratio",
+    "candidate_value_std", "trust_advantage", "data_value_std", "residual_ratio", "coherent_shift",
 )  # fmt: skip
 # The method's name without compare.py, which gives one.
 NAMES = {"residual": "spar", "latent": "spar_latent"}
@@ -75,9 +75,9 @@ class SPARRun(Run):
         return self.keep("sampler", sampler)
 
     def record(self, phase: str, step: int, metrics: dict[str, Tensor]) -> None:
-        super().record(phase, step, metrics)
         if phase == "spar":
-            self.health(step, metrics)
+            metrics = {**metrics, **self.health(step, metrics)}
+        super().record(phase, step, metrics)
 
     @torch.no_grad()
     def critics_values(self) -> Tensor:

@@ -181,7 +181,7 @@ def test_residual_loss_matches_reference(case, bound, candidates, evidence_scale
         candidates = residuals if latent is None else latents
         target = sum(w * c[i] for w, c in zip(weights, candidates))
         prediction = residual[i] if latent is None else latent[i]
-        expected += (scale / loss.evidence_scale).clamp(0.5, 4) * (prediction - target).pow(2).mean()
+        expected += ((scale / loss.evidence_scale) ** 2).clamp(0.5, 8) * (prediction - target).pow(2).mean()
         expected += u[i] / u.mean() * (residual[i] - (a[i] - a_b[i]) / ref.rho).pow(2).mean()
     torch.testing.assert_close(value, expected / 12)
     torch.testing.assert_close(metadata["effective_sample_size"], sum(sizes) / 12)

@@ -1,4 +1,4 @@
-"""Checks of a running training: finite numbers, values within their bound, residuals like the data's."""
+"""Checks of a running training: finite numbers, values within their bound, a policy that stays with the data."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torchrl.data import ReplayBuffer
 
 from torchrl_spar.errors import NonFiniteError
 from torchrl_spar.objective import SPARLoss
+from torchrl_spar.training.shift import CoherentShift
 
 # Steps between two checks of the fits and of SPARUpdate. NaN stays, so checking each step would find no more.
 CHECK_INTERVAL = 100
@@ -19,6 +20,8 @@ CHECK_INTERVAL = 100
 PATIENCE = 5
 # Of the policy's residual to the data's: above it policies were seen to leave the data.
 RESIDUAL_RATIO_LIMIT = 0.7
+# Updates between two looks at the coherent shift, and the standard deviations above which policies were seen to fall.
+SHIFT_INTERVAL, SHIFT_LIMIT = 2_000, 3.5
 
 
 def check_finite(step: int, losses: Mapping[str, Tensor], parameters: Mapping[str, Sequence[Tensor]]) -> None:
@@ -67,12 +70,17 @@ class HealthCheck:
     * No policy's value leaves ``[r_min, r_max] / (1 - gamma)`` (with zero in the interval, for what ends). Means of
       the critics (``pred_value``) beyond it, by a tenth of its width, are divergence.
     * ``residual_ratio`` above 0.7 is how policies that left the data were seen to look.
+    * ``coherent_shift`` (:class:`~torchrl_spar.training.shift.CoherentShift`) above 3.5 is how policies looked that
+      fell although each of their steps was near the data. It is measured at each step that 2,000 divides.
 
-    One batch tells little, so it warns when five checks in a row fail, once for each problem.
+    One batch tells little, so the first two warn when five checks in a row fail; each problem is named once.
 
     Args:
         loss: of which ``gamma`` and ``reward_scale`` are read now: after :func:`~torchrl_spar.fit_critics`.
         replay_buffer: the data, whose rewards bound the values.
+
+    Returns:
+        Of a call: what it measured itself, ``coherent_shift`` or nothing, to be logged beside the metrics.
 
     Source: ours; the bound is the geometric series.
 
@@ -88,6 +96,7 @@ class HealthCheck:
         >>> tuple(round(bound) for bound in check.value_range)
         (0, 100)
         >>> check(100, {"pred_value": torch.tensor(50.0), "residual_ratio": torch.tensor(0.4)})
+        {}
     """
 
     def __init__(self, loss: SPARLoss, replay_buffer: ReplayBuffer) -> None:
@@ -96,9 +105,10 @@ class HealthCheck:
         low, high = min(0.0, float(reward.min())) * horizon, max(0.0, float(reward.max())) * horizon
         #: Of a value, in the loss's units.
         self.value_range = low, high
+        self._shift = CoherentShift(loss, replay_buffer)
         self._found: dict[str, int] = {}
 
-    def __call__(self, step: int, metrics: Mapping[str, Tensor]) -> None:
+    def __call__(self, step: int, metrics: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Checks ``pred_value`` and ``residual_ratio`` of one batch (scalars), where they are given."""
         if (value := metrics.get("pred_value")) is not None:
             low, high = self.value_range
@@ -118,11 +128,22 @@ class HealthCheck:
                 "collapse",
                 float(ratio) > RESIDUAL_RATIO_LIMIT,
             )
+        if step % SHIFT_INTERVAL or (shift := self._shift()) is None:
+            return {}
+        self._judge(
+            f"the policy leaves the data's trajectories: at step {step} its actions are shifted in one direction by "
+            f"{float(shift):.1f} standard deviations of the data's, where up to 2.5 is healthy; lower lsi_coeff, "
+            "or evaluate an earlier checkpoint",
+            "shift",
+            float(shift) > SHIFT_LIMIT,
+            patience=1,
+        )
+        return {"coherent_shift": shift}
 
-    def _judge(self, text: str, name: str, found: bool) -> None:
+    def _judge(self, text: str, name: str, found: bool, patience: int = PATIENCE) -> None:
         before = self._found.get(name, 0)
-        if before == PATIENCE:  # warned already
+        if before == patience:  # warned already
             return
         self._found[name] = before + 1 if found else 0
-        if self._found[name] == PATIENCE:
+        if self._found[name] == patience:
             warnings.warn(text, stacklevel=3)
