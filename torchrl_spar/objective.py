@@ -392,9 +392,9 @@ class SPARLoss(SPARLossBase):
         """Squared distance of the residual (head B: the latent) to :meth:`self_imitation_target`, ``[*B]``.
 
         It counts by the evidence: times ``(S / evidence_scale)^2``, clipped to half and eight times, where S is how
-        much the candidates' values differ. Where no action makes a difference that the returns would show, the trust term
-        holds the policy to the data. Arguments as there; a mean over dimensions. This is the step that improves the
-        policy: a subclass may put another in its place, with :attr:`lsi_metrics` as the names of what it reports.
+        much the candidates' values differ. Where no action makes a difference that the returns would show, the trust
+        term holds the policy to the data. Arguments as there; a mean over dimensions. This is the step that improves
+        the policy: a subclass may put another in its place, with :attr:`lsi_metrics` as the names of what it reports.
 
         Source: the regression onto the candidates is the paper's.
         """
