@@ -2,41 +2,41 @@
 
 from __future__ import annotations
 
-import json
+import multiprocessing
 import os
-import subprocess
-import sys
 import tempfile
+import time
 import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-# In a process of its own: the peak memory of a process never falls.
-_LOAD = """
-import json, re, sys, time
-import h5py, minari, torch
 from torchrl_spar import load_offline_dataset
 
-def peak():  # Linux; ru_maxrss would start at the peak of the process that started this one
-    return 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
 
-torch.set_num_threads(1)
-before = peak()
-start = time.perf_counter()
-buffer = load_offline_dataset(sys.argv[1], cache=sys.argv[2] or None)
-seconds = time.perf_counter() - start
-after = peak()
-size = sum(tensor.numel() * tensor.element_size() for tensor in buffer[:].values(True, True))
-for _ in range(200):
-    buffer.sample()
-start = time.perf_counter()
-for _ in range(2000):
-    buffer.sample()
-rate = 2000 / (time.perf_counter() - start)
-print(json.dumps({"seconds": seconds, "peak_memory_over_size": (after - before) / size, "samples_per_second": rate}))
-"""
+def _load(source: str, cache: str | None) -> dict[str, float]:
+    torch.set_num_threads(1)
+    before = _peak()
+    start = time.perf_counter()
+    buffer = load_offline_dataset(source, cache=cache)
+    seconds = time.perf_counter() - start
+    after = _peak()
+    size = sum(tensor.numel() * tensor.element_size() for tensor in buffer[:].values(True, True))
+    for _ in range(200):
+        buffer.sample()
+    start = time.perf_counter()
+    for _ in range(2000):
+        buffer.sample()
+    rate = 2000 / (time.perf_counter() - start)
+    return {"seconds": seconds, "peak_memory_over_size": (after - before) / size, "samples_per_second": rate}
+
+
+def _peak() -> int:
+    """Peak memory of this process, in bytes (Linux; ru_maxrss would start at that of the process it comes from)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 
 def measure_loading(steps: int, episode_length: int = 1000) -> dict[str, Any]:
@@ -54,11 +54,14 @@ def measure_loading(steps: int, episode_length: int = 1000) -> dict[str, Any]:
     """
     with tempfile.TemporaryDirectory() as directory:
         source = write_random_minari(Path(directory) / "datasets", steps // episode_length, episode_length)
-        caches = {"load": "", "load_and_cache": f"{directory}/cache", "cached_start": f"{directory}/cache"}
+        caches = {"load": None, "load_and_cache": f"{directory}/cache", "cached_start": f"{directory}/cache"}
         results: dict[str, Any] = {"steps": steps, "episodes": steps // episode_length}
-        for name, cache in caches.items():
-            command = [sys.executable, "-c", _LOAD, str(source), cache]
-            results[name] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+        # Each in a process of its own: the peak memory of a process never falls.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["h5py", "minari", "torchrl_spar"])
+        with context.Pool(1, maxtasksperchild=1) as pool:
+            for name, cache in caches.items():
+                results[name] = pool.apply(_load, (str(source), cache))
     return {"rows_per_second": steps / results["load"]["seconds"], **results}
 
 

@@ -6,8 +6,6 @@ import json
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 import warnings
 from functools import partial
 from pathlib import Path
@@ -15,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import build_loss, compose_recipe
+from helpers import build_loss, compose_recipe, run
 
 import torchrl_spar
 
@@ -188,8 +186,7 @@ def test_the_results_are_the_committed_runs(tmp_path):
         copy = tmp_path / name.replace("/", "-")
         shutil.copytree(RESULTS / name, copy)
         spar = [f"{RESULTS / 'compare'}{method}" for method in methods]
-        command = [sys.executable, str(RECIPES / "report.py"), str(copy), *spar]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        done = run("report", copy, *spar, cwd=tmp_path)
         assert done.stdout == shown, done.stderr
 
 
