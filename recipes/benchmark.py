@@ -197,11 +197,10 @@ def jax_contender(
 
 
 def measure_evaluation(cfg: DictConfig, device: torch.device) -> dict[str, Any]:
-    """A random policy's episodes, and what they cost a learner beside them."""
+    """A random policy's episodes."""
     observation_dim, action_spec = environment_sizes(cfg.env)
     policy = make_spar_loss(observation_dim, action_spec, hidden=list(cfg.hidden), device=device).actor
-    learner = spar(make_losses([0], cfg.hidden, device), make_data(cfg.batch_size, device), block=1)
-    return rollout_speed.measure_evaluation(policy, learner, cfg.env, rounds=cfg.rounds, seconds=cfg.window)
+    return rollout_speed.measure_evaluation(policy, cfg.env, rounds=cfg.rounds)
 
 
 @torch.no_grad()
