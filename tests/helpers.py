@@ -25,7 +25,7 @@ SHARED = Path(__file__).resolve().parents[2] / "shared" / "datasets"
 
 # A run of the main job in seconds.
 SMALL = ["preset=smoke", "anchor.steps=5", "vae.steps=5", "spar.updates=4", "eval.interval=2", "eval.final_episodes=2"]
-SMALL += ["spar.loss.hidden=[8]", "logger.interval=2", "cache=null"]
+SMALL += ["spar.loss.hidden=[8]", "logger.interval=2"]
 # A second process costs seconds to start.
 TINY = [*SMALL, "eval.background=false"]
 

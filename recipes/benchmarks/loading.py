@@ -1,4 +1,4 @@
-"""How fast and in how much memory a Minari set of a given size is loaded, cached and sampled."""
+"""How fast and in how much memory a Minari set of a given size is loaded and sampled."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ import torch
 from torchrl_spar import load_offline_dataset
 
 
-def _load(source: str, cache: str | None) -> dict[str, float]:
+def _load(source: str) -> dict[str, float]:
     torch.set_num_threads(1)
     before = _peak()
     start = time.perf_counter()
-    buffer = load_offline_dataset(source, cache=cache)
+    buffer = load_offline_dataset(source)
     seconds = time.perf_counter() - start
     after = _peak()
     size = sum(tensor.numel() * tensor.element_size() for tensor in buffer[:].values(True, True))
@@ -47,22 +47,19 @@ def measure_loading(steps: int, episode_length: int = 1000) -> dict[str, Any]:
         episode_length: many short episodes take longer than few long ones.
 
     Returns:
-        ``rows_per_second`` without a cache, ``steps``, ``episodes`` and, for ``"load"`` (no cache),
-        ``"load_and_cache"`` and ``"cached_start"``, the ``seconds`` of ``load_offline_dataset`` in a fresh process
-        (imports done, page cache warm), its ``peak_memory_over_size`` (what the process's peak grew by, over the rows'
-        bytes) and ``samples_per_second`` (batches of 256).
+        ``rows_per_second``, ``steps``, ``episodes`` and, as ``"load"``, the ``seconds`` of ``load_offline_dataset`` in
+        a fresh process (imports done, page cache warm), its ``peak_memory_over_size`` (what the process's peak grew
+        by, over the rows' bytes) and ``samples_per_second`` (batches of 256).
     """
     with tempfile.TemporaryDirectory() as directory:
         source = write_random_minari(Path(directory) / "datasets", steps // episode_length, episode_length)
-        caches = {"load": None, "load_and_cache": f"{directory}/cache", "cached_start": f"{directory}/cache"}
-        results: dict[str, Any] = {"steps": steps, "episodes": steps // episode_length}
-        # Each in a process of its own: the peak memory of a process never falls.
+        # In a process of its own: the peak memory of a process never falls.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["h5py", "minari", "torchrl_spar"])
-        with context.Pool(1, maxtasksperchild=1) as pool:
-            for name, cache in caches.items():
-                results[name] = pool.apply(_load, (str(source), cache))
-    return {"rows_per_second": steps / results["load"]["seconds"], **results}
+        with context.Pool(1) as pool:
+            load = pool.apply(_load, (str(source),))
+    rate = steps / load["seconds"]
+    return {"rows_per_second": rate, "steps": steps, "episodes": steps // episode_length, "load": load}
 
 
 def write_random_minari(root: Path, episodes: int, length: int, observation_dim: int = 11, action_dim: int = 3) -> Path:

@@ -15,8 +15,8 @@ from harness.checkpoints import NAME, Checkpoints, all_checkpoints, named_error,
 from harness.stopping import stop
 from torchrl_spar import InputError, NonFiniteError
 
-# What makes it no other run: where it and the data's cache lie, the threads, evaluation beside training, checkpoints.
-FREE = ("runs", "out", "cache", "threads", "eval.background", "resume", "checkpoint.seconds")
+# What makes it no other run: where it lies, the threads, evaluation beside training, checkpoints.
+FREE = ("runs", "out", "threads", "eval.background", "resume", "checkpoint.seconds")
 LOCK = ".lock"
 
 

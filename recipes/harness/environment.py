@@ -43,7 +43,7 @@ def load_any(cfg: DictConfig, device: torch.device) -> tuple[OfflineReplayBuffer
 
 
 def read_episodes(cfg: DictConfig, device: torch.device) -> OfflineReplayBuffer:
-    data = read(cfg, batch_size=cfg.batch_size, device=device, cache=cfg.cache)
+    data = read(cfg, batch_size=cfg.batch_size, device=device)
     if not len(data.episode_returns):
         raise InputError(f"dataset={cfg.dataset}: its rows are in no order of time, and the critics start from returns")
     return data

@@ -99,7 +99,7 @@ def quote_home(argument: str) -> str:
 
 
 def expand_home(cfg: DictConfig) -> None:
-    """`~` in every path; where nobody knows the home directory, data is not cached, and other paths must be whole."""
+    """`~` in every path; where nobody knows the home directory, paths must be whole."""
     for key in cfg:
         if OmegaConf.is_missing(cfg, key):  # TorchRL's own configs leave open what it fills in itself
             continue
@@ -108,11 +108,9 @@ def expand_home(cfg: DictConfig) -> None:
             expand_home(value)
         elif isinstance(value, str) and value.startswith("~"):
             path = os.path.expanduser(value)
-            if path.startswith("~") and name != "cache":
-                raise InputError(f"{name}={value}: there is no such home directory here; give the whole path")
             if path.startswith("~"):
-                print(f"cache={value}: there is no home directory here, so data is not cached", file=sys.stderr)
-            cfg[name] = None if path.startswith("~") else path
+                raise InputError(f"{name}={value}: there is no such home directory here; give the whole path")
+            cfg[name] = path
 
 
 def check_seeds(cfg: DictConfig) -> None:

@@ -20,7 +20,7 @@ pytest.importorskip("h5py")
 import drop_in_trainer
 from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
 
-SMALL = ["anchor.steps=5", "vae.steps=5", "critics.steps=5", "loss.hidden=[8]", "cache=null"]
+SMALL = ["anchor.steps=5", "vae.steps=5", "critics.steps=5", "loss.hidden=[8]"]
 SMALL += ["trainer.updates=12", "trainer.round=3", "trainer.log_interval=2", "trainer.save_interval=2", "episodes=2"]
 
 

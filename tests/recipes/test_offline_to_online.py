@@ -311,7 +311,7 @@ def test_dictionaries_come_in_the_datas_order():
 
 TINY = [
     "preset=smoke", "anchor.steps=2", "vae.steps=2", "critics.steps=2", "spar.updates=2", "eval.interval=2",
-    "cache=null", "logger.interval=2", "eval.final_episodes=1", "spar.loss.hidden=[8]", "online.steps=40",
+    "logger.interval=2", "eval.final_episodes=1", "spar.loss.hidden=[8]", "online.steps=40",
     "online.first_update=0",
     "online.updates_per_step=0.1", "collector.frames_per_batch=20", "online.eval_interval=20", "online.eval_episodes=1",
     "runs=runs", "seed=0",

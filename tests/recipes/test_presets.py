@@ -23,7 +23,7 @@ def options(value, prefix=""):
 
 
 def composed(*overrides, recipe="spar_d4rl"):
-    return options(OmegaConf.to_container(compose_recipe(recipe, "out=x", "cache=null", *overrides)))
+    return options(OmegaConf.to_container(compose_recipe(recipe, "out=x", *overrides)))
 
 
 def of_file(name):
