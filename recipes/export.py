@@ -23,6 +23,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from harness.actors import ACTOR, POLICY, load_actor
 from harness.checkpoints import named_error
 from harness.launch import run_recipe
 from harness.options import option, recipe_options
@@ -30,9 +31,11 @@ from harness.output import check_unused
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
+from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
 
-from torchrl_spar import InputError, SPARActor, load_policy
+from torchrl_spar import InputError
+from torchrl_spar.errors import first_line
 from torchrl_spar.networks import ObservationNorm
 
 NEEDED = {"pt2": (), "onnx": ("onnx", "onnxscript", "onnxruntime")}
@@ -44,12 +47,21 @@ Act = Callable[[Tensor], Tensor]
 class Deployed(nn.Module):
     """A function of one tensor, `observation [n, observation_dim] -> action [n, action_dim]`."""
 
-    def __init__(self, policy: SPARActor) -> None:
+    def __init__(self, policy: TensorDictModuleBase) -> None:
         super().__init__()
         self.policy = policy
 
     def forward(self, observation: Tensor) -> Tensor:
         return self.policy(observation=observation)
+
+
+def norm_of(policy: TensorDictModuleBase, observation_dim: int | None, name: str) -> ObservationNorm:
+    """The scale of its observations; of networks of your own the size alone is known."""
+    found = next((module for module in policy.modules() if isinstance(module, ObservationNorm)), None)
+    size = observation_dim if found is None else len(found.loc)
+    if size is None or observation_dim not in (None, size):
+        raise InputError(f"observation_dim={observation_dim}: must be the size of what {name} reads")
+    return found or ObservationNorm(torch.zeros(size), torch.ones(size))
 
 
 def check_formats(formats: Sequence[str]) -> None:
@@ -66,7 +78,7 @@ def check_formats(formats: Sequence[str]) -> None:
 
 
 @torch.no_grad()
-def write(policy: SPARActor, norm: ObservationNorm, formats: Sequence[str], out: Path) -> None:
+def write(policy: TensorDictModuleBase, norm: ObservationNorm, formats: Sequence[str], out: Path) -> None:
     """All files, or none."""
     rows = {0: torch.export.Dim("batch")}
     module = Deployed(policy).requires_grad_(False)
@@ -111,7 +123,7 @@ def load(out: Path, formats: Sequence[str], threads: int) -> dict[str, Act]:
 
 
 @torch.no_grad()
-def compare(policy: SPARActor, norm: ObservationNorm, calls: dict[str, Act]) -> Table:
+def compare(policy: TensorDictModuleBase, norm: ObservationNorm, calls: dict[str, Act]) -> Table:
     """Milliseconds of a call for one observation, and how far the actions are from the policy's."""
     observation = norm.loc + norm.scale * torch.randn(COMPARED_ROWS, len(norm.loc))
     expected = policy(observation=observation)
@@ -126,7 +138,9 @@ def compare(policy: SPARActor, norm: ObservationNorm, calls: dict[str, Act]) -> 
 @recipe_options("export")
 @dataclass
 class Options:
-    policy: str = option("???", "File written by save_policy, e.g. policy.pt of a run.")
+    policy: str | None = option(None, POLICY)
+    actor: str | None = option(None, ACTOR)
+    observation_dim: int | None = option(None, "Size of the observation; for networks of your own alone.", least=1)
     out: str = option("outputs/export/${now:%Y-%m-%d_%H-%M-%S}", "Directory of the files; a used one is refused.")
     formats: list[str] = option(
         ["pt2", "onnx"],
@@ -140,9 +154,15 @@ def main(cfg: DictConfig) -> None:
     out = Path(cfg.out)
     check_formats(cfg.formats)
     check_unused(out)
-    policy, _ = load_policy(cfg.policy)
-    norm = next(module for module in policy.modules() if isinstance(module, ObservationNorm))
-    write(policy, norm, cfg.formats, out)
+    policy, _, name = load_actor(cfg)
+    norm = norm_of(policy, cfg.observation_dim, name)
+    try:
+        write(policy, norm, cfg.formats, out)
+    except InputError:
+        raise
+    except Exception as err:  # of networks that torch.export does not take, any
+        what = f"{name}: torch.export does not take it with observation_dim={len(norm.loc)}"
+        raise InputError(f"{what} ({first_line(err)})") from err
     Console().print(compare(policy, norm, load(out, cfg.formats, cfg.threads)))
     print(f"files in {out}")
 

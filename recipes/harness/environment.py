@@ -83,12 +83,12 @@ def read(cfg: DictConfig, **options: Any) -> OfflineReplayBuffer:
         raise InputError(f"{err} (the bounds are those of {given})") from None
 
 
-def function_at(path: str) -> Any:
-    """What a dotted path names."""
+def function_at(path: str, name: str = "encoder") -> Any:
+    """What a dotted path names, which is the value of option `name`."""
     try:
         return get_method(path)
     except Exception as err:  # of the module that it imports, any
-        raise InputError(f"encoder={path}: no function is found there ({first_line(err)})") from None
+        raise InputError(f"{name}={path}: no function is found there ({first_line(err)})") from None
 
 
 def log_options(cfg: DictConfig) -> dict[str, Any]:
