@@ -141,7 +141,10 @@ class Logger:
 @recipe_options("spar_d4rl")
 @dataclass
 class Options(SharedOptions):
-    """Unless another source is named, a default is this project's choice. Presets are in config/preset/."""
+    """Unless another source is named, a default is this project's choice. Presets are in config/preset/.
+
+    Sizes and steps are those of the quick job, which takes minutes on a CPU; preset=d4rl has the field's.
+    """
 
     seeds: list[int] | None = option(
         None,

@@ -60,6 +60,17 @@ def test_of_several_presets_the_last_wins():
     assert mine["eval.final_episodes"] == 3 and mine["protocol"] == "d4rl" and mine["env_kwargs"] == {"pay": 1}
 
 
+def test_the_readme_has_the_sizes_of_the_quick_job_and_of_d4rl():
+    text = " ".join((CONFIG.parent / "README.md").read_text().split())
+    quick, field = composed(), composed("preset=d4rl")
+    steps = sum(quick[f"{phase}.steps"] for phase in ("anchor", "vae", "critics"))
+    for sizes, shown in ((quick, f"{steps:,} pre-training steps and "), (field, "")):
+        width, other = sizes["spar.loss.hidden"]
+        assert width == other
+        shown = f"two layers of {width}, batches of {sizes['batch_size']}, {shown}{sizes['spar.updates']:,} updates"
+        assert shown in text
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_the_loss_takes_a_presets_options(name):
     data = load_offline_dataset(CONFIG.parent / "data" / "torchrl-spar" / "hopper" / "medium-v0")
