@@ -48,12 +48,12 @@ FRAMES_PER_SECOND = 30
 # Rows of a batch of FQE, as in training.
 BATCH_SIZE = 128
 OWN = "own"
-# Of the options of a log, those that are not given.
+# Values of a log's options that mean "not given".
 UNSAID = (None, False, OWN)
 
 
 def check_video(path: Path) -> None:
-    """Refuses, before anything runs, what could not be written after."""
+    """Refuses a film that could not be written, before anything runs."""
     if path.exists():
         raise InputError(f"video={path}: exists already")
     if path.suffix not in (".gif", ".mp4"):
@@ -65,7 +65,7 @@ def check_video(path: Path) -> None:
 
 
 def follow(env: Any) -> None:
-    """Chooses the model's camera named "track", if there is one: Gymnasium 1.4 lets its own stand still."""
+    """Films with the model's camera named "track", if there is one: Gymnasium 1.4's default camera stands still."""
     renderer = getattr(env.unwrapped, "mujoco_renderer", None)
     if renderer is not None:
         import mujoco
@@ -131,7 +131,7 @@ class Options(DataOptions):
 
 
 def check_actions(policy: TensorDictModuleBase, name: str, env: str, spec: Bounded) -> None:
-    """Refuses an environment whose action bounds are others than those of the policy, where it has some."""
+    """Refuses an environment whose action bounds differ from the policy's, where the policy has bounds."""
     low, high = getattr(policy, "low", None), getattr(policy, "high", None)
     if low is None or high is None or low.shape != spec.shape:
         return
@@ -144,7 +144,7 @@ def check_actions(policy: TensorDictModuleBase, name: str, env: str, spec: Bound
 
 
 def check_sizes(cfg: DictConfig, name: str, policy: TensorDictModuleBase, data: OfflineReplayBuffer) -> None:
-    """Refuses a log of other sizes than the policy's: a vector of size one would be repeated without a word."""
+    """Refuses a log of other sizes than the policy's; otherwise a vector of size one would be repeated silently."""
     norms = (module.loc for module in policy.modules() if isinstance(module, ObservationNorm))
     pairs = (
         ("observations", next(norms, None), data.observation_loc),
@@ -161,7 +161,7 @@ def check_sizes(cfg: DictConfig, name: str, policy: TensorDictModuleBase, data: 
 def judge(
     cfg: DictConfig, policy: TensorDictModuleBase, facts: dict[str, Any], name: str, device: torch.device
 ) -> None:
-    """Prints what a log says of the policy."""
+    """Prints the value of the policy, estimated from a log."""
     if cfg.video:
         raise InputError(f"video={cfg.video}: needs an environment")
     own = dict(facts.get("log") or {})

@@ -56,7 +56,7 @@ class Deployed(nn.Module):
 
 
 def norm_of(policy: TensorDictModuleBase, observation_dim: int | None, name: str) -> ObservationNorm:
-    """The scale of its observations; of networks of your own the size alone is known."""
+    """The scale of the policy's observations; for networks of your own only their size is known."""
     found = next((module for module in policy.modules() if isinstance(module, ObservationNorm)), None)
     size = observation_dim if found is None else len(found.loc)
     if size is None or observation_dim not in (None, size):
@@ -79,7 +79,7 @@ def check_formats(formats: Sequence[str]) -> None:
 
 @torch.no_grad()
 def write(policy: TensorDictModuleBase, norm: ObservationNorm, formats: Sequence[str], out: Path) -> None:
-    """All files, or none."""
+    """Writes all files, or none."""
     rows = {0: torch.export.Dim("batch")}
     module = Deployed(policy).requires_grad_(False)
     program = torch.export.export(
@@ -108,7 +108,7 @@ def write_onnx(program: torch.export.ExportedProgram, path: Path) -> None:
 
 
 def load(out: Path, formats: Sequence[str], threads: int) -> dict[str, Act]:
-    """What was written, as its users load it."""
+    """The written files, loaded as their users load them."""
     calls: dict[str, Act] = {}
     if "pt2" in formats:
         calls["policy.pt2"] = torch.export.load(out / "policy.pt2").module()

@@ -240,7 +240,7 @@ def _find(
     columns: Columns | None,
     encoder: Encoder | None,
 ) -> tuple[Path, Callable[[Path], Steps]]:
-    """Where the source lies, and its reader."""
+    """The path of the source, and its reader."""
     minari = partial(read_minari, with_success=True) if with_success else read_minari
     if isinstance(source, str) and source.startswith("minari:"):
         return find_minari(source.removeprefix("minari:"), root), minari
@@ -292,7 +292,7 @@ def _check(
 
 
 def _returns(steps: Steps) -> np.ndarray:
-    """Every episode's, up to its first terminal: what a robot earns at its goal afterwards does not count."""
+    """Every episode's return up to its first terminal: what a robot earns at its goal afterwards does not count."""
     if not steps.ordered:
         return np.zeros(0)
     after = np.zeros(len(steps.episode), dtype=bool)
