@@ -58,10 +58,11 @@ class Deployed(nn.Module):
 def norm_of(policy: TensorDictModuleBase, observation_dim: int | None, name: str) -> ObservationNorm:
     """The scale of the policy's observations; for networks of your own only their size is known."""
     found = next((module for module in policy.modules() if isinstance(module, ObservationNorm)), None)
-    size = observation_dim if found is None else len(found.loc)
-    if size is None or observation_dim not in (None, size):
-        raise InputError(f"observation_dim={observation_dim}: must be the size of what {name} reads")
-    return found or ObservationNorm(torch.zeros(size), torch.ones(size))
+    if found is not None and observation_dim in (None, len(found.loc)):
+        return found
+    if observation_dim is None:
+        raise InputError(f"observation_dim: must be given, the size of the observation that {name} reads")
+    return ObservationNorm(torch.zeros(observation_dim), torch.ones(observation_dim))
 
 
 def check_formats(formats: Sequence[str]) -> None:

@@ -32,15 +32,7 @@ TINY = [*SMALL, "eval.background=false"]
 # As this process found it: recipes that tests import change theirs.
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 # What every recipe loads.
-LIBRARIES = [
-    "torchrl.collectors",
-    "torchrl.objectives",
-    "gymnasium",
-    "h5py",
-    "hydra",
-    "matplotlib.pyplot",
-    "rich.console",
-]
+LIBRARIES = "torchrl.collectors torchrl.objectives gymnasium h5py hydra matplotlib.pyplot rich.console"
 
 torch.set_num_threads(1)
 
@@ -113,7 +105,7 @@ def run(script: str, *overrides: Any, cwd: Path, **variables: str) -> subprocess
     with tempfile.TemporaryDirectory() as scratch:
         outputs = [Path(scratch, name) for name in ("stdout", "stderr")]
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(LIBRARIES)
+        context.set_forkserver_preload(LIBRARIES.split())
         process = context.Process(target=_become, args=(command, cwd, environment, outputs))
         with patch.dict(os.environ, ENVIRONMENT, clear=True):
             process.start()

@@ -45,6 +45,7 @@ def load_actor(cfg: DictConfig, device: torch.device | None = None) -> tuple[Ten
         raise InputError(f"{name}: must lead from observation to action, and leads {keys}")
     if actor.out_keys != ["action"]:
         actor = actor.select_out_keys("action")
+    actor.eval()
     if cfg.policy is None:
         return actor.to(device or "cpu"), {}, name
     return *load_policy(cfg.policy, policy=actor, device=device), f"policy={cfg.policy}"

@@ -22,7 +22,8 @@ from tensordict.nn import TensorDictModule, TensorDictSequential
 
 def make():
     torch.manual_seed(3)
-    body = TensorDictModule(torch.nn.Linear(3, 8), ["observation"], ["hidden"])
+    layers = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Dropout(0.5))
+    body = TensorDictModule(layers, ["observation"], ["hidden"])
     return TensorDictSequential(body, TensorDictModule(torch.nn.Linear(8, 1), ["hidden"], ["action"]))
 
 
@@ -57,7 +58,7 @@ def own(tmp_path, monkeypatch):
     for param in policy.parameters():
         param.data += 0.1
     save_policy(policy, "mine.pt", env="Pendulum-v1")
-    return policy.select_out_keys("action")
+    return policy.select_out_keys("action").eval()
 
 
 def start(recipe, *options):
@@ -78,7 +79,7 @@ def test_it_is_evaluated_with_the_weights_of_the_file_or_its_own(own, capsys):
         returns[name] = capsys.readouterr().out
     import my_networks
 
-    for name, policy in {"file": own, "own": my_networks.make()}.items():
+    for name, policy in {"file": own, "own": my_networks.make().eval()}.items():
         assert f"return {torchrl_spar.evaluate(policy, 'Pendulum-v1', 2, seed=7).mean():.1f} " in returns[name]
     assert returns["file"] != returns["own"]
 
@@ -104,7 +105,7 @@ def test_what_does_not_fit_is_named(own, recipe, options, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ([], "observation_dim=None: must be the size of what actor=my_networks.make reads"),
+        ([], "observation_dim: must be given, the size of the observation that actor=my_networks.make reads"),
         (["observation_dim=4"], "torch.export does not take it with observation_dim=4"),
     ],
 )

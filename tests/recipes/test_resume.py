@@ -18,6 +18,7 @@ from harness import checkpoints, scores
 from harness import directory as sweep
 from harness.checkpoints import Checkpoints
 from harness.stopping import Stopped, stop
+from helpers import run
 from kill_test import DATA, TINY, outcome, start_run
 
 from torchrl_spar import InputError
@@ -168,8 +169,8 @@ def test_sigterm_ends_a_run_in_one_line_and_it_goes_on(tmp_path):
     start_run("spar", tmp_path / "undisturbed", "anchor.steps=500")
     process = launch(tmp_path, *options)
     end_by(signal.SIGTERM, process, lambda: rows(tmp_path / "stopped", "anchor") > 2)
-    output, _ = (process := launch(tmp_path, *options, "resume=true")).communicate()
-    assert process.returncode == 0, output
+    done = run("spar_d4rl", *TINY, *options, "resume=true", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
     assert outcome(tmp_path / "stopped") == outcome(tmp_path / "undisturbed")
 
 
