@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import tempfile
 import time
 import warnings
@@ -14,6 +13,7 @@ import numpy as np
 import torch
 
 from torchrl_spar import load_offline_dataset
+from torchrl_spar.data.sources import environment_variable
 
 
 def _load(source: str) -> dict[str, float]:
@@ -83,19 +83,12 @@ def write_random_minari(root: Path, episodes: int, length: int, observation_dim:
             )
         )
     root.mkdir(parents=True)
-    os.environ["MINARI_DATASETS_PATH"], before = str(root), os.environ.get("MINARI_DATASETS_PATH")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Minari asks for an author and a description
-            minari.create_dataset_from_buffers(
-                "benchmark/random-v0",
-                buffers,
-                observation_space=Box(-np.inf, np.inf, (observation_dim,), np.float64),
-                action_space=Box(-1, 1, (action_dim,), np.float32),
-            )
-    finally:
-        if before is None:
-            del os.environ["MINARI_DATASETS_PATH"]
-        else:
-            os.environ["MINARI_DATASETS_PATH"] = before
+    with environment_variable("MINARI_DATASETS_PATH", str(root)), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Minari asks for an author and a description
+        minari.create_dataset_from_buffers(
+            "benchmark/random-v0",
+            buffers,
+            observation_space=Box(-np.inf, np.inf, (observation_dim,), np.float64),
+            action_space=Box(-1, 1, (action_dim,), np.float32),
+        )
     return root / "benchmark/random-v0"
