@@ -6,6 +6,7 @@ import multiprocessing
 import tempfile
 import time
 import warnings
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +57,8 @@ def measure_loading(steps: int, episode_length: int = 1000) -> dict[str, Any]:
         # In a process of its own: the peak memory of a process never falls.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["h5py", "minari", "torchrl_spar"])
-        with context.Pool(1) as pool:
-            load = pool.apply(_load, (str(source),))
+        with ProcessPoolExecutor(1, context) as pool:
+            load = pool.submit(_load, str(source)).result()
     rate = steps / load["seconds"]
     return {"rows_per_second": rate, "steps": steps, "episodes": steps // episode_length, "load": load}
 
