@@ -84,7 +84,7 @@ class Options(SharedOptions):
 
 
 class NothingCollected(BaseCollector):
-    """Stands where the Trainer wants a collector: empty batches, so that a frame of the Trainer is an update.
+    """Takes the place of the Trainer's collector with empty batches, so that one frame is one update.
 
     Args:
         updates: frames in a batch.
@@ -114,14 +114,14 @@ class NothingCollected(BaseCollector):
 
 
 class DetachedStepper(DefaultOptimizationStepper):
-    """TorchRL's, which keeps the graph of every loss that is logged (49 MB a thousand updates of a tiny IQLLoss)."""
+    """TorchRL's Trainer without its leak: it keeps the graph of every logged loss (49 MB in 1,000 tiny updates)."""
 
     def step(self, trainer: Trainer, sub_batch: TensorDictBase) -> TensorDictBase:
         return super().step(trainer, sub_batch).detach()
 
 
 class TargetRenewal:
-    """Renews the critics' targets in the data; a hook of the Trainer before each round."""
+    """Renews the critics' targets in the data: a hook of the Trainer before each round."""
 
     def __init__(self, loss: SPARLoss, replay_buffer: ReplayBuffer) -> None:
         self.loss, self.replay_buffer = loss, replay_buffer

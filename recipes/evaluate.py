@@ -19,6 +19,7 @@ from typing import Any, cast
 import imageio.v3 as imageio
 import numpy as np
 import torch
+from harness.actors import ACTOR, POLICY, load_actor
 from harness.data_options import DataOptions
 from harness.environment import (
     LOG_OPTIONS,
@@ -40,19 +41,19 @@ from rich.console import Console
 from tensordict.nn import TensorDictModuleBase
 from torchrl.data import Bounded
 
-from torchrl_spar import InputError, OfflineReplayBuffer, SPARActor, environment_sizes, evaluate, load_policy, make_env
+from torchrl_spar import InputError, OfflineReplayBuffer, SPARActor, environment_sizes, evaluate, make_env
 from torchrl_spar.networks import ObservationNorm
 
 FRAMES_PER_SECOND = 30
 # Rows of a batch of FQE, as in training.
 BATCH_SIZE = 128
 OWN = "own"
-# Of the options of a log, those that are not given.
+# Values of a log's options that mean "not given".
 UNSAID = (None, False, OWN)
 
 
 def check_video(path: Path) -> None:
-    """Refuses, before anything runs, what could not be written after."""
+    """Refuses a film that could not be written, before anything runs."""
     if path.exists():
         raise InputError(f"video={path}: exists already")
     if path.suffix not in (".gif", ".mp4"):
@@ -64,7 +65,7 @@ def check_video(path: Path) -> None:
 
 
 def follow(env: Any) -> None:
-    """Chooses the model's camera named "track", if there is one: Gymnasium 1.4 lets its own stand still."""
+    """Films with the model's camera named "track", if there is one: Gymnasium 1.4's default camera stands still."""
     renderer = getattr(env.unwrapped, "mujoco_renderer", None)
     if renderer is not None:
         import mujoco
@@ -104,7 +105,8 @@ def film(policy: TensorDictModuleBase, env: str, seed: int, path: Path, **env_kw
 @recipe_options("evaluate")
 @dataclass
 class Options(DataOptions):
-    policy: str = option("???", "Policy file written by recipes/spar_d4rl.py.")
+    policy: str | None = option(None, POLICY)
+    actor: str | None = option(None, ACTOR)
     dataset: str = option(
         OWN,
         "With env=none, the log, as in spar_d4rl.py; own: the one the policy was trained on. Its columns, bounds and "
@@ -129,64 +131,65 @@ class Options(DataOptions):
 
 
 def check_actions(policy: TensorDictModuleBase, name: str, env: str, spec: Bounded) -> None:
-    """Refuses an environment whose action bounds are others than those of the policy, where it has some."""
+    """Refuses an environment whose action bounds differ from the policy's, where the policy has bounds."""
     low, high = getattr(policy, "low", None), getattr(policy, "high", None)
     if low is None or high is None or low.shape != spec.shape:
         return
     own = Bounded(low.cpu(), high.cpu(), low.shape, dtype=torch.float32)
     if not is_same(own, spec):
         raise InputError(
-            f"policy={name}: its actions are {shown(own)}, those of env={env} are {shown(spec)}; evaluate it in its "
+            f"{name}: its actions are {shown(own)}, those of env={env} are {shown(spec)}; evaluate it in its "
             "own environment, or train it for this one (action_scale=env)"
         )
 
 
-def check_sizes(cfg: DictConfig, policy: TensorDictModuleBase, data: OfflineReplayBuffer) -> None:
-    """Refuses a log of other sizes than the policy's: a vector of size one would be repeated without a word."""
+def check_sizes(cfg: DictConfig, name: str, policy: TensorDictModuleBase, data: OfflineReplayBuffer) -> None:
+    """Refuses a log of other sizes than the policy's; otherwise a vector of size one would be repeated silently."""
     norms = (module.loc for module in policy.modules() if isinstance(module, ObservationNorm))
     pairs = (
         ("observations", next(norms, None), data.observation_loc),
         ("actions", getattr(policy, "low", None), data.action_spec.space.low),
     )
-    for name, own, given in pairs:
+    for what, own, given in pairs:
         if own is not None and own.numel() != given.numel():
             raise InputError(
-                f"policy={cfg.policy}: does not fit dataset={cfg.dataset}: its {name} have size {own.numel()}, the "
+                f"{name}: does not fit dataset={cfg.dataset}: its {what} have size {own.numel()}, the "
                 f"log's {given.numel()}"
             )
 
 
-def judge(cfg: DictConfig, policy: TensorDictModuleBase, facts: dict[str, Any], device: torch.device) -> None:
-    """Prints what a log says of the policy."""
+def judge(
+    cfg: DictConfig, policy: TensorDictModuleBase, facts: dict[str, Any], name: str, device: torch.device
+) -> None:
+    """Prints the value of the policy, estimated from a log."""
     if cfg.video:
         raise InputError(f"video={cfg.video}: needs an environment")
     own = dict(facts.get("log") or {})
     gamma = own.pop("gamma", 0.99) if cfg.gamma is None else cfg.gamma
     if cfg.dataset == OWN and not own:
-        raise InputError(f"policy={cfg.policy}: names no log; give one as dataset=...")
+        raise InputError(f"{name}: names no log; give one as dataset=...")
     given = {name: cfg[name] for name in LOG_OPTIONS if cfg[name] not in UNSAID}
     cfg = cast(DictConfig, OmegaConf.merge(cfg, own, given))
     data = read(cfg, batch_size=BATCH_SIZE, device=device)
     options = {"gamma": gamma, "seed": cfg.seed, **cfg.ope}
-    check_sizes(cfg, policy, data)
+    check_sizes(cfg, name, policy, data)
     distance = Support(data, cfg.ope.held_out, cfg.seed).of_policy(policy)
     is_spar = isinstance(policy, SPARActor)
     estimates = estimate_spar(policy, data, options)[0] if is_spar else estimate_any(policy, data, options)
-    name = "spar" if is_spar else "policy"
-    distances = {"data": {"support_distance": 1.0}, name: {"support_distance": distance}}
-    show_estimates(Console(), f"{cfg.policy} on {cfg.dataset}", estimates, distances)
+    distances = {"data": {"support_distance": 1.0}, "spar" if is_spar else "policy": {"support_distance": distance}}
+    show_estimates(Console(), f"{name} on {cfg.dataset}", estimates, distances)
 
 
 def main(cfg: DictConfig) -> None:
     torch.set_num_threads(cfg.threads)
     device = best_device(cfg.device)
-    policy, facts = load_policy(cfg.policy, device=device)
-    if has_no_environment(cfg, cfg.policy, facts.get("env")):
-        judge(cfg, policy, facts, device)
+    policy, facts, name = load_actor(cfg, device)
+    if has_no_environment(cfg, name, facts.get("env")):
+        judge(cfg, policy, facts, name, device)
         return
     if unread := [name for name in LOG_OPTIONS if cfg[name] not in UNSAID]:
         raise InputError(f"{unread[0]}={cfg[unread[0]]}: read only where the policy is judged from a log: env=none")
-    env, env_kwargs = choose_environment(cfg, cfg.policy, facts.get("env"), facts.get("env_kwargs", {}))
+    env, env_kwargs = choose_environment(cfg, name, facts.get("env"), facts.get("env_kwargs", {}))
     if cfg.video:
         check_video(Path(cfg.video))
         if sys.platform == "linux" and "DISPLAY" not in os.environ:
@@ -194,7 +197,7 @@ def main(cfg: DictConfig) -> None:
     say_what_differs("the policy", facts.get("env"), facts.get("env_kwargs", {}), env, env_kwargs)
     _, action_spec = environment_sizes(env, **env_kwargs)
     if env != facts.get("env"):
-        check_actions(policy, cfg.policy, env, action_spec)
+        check_actions(policy, name, env, action_spec)
     returns = evaluate(policy, env, cfg.episodes, cfg.seed, **env_kwargs)
     row = summarize(env, returns, env_kwargs)
     print(f"{env}: {describe(row, cfg.episodes, step_limit_of(env, env_kwargs))}")

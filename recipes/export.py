@@ -23,6 +23,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from harness.actors import ACTOR, POLICY, load_actor
 from harness.checkpoints import named_error
 from harness.launch import run_recipe
 from harness.options import option, recipe_options
@@ -30,9 +31,11 @@ from harness.output import check_unused
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
+from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
 
-from torchrl_spar import InputError, SPARActor, load_policy
+from torchrl_spar import InputError
+from torchrl_spar.errors import first_line
 from torchrl_spar.networks import ObservationNorm
 
 NEEDED = {"pt2": (), "onnx": ("onnx", "onnxscript", "onnxruntime")}
@@ -44,12 +47,22 @@ Act = Callable[[Tensor], Tensor]
 class Deployed(nn.Module):
     """A function of one tensor, `observation [n, observation_dim] -> action [n, action_dim]`."""
 
-    def __init__(self, policy: SPARActor) -> None:
+    def __init__(self, policy: TensorDictModuleBase) -> None:
         super().__init__()
         self.policy = policy
 
     def forward(self, observation: Tensor) -> Tensor:
         return self.policy(observation=observation)
+
+
+def norm_of(policy: TensorDictModuleBase, observation_dim: int | None, name: str) -> ObservationNorm:
+    """The scale of the policy's observations; for networks of your own only their size is known."""
+    found = next((module for module in policy.modules() if isinstance(module, ObservationNorm)), None)
+    if found is not None and observation_dim in (None, len(found.loc)):
+        return found
+    if observation_dim is None:
+        raise InputError(f"observation_dim: must be given, the size of the observation that {name} reads")
+    return ObservationNorm(torch.zeros(observation_dim), torch.ones(observation_dim))
 
 
 def check_formats(formats: Sequence[str]) -> None:
@@ -66,8 +79,8 @@ def check_formats(formats: Sequence[str]) -> None:
 
 
 @torch.no_grad()
-def write(policy: SPARActor, norm: ObservationNorm, formats: Sequence[str], out: Path) -> None:
-    """All files, or none."""
+def write(policy: TensorDictModuleBase, norm: ObservationNorm, formats: Sequence[str], out: Path) -> None:
+    """Writes all files, or none."""
     rows = {0: torch.export.Dim("batch")}
     module = Deployed(policy).requires_grad_(False)
     program = torch.export.export(
@@ -96,7 +109,7 @@ def write_onnx(program: torch.export.ExportedProgram, path: Path) -> None:
 
 
 def load(out: Path, formats: Sequence[str], threads: int) -> dict[str, Act]:
-    """What was written, as its users load it."""
+    """The written files, loaded as their users load them."""
     calls: dict[str, Act] = {}
     if "pt2" in formats:
         calls["policy.pt2"] = torch.export.load(out / "policy.pt2").module()
@@ -111,7 +124,7 @@ def load(out: Path, formats: Sequence[str], threads: int) -> dict[str, Act]:
 
 
 @torch.no_grad()
-def compare(policy: SPARActor, norm: ObservationNorm, calls: dict[str, Act]) -> Table:
+def compare(policy: TensorDictModuleBase, norm: ObservationNorm, calls: dict[str, Act]) -> Table:
     """Milliseconds of a call for one observation, and how far the actions are from the policy's."""
     observation = norm.loc + norm.scale * torch.randn(COMPARED_ROWS, len(norm.loc))
     expected = policy(observation=observation)
@@ -126,7 +139,9 @@ def compare(policy: SPARActor, norm: ObservationNorm, calls: dict[str, Act]) -> 
 @recipe_options("export")
 @dataclass
 class Options:
-    policy: str = option("???", "File written by save_policy, e.g. policy.pt of a run.")
+    policy: str | None = option(None, POLICY)
+    actor: str | None = option(None, ACTOR)
+    observation_dim: int | None = option(None, "Size of the observation; for networks of your own alone.", least=1)
     out: str = option("outputs/export/${now:%Y-%m-%d_%H-%M-%S}", "Directory of the files; a used one is refused.")
     formats: list[str] = option(
         ["pt2", "onnx"],
@@ -140,9 +155,15 @@ def main(cfg: DictConfig) -> None:
     out = Path(cfg.out)
     check_formats(cfg.formats)
     check_unused(out)
-    policy, _ = load_policy(cfg.policy)
-    norm = next(module for module in policy.modules() if isinstance(module, ObservationNorm))
-    write(policy, norm, cfg.formats, out)
+    policy, _, name = load_actor(cfg)
+    norm = norm_of(policy, cfg.observation_dim, name)
+    try:
+        write(policy, norm, cfg.formats, out)
+    except InputError:
+        raise
+    except Exception as err:  # of networks that torch.export does not take, any
+        what = f"{name}: torch.export does not take it with observation_dim={len(norm.loc)}"
+        raise InputError(f"{what} ({first_line(err)})") from err
     Console().print(compare(policy, norm, load(out, cfg.formats, cfg.threads)))
     print(f"files in {out}")
 

@@ -1,4 +1,4 @@
-"""What the loader understands of a data set, before anything is trained; the exit code is 1 where something is wrong.
+"""Shows how the loader reads a data set, before any training. The exit code is 1 if something is wrong.
 
 python recipes/inspect_dataset.py dataset=path/to/data.hdf5
 python recipes/inspect_dataset.py dataset=log.parquet 'columns={observation:[x,v],action:[u],reward:r,episode:id}'
@@ -86,7 +86,7 @@ def overview(data: OfflineReplayBuffer, duplicates: float) -> Table:
 
 
 def action_table(data: OfflineReplayBuffer, problems: list[str], least_share: float) -> Table:
-    """Bounds against the range that is used."""
+    """The bounds of the actions against the range they use."""
     table = Table("action", "low", "high", "least", "most", "at a bound", title="Actions")
     action = data[:]["action"].cpu().numpy()
     low, high = (bound.cpu().numpy() for bound in (data.action_spec.space.low, data.action_spec.space.high))
@@ -135,7 +135,7 @@ def duplicate_share(data: OfflineReplayBuffer) -> float:
 
 
 def environment_table(cfg: DictConfig, data: OfflineReplayBuffer, problems: list[str]) -> Table | None:
-    """The environment in which training evaluates, against the data, which takes its action bounds."""
+    """Compares the data with the environment of its evaluation, and gives the data the environment's action bounds."""
     if cfg.env == NO_ENV or (cfg.env is None and data.env_id is None):
         print("No environment is compared" + ("." if cfg.env else ": the data names none; env=... does."))
         return None

@@ -31,7 +31,7 @@ from torchrl_spar import InputError, make_env, normalized_score, reference_retur
 
 
 def on_leaves(function: Callable[..., Any], *observations: Any) -> Any:
-    """A function of arrays on observations that may be dictionaries of them."""
+    """Applies a function to arrays, or to each array of dictionaries."""
     if isinstance(observations[0], dict):
         return {key: on_leaves(function, *(item[key] for item in observations)) for key in observations[0]}
     return function(*observations)
@@ -79,7 +79,7 @@ def record(cfg: DictConfig, act: Callable[[Any], np.ndarray]) -> list:
 
 
 def successes(infos: Sequence[dict[str, Any]]) -> dict[str, np.ndarray] | None:
-    """What the loader's end_at_success reads, where the environment tells it."""
+    """The record of successes that the loader's `end_at_success` reads, if the environment reports them."""
     return {"success": np.array([info["success"] for info in infos])} if "success" in infos[0] else None
 
 

@@ -152,7 +152,7 @@ def prepare(cfg: DictConfig, data: OfflineReplayBuffer) -> tuple[SPARLoss, Repla
 
 
 def train(cfg: DictConfig, name: str, start: SPARLoss, networks: Networks, rows: ReplayBuffer) -> dict[str, Any]:
-    """One mix of one seed: its scores."""
+    """Trains one mix with one seed and returns its scores."""
     mix = mixes.Mix(start)
     if (add := adders(cfg)[name]) is not None:
         add(mix, networks)
@@ -185,7 +185,7 @@ def train(cfg: DictConfig, name: str, start: SPARLoss, networks: Networks, rows:
 
 
 def start_critics(cfg: DictConfig, mix: mixes.Mix, rows: ReplayBuffer) -> None:
-    """The critics' start, on the encoder's features where they read them."""
+    """Warm-starts the critics, on the encoder's features where they read those."""
     data = rows[:]
     if mix.encoder is not None:
         with torch.no_grad():
@@ -200,7 +200,7 @@ def score(policy: TensorDictModuleBase, episodes: int) -> float:
 
 
 def show(runs: list[dict[str, Any]], out: Path) -> None:
-    """Each seed's score; the mean over seeds and, steadier, over the last half of the learning curves."""
+    """Prints each seed's score, their mean and, less noisy, the mean over the last half of the learning curves."""
     seeds = list(dict.fromkeys(run["seed"] for run in runs))
     table = Table("mix", "anchor", *(f"seed {seed}" for seed in seeds), "mean", "last half", "CPU s", title=ENV)
     for name in dict.fromkeys(run["mix"] for run in runs):

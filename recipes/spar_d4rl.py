@@ -52,7 +52,7 @@ def main(cfg: DictConfig) -> None:
 
 
 def begin_process(lock: RLock) -> None:
-    """In a process of the pool: bars that share a terminal, and no life after a parent that was killed."""
+    """Prepares a process of the pool: progress bars share the terminal, and the process ends with its parent."""
     tqdm.set_lock(lock)
     threading.Thread(target=end_with_parent, daemon=True).start()
 

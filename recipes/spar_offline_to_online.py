@@ -31,7 +31,7 @@ from torchrl_spar import InputError, SPARUpdate
 
 @dataclass
 class CollectorOptions:
-    """What steps the environments, on the CPU; the policy runs on `device`."""
+    """How environments are stepped, on the CPU; the policy runs on `device`."""
 
     backend: str = option("direct", "TorchRL's: direct (this process), process (workers here) or ray (started here).")
     workers: int = option(2, "Workers, each with an environment; without effect with direct.", least=1)
@@ -48,7 +48,7 @@ class OfflineShare:
 
 @dataclass
 class OnlineRates:
-    """Lower than offline, so that the policy sets out from where it is; learning rates fall to zero along a cosine."""
+    """Lower than offline, so that the policy starts from where it is; learning rates fall to zero along a cosine."""
 
     qvalue_lr: float = option(1e-4, "Learning rate of the critics.", least=0)
     actor_lr: float = option(1e-4, "Learning rate of the head.", least=0)
@@ -85,7 +85,7 @@ class Options(compare.Options):
 
 
 class OnlineSPAR(SPARRun):
-    """SPAR; online anchor, residuals' manifold and scales stay as they are, critics and head go on."""
+    """SPAR. Online, anchor, VAE and scales stay as they are; critics and head are trained further."""
 
     needs_environment = True
 
@@ -97,7 +97,7 @@ class OnlineSPAR(SPARRun):
 
 
 class OnlineTD3(compare.RivalRun):
-    """TD3+BC, online TD3."""
+    """TD3+BC offline, TD3 online."""
 
     needs_environment = True
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import multiprocessing
 import os
+import runpy
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from tensordict import TensorDict
@@ -21,9 +25,14 @@ SHARED = Path(__file__).resolve().parents[2] / "shared" / "datasets"
 
 # A run of the main job in seconds.
 SMALL = ["preset=smoke", "anchor.steps=5", "vae.steps=5", "spar.updates=4", "eval.interval=2", "eval.final_episodes=2"]
-SMALL += ["spar.loss.hidden=[8]", "logger.interval=2", "cache=null"]
+SMALL += ["spar.loss.hidden=[8]", "logger.interval=2"]
 # A second process costs seconds to start.
 TINY = [*SMALL, "eval.background=false"]
+
+# As this process found it: recipes that tests import change theirs.
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+# What every recipe loads.
+LIBRARIES = "torchrl.collectors torchrl.objectives gymnasium h5py hydra matplotlib.pyplot rich.console"
 
 torch.set_num_threads(1)
 
@@ -83,10 +92,39 @@ def compose_recipe(name: str, *overrides: str) -> Any:
 
 
 def run(script: str, *overrides: Any, cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    """A recipe as a user runs it."""
-    command = [sys.executable, str(RECIPES / f"{script}.py"), *map(str, overrides)]
+    """A recipe as a user runs it, in a process of its own.
+
+    It is forked from one that has loaded the libraries, which takes seconds. With variables, which libraries may read
+    as they are loaded, it is a fresh one.
+    """
+    command = [str(RECIPES / f"{script}.py"), *map(str, overrides)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MINARI_DATASETS_PATH": str(cwd / "minari"), **variables}
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, env=environment)
+    if variables:
+        command = [sys.executable, *command]
+        return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=600, env=environment)
+    with tempfile.TemporaryDirectory() as scratch:
+        outputs = [Path(scratch, name) for name in ("stdout", "stderr")]
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(LIBRARIES.split())
+        process = context.Process(target=_become, args=(command, cwd, environment, outputs))
+        with patch.dict(os.environ, ENVIRONMENT, clear=True):
+            process.start()
+        process.join(600)
+        process.kill()
+        process.join()
+        return subprocess.CompletedProcess(command, process.exitcode, *(path.read_text() for path in outputs))
+
+
+def _become(command: list[str], cwd: Path, environment: dict[str, str], outputs: list[Path]) -> None:
+    for stream, path in zip((sys.stdout, sys.stderr), outputs):
+        os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND), stream.fileno())
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(cwd)
+    sys.argv = command
+    tests = Path(__file__).parent
+    sys.path[:] = [str(RECIPES), *(path for path in sys.path if not Path(path).is_relative_to(tests))]
+    runpy.run_path(command[0], run_name="__main__")
 
 
 def assert_one_line(done: subprocess.CompletedProcess[str], *words: str) -> None:

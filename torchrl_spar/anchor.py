@@ -85,11 +85,11 @@ class FrozenAnchor(TensorDictModuleBase):
         return tensordict
 
     def train(self, mode: bool = True) -> FrozenAnchor:
-        """Stays in eval mode whatever is asked."""
+        """Does nothing: the anchor stays in eval mode."""
         return super().train(False)
 
     def reset_parameters_recursive(self, parameters: TensorDictBase | None = None) -> TensorDictBase | None:
-        """Leaves the anchor as it is."""
+        """Does nothing: the anchor keeps its weights."""
         return parameters
 
 
@@ -98,7 +98,7 @@ def _path(key: NestedKey) -> tuple[str, ...]:
 
 
 def _keep_parameters() -> None:
-    """Stands in for ``reset_parameters`` of every frozen layer."""
+    """Replaces ``reset_parameters`` of every frozen layer."""
 
 
 def _freeze(module: nn.Module) -> nn.Module:

@@ -219,7 +219,7 @@ class DefaultNetworks:
         return TensorDictModule(network, [*STATE, "latent"], ["residual"])
 
     def actor(self, head: str, decoder: TensorDictModuleBase | None, anchor: TensorDictModuleBase | None) -> SPARActor:
-        """The policy; head B alone takes the decoder."""
+        """The policy; only head B takes the decoder."""
         is_latent = head == "latent"
         anchor = self.anchor() if anchor is None else anchor
         network = self.body(self.action_dim, self.latent_dim if is_latent else self.action_dim)

@@ -1,4 +1,4 @@
-"""What SPARLoss has of TorchRL's conventions: keys, calls of its networks, masks, targets, copies, state dicts."""
+"""TorchRL's conventions in SPARLoss: keys, calls of its networks, masks, targets, copies, state dicts."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ class Conventions(LossModule):
         raise NotImplementedError
 
     def _needed_keys(self, tensordict: TensorDictBase) -> list[NestedKey]:
-        """The in_keys, less those that are not read for this batch."""
+        """The in_keys without those that are not read for this batch."""
         return self.in_keys
 
     def _forward_value_estimator_keys(self, **kwargs: Any) -> None:
@@ -353,7 +353,7 @@ class SPARLossBase(Conventions):
         return self._sized({out_key: values}, out_key, "a critic", 1).squeeze(-1)
 
     def _sized(self, out: Mapping[NestedKey, Tensor], key: NestedKey, writer: str, size: int | None = None) -> Tensor:
-        """An output, of the action's size by default: another one would be repeated without a word."""
+        """An output of the action's size by default; another size is refused, as it would be broadcast silently."""
         size = self.residual_scale.shape[-1] if size is None else size
         if out[key].shape[-1] != size:
             raise InputError(f"{writer} writes {key!r} of size {out[key].shape[-1]}; it must be {size}")
@@ -387,7 +387,7 @@ class SPARLossBase(Conventions):
         return new
 
     def _state_keys(self, *modules: TensorDictModuleBase) -> list[NestedKey]:
-        """What modules read of the state: their in_keys less what this loss writes itself."""
+        """The state entries that modules read: their in_keys without what this loss writes itself."""
         keys = self.tensor_keys
         internal = {keys.action, keys.anchor_action, keys.residual, keys.latent, keys.latent_loc, keys.latent_log_std}
         read = []
@@ -408,7 +408,7 @@ class SPARLossBase(Conventions):
 
     @property
     def _rectifiers(self) -> list[TensorDictModuleBase]:
-        """What makes the residual of a state and the anchor's action."""
+        """The module that makes the residual from a state and the anchor's action."""
         actor = self.actor_network
         return [actor.head] if actor.decoder is None else [actor.head, actor.decoder]
 
@@ -445,7 +445,7 @@ class SPARLossBase(Conventions):
             attempt("the value network", network, lambda: self._value(row))
 
     def _needed_keys(self, tensordict: TensorDictBase) -> list[NestedKey]:
-        """The in_keys, less what only the anchor reads if its action is given, and the outcome if a target is."""
+        """The in_keys, without the anchor's if its action is given and without the outcome if a target is."""
         keys = self.tensor_keys
         others = self._state_keys(*self._rectifiers, self.residual_vae, self.qvalue_network, *self._values)
         anchors = {*self.actor_network.anchor.in_keys}.difference(others, [keys.action])
@@ -489,7 +489,7 @@ def check_shape(noise: Tensor, shape: Sequence[int], key: NestedKey) -> Tensor:
 
 
 def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
-    """The mean of ``values`` where ``mask`` is True, of all where there is none.
+    """The mean of ``values`` where ``mask`` is True; of all values without a mask.
 
     Examples:
         >>> masked_mean(torch.tensor([1.0, 5.0]), torch.tensor([True, False]))

@@ -43,7 +43,7 @@ LARGEST_BOUND = 1e9
 
 
 def check_bounds(name: str, low: Any, high: Any) -> None:
-    """Refuses action bounds (arrays or tensors) that are infinite, so large that they bound nothing, or in no order.
+    """Refuses action bounds (arrays or tensors) that are infinite, too large to bound anything, or out of order.
 
     Raises:
         InputError: it says why bounds are needed.
@@ -89,7 +89,7 @@ def first_line(err: BaseException) -> str:
 
 
 def check_options(*checks: tuple[bool, str, Any, str]) -> None:
-    """Raises an :class:`InputError` for the first of (whether it is valid, name, value, what it must be) that is not.
+    """Raises an :class:`InputError` for the first invalid one of tuples (is valid, name, value, what it must be).
 
     Examples:
         >>> check_options((False, "kappa", -1, "at least 0"))

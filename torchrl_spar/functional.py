@@ -90,7 +90,7 @@ def call_ensemble(
 
 
 def _direct(module: TensorDictModuleBase) -> Any:
-    """The network's ``functional``, where calling it is all that the module would do."""
+    """The network's ``functional``, if the module does nothing but call the network; else None."""
     plain = isinstance(module, TensorDictModule) and type(module).forward is TensorDictModule.forward
     return functional_of(module.module) if plain and not (module._forward_hooks or module._forward_pre_hooks) else None
 
@@ -123,7 +123,7 @@ def _detached(params: Any) -> Any:
 
 
 def _unbound(params: Mapping[str, Any], size: int) -> list[dict[str, Any]]:
-    """A list of ``size`` nested dicts from one of stacked tensors."""
+    """Splits one nested dict of stacked tensors into a list of ``size``."""
     members: list[dict[str, Any]] = [{} for _ in range(size)]
     for name, value in params.items():
         parts = value.unbind(0) if isinstance(value, Tensor) else _unbound(value, size)

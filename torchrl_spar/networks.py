@@ -12,7 +12,7 @@ from torchrl.modules import MLP
 
 
 def functional_of(network: Any) -> Callable[..., Any] | None:
-    """``network.functional``, a call with other parameters, where it does what calling the network does; else None.
+    """``network.functional``, its call with other parameters, if it equals a call of the network; else None.
 
     It does not where a subclass overrides ``forward`` alone, or where a hook is registered.
 
@@ -109,7 +109,7 @@ class StateMLP(nn.Module):
 
     @property
     def functional(self) -> Callable[..., torch.Tensor] | None:
-        """:meth:`call_with`, where norm and layers are those that it knows; None where one was replaced."""
+        """:meth:`call_with`, if norm and layers are of the types it knows; None if one was replaced."""
         parts = self.norm, self.mlp, *self.mlp
         known = all(type(part) in KNOWN and not _is_hooked(part) for part in parts)
         return self.call_with if known else None
@@ -158,7 +158,7 @@ class StateMLP(nn.Module):
 
 
 def _linear_of_parts(parts: Sequence[torch.Tensor], weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """``linear(cat(parts))``, where what the first parts add is computed once and repeated if they have fewer dims."""
+    """``linear(cat(parts))``. The share of first parts with fewer dims is computed once and repeated."""
     rank = max(part.ndim for part in parts)
     first = next(index for index, part in enumerate(parts) if part.ndim == rank)
     if first == 0:

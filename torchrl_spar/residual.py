@@ -1,4 +1,4 @@
-"""The residual on the anchor: its data manifold (a VAE), the head that learns it, the actor that plays it."""
+"""The residual on the anchor: the data's residuals (a VAE), the head that learns them, the actor that adds them."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from torchrl_spar.objective import SPARLoss
 
 
 def share_critics(spar: SPARLoss, other: LossModule) -> LossModule:
-    """Has another loss train SPAR's critics, and its state value where both have one, in SPAR's unit of reward.
+    """Makes another loss train SPAR's critics (and its state value, if both have one) in SPAR's unit of reward.
 
     The other loss then bootstraps from SPAR's targets, which SPAR's updater moves; it needs none of its own. It sees
     rewards times ``spar.reward_scale`` as it is at each call: without that, critics that

@@ -11,7 +11,7 @@ device=${DEVICE:-cuda}
 mkdir -p "$out"
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} OMP_NUM_THREADS=1
 benchmark="python recipes/benchmark.py device=$device load_steps=0 stage_steps=0 env=null"
-job="python recipes/spar_d4rl.py device=$device cache=null out=$out/job"
+job="python recipes/spar_d4rl.py device=$device out=$out/job"
 if [ "$device" = cpu ]; then
   slack=4 many="[2]" several="[2]"
   benchmark+=" rounds=1 window=0.05 hidden=[8] batch_size=8"

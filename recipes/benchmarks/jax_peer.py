@@ -210,7 +210,7 @@ def _array(tensor: torch.Tensor) -> Any:
 
 
 def _layers(params: Any) -> Layers:
-    """Of a StateMLP: a linear layer and, where one follows, its LayerNorm."""
+    """The layers of a StateMLP: each linear layer and, where one follows, its LayerNorm."""
     layers: Layers = []
     entries = params["mlp"]
     for index in sorted(entries.keys(), key=int):
@@ -223,7 +223,7 @@ def _layers(params: Any) -> Layers:
 
 
 def _mlp(layers: Layers, *inputs: Any) -> Any:
-    """Of inputs ``[B, n]`` and, after those, ``[L, B, n]``: what the former add is computed once."""
+    """A StateMLP on inputs ``[B, n]`` and ``[L, B, n]``; the first layer's share of the former is computed once."""
     rank = max(part.ndim for part in inputs)
     out, column = layers[0]["bias"], 0
     for parts in ([x for x in inputs if x.ndim < rank], [x for x in inputs if x.ndim == rank]):

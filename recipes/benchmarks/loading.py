@@ -1,42 +1,43 @@
-"""How fast and in how much memory a Minari set of a given size is loaded, cached and sampled."""
+"""How fast and in how much memory a Minari set of a given size is loaded and sampled."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
+import multiprocessing
 import tempfile
+import time
 import warnings
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-# In a process of its own: the peak memory of a process never falls.
-_LOAD = """
-import json, re, sys, time
-import h5py, minari, torch
 from torchrl_spar import load_offline_dataset
+from torchrl_spar.data.sources import environment_variable
 
-def peak():  # Linux; ru_maxrss would start at the peak of the process that started this one
-    return 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
 
-torch.set_num_threads(1)
-before = peak()
-start = time.perf_counter()
-buffer = load_offline_dataset(sys.argv[1], cache=sys.argv[2] or None)
-seconds = time.perf_counter() - start
-after = peak()
-size = sum(tensor.numel() * tensor.element_size() for tensor in buffer[:].values(True, True))
-for _ in range(200):
-    buffer.sample()
-start = time.perf_counter()
-for _ in range(2000):
-    buffer.sample()
-rate = 2000 / (time.perf_counter() - start)
-print(json.dumps({"seconds": seconds, "peak_memory_over_size": (after - before) / size, "samples_per_second": rate}))
-"""
+def _load(source: str) -> dict[str, float]:
+    torch.set_num_threads(1)
+    before = _peak()
+    start = time.perf_counter()
+    buffer = load_offline_dataset(source)
+    seconds = time.perf_counter() - start
+    after = _peak()
+    size = sum(tensor.numel() * tensor.element_size() for tensor in buffer[:].values(True, True))
+    for _ in range(200):
+        buffer.sample()
+    start = time.perf_counter()
+    for _ in range(2000):
+        buffer.sample()
+    rate = 2000 / (time.perf_counter() - start)
+    return {"seconds": seconds, "peak_memory_over_size": (after - before) / size, "samples_per_second": rate}
+
+
+def _peak() -> int:
+    """Peak memory of this process, in bytes (Linux; ru_maxrss would start at that of the process it comes from)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 
 def measure_loading(steps: int, episode_length: int = 1000) -> dict[str, Any]:
@@ -47,19 +48,19 @@ def measure_loading(steps: int, episode_length: int = 1000) -> dict[str, Any]:
         episode_length: many short episodes take longer than few long ones.
 
     Returns:
-        ``rows_per_second`` without a cache, ``steps``, ``episodes`` and, for ``"load"`` (no cache),
-        ``"load_and_cache"`` and ``"cached_start"``, the ``seconds`` of ``load_offline_dataset`` in a fresh process
-        (imports done, page cache warm), its ``peak_memory_over_size`` (what the process's peak grew by, over the rows'
-        bytes) and ``samples_per_second`` (batches of 256).
+        ``rows_per_second``, ``steps``, ``episodes`` and, as ``"load"``, the ``seconds`` of ``load_offline_dataset`` in
+        a fresh process (imports done, page cache warm), its ``peak_memory_over_size`` (what the process's peak grew
+        by, over the rows' bytes) and ``samples_per_second`` (batches of 256).
     """
     with tempfile.TemporaryDirectory() as directory:
         source = write_random_minari(Path(directory) / "datasets", steps // episode_length, episode_length)
-        caches = {"load": "", "load_and_cache": f"{directory}/cache", "cached_start": f"{directory}/cache"}
-        results: dict[str, Any] = {"steps": steps, "episodes": steps // episode_length}
-        for name, cache in caches.items():
-            command = [sys.executable, "-c", _LOAD, str(source), cache]
-            results[name] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
-    return {"rows_per_second": steps / results["load"]["seconds"], **results}
+        # In a process of its own: the peak memory of a process never falls.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["h5py", "minari", "torchrl_spar"])
+        with ProcessPoolExecutor(1, context) as pool:
+            load = pool.submit(_load, str(source)).result()
+    rate = steps / load["seconds"]
+    return {"rows_per_second": rate, "steps": steps, "episodes": steps // episode_length, "load": load}
 
 
 def write_random_minari(root: Path, episodes: int, length: int, observation_dim: int = 11, action_dim: int = 3) -> Path:
@@ -83,19 +84,12 @@ def write_random_minari(root: Path, episodes: int, length: int, observation_dim:
             )
         )
     root.mkdir(parents=True)
-    os.environ["MINARI_DATASETS_PATH"], before = str(root), os.environ.get("MINARI_DATASETS_PATH")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Minari asks for an author and a description
-            minari.create_dataset_from_buffers(
-                "benchmark/random-v0",
-                buffers,
-                observation_space=Box(-np.inf, np.inf, (observation_dim,), np.float64),
-                action_space=Box(-1, 1, (action_dim,), np.float32),
-            )
-    finally:
-        if before is None:
-            del os.environ["MINARI_DATASETS_PATH"]
-        else:
-            os.environ["MINARI_DATASETS_PATH"] = before
+    with environment_variable("MINARI_DATASETS_PATH", str(root)), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Minari asks for an author and a description
+        minari.create_dataset_from_buffers(
+            "benchmark/random-v0",
+            buffers,
+            observation_space=Box(-np.inf, np.inf, (observation_dim,), np.float64),
+            action_space=Box(-1, 1, (action_dim,), np.float32),
+        )
     return root / "benchmark/random-v0"

@@ -38,7 +38,7 @@ def measure_stages(steps: int, steps_per_second: float, *, compile: bool = False
         compile: whether fits and updates go through torch.compile.
     """
     cfg: Any = OmegaConf.structured(Options())
-    cfg.spar.compile, cfg.cache = compile, None
+    cfg.spar.compile = compile
     seconds = {}
 
     def measure(name: str, work: Callable[[], Any], times: float = 1) -> Any:

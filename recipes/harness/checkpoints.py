@@ -1,4 +1,4 @@
-"""The checkpoints of a run: all that it needs to go on with the same bits, written every so often, kept twice."""
+"""The checkpoints of a run: all it needs to resume bit for bit. The last two are kept."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from torchrl_spar.errors import first_line
 
 NAME = "checkpoints"
 CHECKSUMS = "sha256.json"
-# Of TensorDict's archive; a member of any other name could be a pickle.
+# Names in TensorDict's archive; a member of any other name could be a pickle.
 MEMBER = re.compile(r"meta\.json|tensor_\d{8}\.memmap")
 
 
 class Part(Protocol):
-    """What has a state."""
+    """An object with a state."""
 
     def state_dict(self) -> Any: ...
     def load_state_dict(self, state: Any) -> Any: ...
@@ -44,7 +44,7 @@ P = TypeVar("P", bound=Part)
 
 
 class Checkpoints:
-    """Saves and restores the parts of a run; a part gets its state back when it is added.
+    """Saves and restores the parts of a run. A part gets its saved state back when it is added.
 
     Args:
         home: directory of the run, or of the stack of runs; they lie in ``checkpoints`` in it.
@@ -60,7 +60,7 @@ class Checkpoints:
         self.rotation = CheckpointRotation(self.directory, keep_last=2)
         self.parts: dict[str, Part] = {}
         self.before_save: Callable[[], Any] = lambda: None
-        # Of the checkpoint that was loaded: its number, the states that wait for their parts, the random state.
+        # From the loaded checkpoint: its number, the states whose parts are not added yet, the random state.
         self.number, self.waiting, self.random = 0, dict[str, Any](), dict[str, Any]()
         self.start = time.perf_counter()
         with named_error(self.directory, "cannot be used"):
@@ -71,9 +71,9 @@ class Checkpoints:
         self.due = time.monotonic() + seconds
 
     def add(self, name: str, part: P) -> P:
-        """Has the part saved from now on, and gives it the state that was saved under its name.
+        """Saves the part from now on, and restores the state that was saved under its name.
 
-        Randomness goes on as it was when the last of the saved parts is there; what comes before draws at will.
+        The random state is restored with the last of the saved parts; code before that may draw at will.
         """
         self.parts[name] = part
         if self.knows(name):
@@ -91,18 +91,18 @@ class Checkpoints:
         return part
 
     def knows(self, name: str) -> bool:
-        """Whether the checkpoint that was loaded holds a part of this name that has not been added yet."""
+        """Whether the loaded checkpoint holds a part of this name that has not been added yet."""
         return name in self.waiting
 
     def step(self) -> None:
-        """To be called between two steps: saves if it is time to, or if the run is to stop, which it then does."""
+        """Call it between two steps. Saves if a checkpoint is due or a signal has come; a signal then ends the run."""
         if stop.signum is not None or time.monotonic() >= self.due:
             self.save()
         stop.check()
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
-        """For evaluations, which change no state and take long: a signal ends them at once."""
+        """For evaluations, which take long and change no state: a signal ends them at once."""
         try:
             with stop.at_once(True):
                 yield
@@ -136,7 +136,7 @@ class Checkpoints:
 
     @property
     def seconds(self) -> float:
-        """Since the run began, without the time that it lay still."""
+        """Seconds since the run began, without the time between two processes."""
         return time.perf_counter() - self.start
 
     def state_dict(self) -> dict[str, Any]:
@@ -162,7 +162,7 @@ class Checkpoints:
         return Checkpoint().register("run", self, adapter=VerifiedStateAdapter())
 
     def _load(self) -> None:
-        """The newest checkpoint that is as it was written, if there are any."""
+        """Loads the newest undamaged checkpoint, if there are any."""
         paths = all_checkpoints(self.directory.parent)
         for path in reversed(paths):
             try:
@@ -176,7 +176,7 @@ class Checkpoints:
 
 
 def named_tensors(state: Any, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
-    """All tensors in nested dicts and lists, with the way to them."""
+    """All tensors in nested dicts and lists, with their paths."""
     if isinstance(state, torch.Tensor):
         yield name.removeprefix(": "), state
     elif isinstance(state, (Mapping, list, tuple)):
@@ -185,18 +185,18 @@ def named_tensors(state: Any, name: str = "") -> Iterator[tuple[str, torch.Tenso
 
 
 def all_checkpoints(home: Path) -> list[Path]:
-    """Oldest first, whatever their state."""
+    """All checkpoints, oldest first, damaged ones included."""
     return sorted((home / NAME).glob("checkpoint-" + 12 * "[0-9]"))
 
 
 def remove_checkpoints(home: Path) -> None:
-    """Of finished runs."""
+    """Removes the checkpoints of a finished run."""
     shutil.rmtree(home / NAME, ignore_errors=True)
 
 
 @contextmanager
 def named_error(path: Path, what: str) -> Iterator[None]:
-    """Turns an error of the file system into one that says what it was about."""
+    """Turns an error of the file system into an InputError that names the file."""
     try:
         yield
     except OSError as err:
@@ -204,7 +204,7 @@ def named_error(path: Path, what: str) -> Iterator[None]:
 
 
 class VerifiedStateAdapter(CheckpointAdapter):
-    """TorchRL's adapter of state dicts, with the SHA-256 of each of its files, compared before any of them is read.
+    """TorchRL's adapter for state dicts, with a SHA-256 of each file that is checked before any file is read.
 
     The payload is TensorDict's archive: of the kinds without pickle the only one that is not written through memory
     maps, where a full disk kills the process instead of raising an error.

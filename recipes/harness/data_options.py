@@ -1,4 +1,4 @@
-"""What names a data set, its actions' units and its environment: the options of every recipe that reads one."""
+"""The options of every recipe that reads a data set: its source, the units of its actions, its environment."""
 
 from __future__ import annotations
 

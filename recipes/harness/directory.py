@@ -1,4 +1,4 @@
-"""The directories of runs: which are finished, which go on, and that no two processes do the same."""
+"""The directories of runs: which are finished, which resume, and a lock against two processes in one."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from harness.checkpoints import NAME, Checkpoints, all_checkpoints, named_error,
 from harness.stopping import stop
 from torchrl_spar import InputError, NonFiniteError
 
-# What makes it no other run: where it and the data's cache lie, the threads, evaluation beside training, checkpoints.
-FREE = ("runs", "out", "cache", "threads", "eval.background", "resume", "checkpoint.seconds")
+# What makes it no other run: where it lies, the threads, evaluation beside training, checkpoints.
+FREE = ("runs", "out", "threads", "eval.background", "resume", "checkpoint.seconds")
 LOCK = ".lock"
 
 
@@ -26,7 +26,7 @@ def run_directory(runs: Path, dataset: str, method: str, seed: int) -> Path:
 
 @contextmanager
 def started(cfgs: Sequence[DictConfig], *, wait: bool = False) -> Iterator[Checkpoints | None]:
-    """Holds the directory of a run, or of a stack of runs, and gives its checkpoints; None if all is finished.
+    """Locks the directory of a run, or of a stack of runs, and yields its checkpoints; None if all is finished.
 
     The checkpoints are removed when what is done with them ends well.
 
@@ -63,7 +63,7 @@ def started(cfgs: Sequence[DictConfig], *, wait: bool = False) -> Iterator[Check
 
 @contextmanager
 def claim(out: Path, *, wait: bool) -> Iterator[None]:
-    """Holds a directory, which it makes; a killed process holds nothing. One that stays empty is removed."""
+    """Makes and locks a directory. A killed process releases its lock; a directory that stays empty is removed."""
     path = out / LOCK
     try:
         import fcntl
@@ -108,7 +108,7 @@ def check_new(out: Path) -> None:
 
 
 def contents(out: Path) -> set[str]:
-    """What a directory holds, apart from a run that has not begun."""
+    """Names in a directory, without those of a run that has not begun."""
     if not out.is_dir():
         return {out.name} if out.exists() else set()
     found = {path.name for path in out.iterdir() if not path.match(".*.partial")} - {LOCK}
@@ -116,7 +116,7 @@ def contents(out: Path) -> set[str]:
 
 
 def is_finished(out: Path, cfg: DictConfig) -> bool:
-    """Whether a run with these options lies there, finished.
+    """Whether the directory holds a finished run with these options.
 
     Raises:
         InputError: see `check_options`.
@@ -125,7 +125,7 @@ def is_finished(out: Path, cfg: DictConfig) -> bool:
 
 
 def check_options(out: Path, cfg: DictConfig) -> bool:
-    """Whether a run with these options lies there.
+    """Whether the directory holds a run with these options.
 
     Raises:
         InputError: if the run there has other options, or the directory is something else.
@@ -143,14 +143,14 @@ def check_options(out: Path, cfg: DictConfig) -> bool:
 
 
 def differences(one: Container, other: Container) -> set[str]:
-    """The options, dotted, that two configurations do not have in common."""
+    """Dotted names of the options in which two configurations differ."""
     left, right = options(one), options(other)
     names = left.keys() | right.keys()
     return {name for name in names if (name in left, left.get(name)) != (name in right, right.get(name))}
 
 
 def options(cfg: Container) -> dict[str, Any]:
-    """What makes a run this one and no other."""
+    """The options that identify a run."""
     flat = flatten(OmegaConf.to_container(cfg, resolve=True))
     return {name: value for name, value in flat.items() if name not in FREE}
 

@@ -37,20 +37,20 @@ def load(cfg: DictConfig, device: torch.device) -> tuple[OfflineReplayBuffer, st
 
 
 def load_any(cfg: DictConfig, device: torch.device) -> tuple[OfflineReplayBuffer, str | None, dict[str, Any]]:
-    """The same where there may be no environment: None."""
+    """Like `load`, but the environment is None where there is none."""
     data = read_episodes(cfg, device)
     return (data, None, {}) if has_no_environment(cfg, cfg.dataset, data.env_id) else (data, *match(cfg, data))
 
 
 def read_episodes(cfg: DictConfig, device: torch.device) -> OfflineReplayBuffer:
-    data = read(cfg, batch_size=cfg.batch_size, device=device, cache=cfg.cache)
+    data = read(cfg, batch_size=cfg.batch_size, device=device)
     if not len(data.episode_returns):
         raise InputError(f"dataset={cfg.dataset}: its rows are in no order of time, and the critics start from returns")
     return data
 
 
 def has_no_environment(cfg: DictConfig, source: str, known: str | None) -> bool:
-    """Whether logs alone must do: as asked for, or since nothing names an environment, which a line says."""
+    """Whether there is no environment: as asked for, or because nothing names one, which is printed."""
     if cfg.env is None and known is None:
         print(f"{source} names no environment: policies are judged from the log alone (env=NAME evaluates them)")
     elif cfg.env != NO_ENV:
@@ -62,7 +62,7 @@ def has_no_environment(cfg: DictConfig, source: str, known: str | None) -> bool:
 
 
 def read(cfg: DictConfig, **options: Any) -> OfflineReplayBuffer:
-    """The data, before anything is known of its environment but what it records."""
+    """Reads the data, with no environment but the one it records."""
     action_spec = None
     if cfg.action_bounds is not None or (cfg.env not in (None, NO_ENV) and not records_bounds(cfg)):
         action_spec = accepted_bounds(cfg)
@@ -83,12 +83,12 @@ def read(cfg: DictConfig, **options: Any) -> OfflineReplayBuffer:
         raise InputError(f"{err} (the bounds are those of {given})") from None
 
 
-def function_at(path: str) -> Any:
-    """What a dotted path names."""
+def function_at(path: str, name: str = "encoder") -> Any:
+    """The object at a dotted path, the value of option `name`."""
     try:
         return get_method(path)
     except Exception as err:  # of the module that it imports, any
-        raise InputError(f"encoder={path}: no function is found there ({first_line(err)})") from None
+        raise InputError(f"{name}={path}: no function is found there ({first_line(err)})") from None
 
 
 def log_options(cfg: DictConfig) -> dict[str, Any]:
@@ -130,7 +130,7 @@ def records_bounds(cfg: DictConfig) -> bool:
 
 
 def accepted_bounds(cfg: DictConfig) -> Bounded:
-    """Within which actions are read: what `action_bounds` says, else the environment's bounds and -1 to 1 both."""
+    """Bounds within which actions are accepted: `action_bounds`, else the union of the environment's and -1 to 1."""
     asked, low, high = cfg.action_bounds, None, None
     if isinstance(asked, ListConfig):
         try:
@@ -237,7 +237,7 @@ def shown(spec: Bounded) -> str:
 def choose_environment(
     cfg: DictConfig, source: str, known: str | None, kwargs: Mapping[str, Any]
 ) -> tuple[str, dict[str, Any]]:
-    """The environment that is asked for, else the one that the source knows with its arguments.
+    """The environment that is asked for, else the source's own with its arguments.
 
     `protocol` and `env_kwargs` add to the arguments, the latter last.
     """
@@ -268,7 +268,7 @@ def choose_environment(
 def say_what_differs(
     source: str, known: str | None, kwargs: Mapping[str, Any], env: str, env_kwargs: Mapping[str, Any]
 ) -> None:
-    """A line where the environment is not that of the source, and one where it is not D4RL's task."""
+    """Prints a line if the environment is not the source's, and one if it is not D4RL's task."""
     if known is not None and env != known:
         print(f"env={env}{in_words(env_kwargs)}: {source} is of {known}{in_words(kwargs)}")
     elif changed := {name: value for name, value in env_kwargs.items() if name not in kwargs or kwargs[name] != value}:
@@ -292,7 +292,7 @@ def step_limit_of(env: str, env_kwargs: Mapping[str, Any]) -> int | None:
 
 
 def longest_episode(data: OfflineReplayBuffer) -> int:
-    """Steps of the longest episode, the last one included where its row was dropped for want of a next observation."""
+    """Steps of the longest episode, its last step included even if the loader dropped it."""
     rows = data[:]
     lengths = rows["episode"].bincount()
     last = rows["episode"].roll(-1) != rows["episode"]

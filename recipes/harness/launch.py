@@ -1,4 +1,4 @@
-"""What every recipe needs: Hydra with one clear line for a wrong option, and the device."""
+"""What every recipe needs: Hydra with one clear line for a wrong option, the device, scores in words."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ ARGUMENTS = tuple(sys.argv[1:])
 
 
 def run_recipe(main: Callable[[DictConfig], None], name: str) -> None:
-    """Runs `main` under Hydra; an `InputError` ends in one line and an exit code, in a sweep after the other runs."""
+    """Runs `main` under Hydra. An `InputError` ends in one line and an exit code, in a sweep after the other runs."""
     if {"--help", "-h"} & {*sys.argv} and name in OPTIONS:
         print_help(name, inspect.getdoc(sys.modules["__main__"]) or "")
         return
@@ -74,7 +74,7 @@ def run_recipe(main: Callable[[DictConfig], None], name: str) -> None:
 
 
 def with_overrides(arguments: Sequence[str], added: Sequence[str]) -> list[str]:
-    """Hydra's flags wherever they stand among the overrides, which its parser takes in one piece alone."""
+    """Moves Hydra's flags behind the overrides, which its parser accepts only in one piece."""
     given, _ = get_args_parser().parse_known_intermixed_args(arguments)
     overrides = Counter(given.overrides)
     flags: list[str] = []
@@ -87,7 +87,7 @@ def with_overrides(arguments: Sequence[str], added: Sequence[str]) -> list[str]:
 
 
 def quote_home(argument: str) -> str:
-    """An override whose values hold a `~`, which Hydra's grammar takes in quotes alone.
+    """Quotes the values of an override that hold a `~`, which Hydra's grammar accepts only in quotes.
 
     Examples:
         >>> quote_home("out=~/x"), quote_home("dataset=~/a,b,~/c"), quote_home("~trainer")
@@ -99,7 +99,7 @@ def quote_home(argument: str) -> str:
 
 
 def expand_home(cfg: DictConfig) -> None:
-    """`~` in every path; where nobody knows the home directory, data is not cached, and other paths must be whole."""
+    """Expands `~` in every path."""
     for key in cfg:
         if OmegaConf.is_missing(cfg, key):  # TorchRL's own configs leave open what it fills in itself
             continue
@@ -108,11 +108,9 @@ def expand_home(cfg: DictConfig) -> None:
             expand_home(value)
         elif isinstance(value, str) and value.startswith("~"):
             path = os.path.expanduser(value)
-            if path.startswith("~") and name != "cache":
-                raise InputError(f"{name}={value}: there is no such home directory here; give the whole path")
             if path.startswith("~"):
-                print(f"cache={value}: there is no home directory here, so data is not cached", file=sys.stderr)
-            cfg[name] = None if path.startswith("~") else path
+                raise InputError(f"{name}={value}: there is no such home directory here; give the whole path")
+            cfg[name] = path
 
 
 def check_seeds(cfg: DictConfig) -> None:
@@ -129,7 +127,7 @@ def best_device(name: str | None) -> torch.device:
 
 
 def summarize(env: str | None, returns: torch.Tensor, env_kwargs: Mapping[str, Any]) -> dict[str, float | None]:
-    """Mean, spread and normalised score of episodes; None where D4RL has no reference for what the returns count."""
+    """Mean, spread and normalised score of episodes; the score is None where D4RL's references do not apply."""
     mean, score = returns.mean().item(), None
     # Else it is another environment under a known name, or a kitchen that rewards all steps after a task.
     if env is not None and is_own(env_kwargs.get("entry_point")) and env_kwargs.get("remove_task_when_completed", True):
@@ -144,7 +142,7 @@ def is_own(entry_point: str | None) -> bool:
 
 
 def describe(row: Mapping[str, float | None], episodes: int, steps: int | None = None) -> str:
-    """What `summarize` returns, as a line's end; with the steps after which the episodes are cut, if any."""
+    """What `summarize` returns, in words, with the step limit of the episodes if there is one."""
     score = "" if row["normalized"] is None else f", normalised score {row['normalized']:.1f}"
     limit = "" if steps is None else f" of up to {steps} steps"
     return f"return {row['return_mean']:.1f} +- {row['return_std']:.1f} over {episodes} episodes{limit}{score}"

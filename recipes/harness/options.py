@@ -29,7 +29,7 @@ def option(
     default: Any, meaning: str, *, least: float = -math.inf, most: float = math.inf, above: float = -math.inf,
     choices: tuple[str, ...] = (),
 ) -> Any:  # fmt: skip
-    """A field: its default, what `--help` says of it, and what it may be (a list: what its parts may be).
+    """A field: its default, its text in `--help`, and its range (of a list: the range of its items).
 
     Args:
         default: copied for every configuration; ``"???"`` must be given.
@@ -43,7 +43,7 @@ def option(
 
 
 def recipe_options(name: str, *, stored_as: str | None = None) -> Callable[[type[T]], type[T]]:
-    """Registers the options of a recipe: its whole configuration, or (`stored_as`) what its YAML builds on."""
+    """Registers the options of a recipe as its whole configuration, or under `stored_as` for its YAML to build on."""
 
     def register(options: type[T]) -> type[T]:
         group, _, last = (stored_as or name).rpartition("/")
@@ -117,7 +117,7 @@ def print_help(name: str, about: str) -> None:
 
 
 def _refuse_unknown(cfg: Any, options: Any, prefix: str = "") -> None:
-    """Hydra adds what is given with a plus to any group."""
+    """Refuses unknown keys: Hydra adds those given with a plus to any group."""
     known = get_type_hints(options)
     for name, value in cfg.items():
         if name not in known:

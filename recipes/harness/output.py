@@ -46,7 +46,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def rounded(value: Any, digits: int) -> Any:
-    """Every number in nested dictionaries and lists, to significant digits: a file that is read, not computed with."""
+    """Rounds every number in nested dictionaries and lists to significant digits, for files that people read."""
     if isinstance(value, dict):
         return {key: rounded(part, digits) for key, part in value.items()}
     if isinstance(value, list):
@@ -55,7 +55,7 @@ def rounded(value: Any, digits: int) -> Any:
 
 
 def data_score(runs: list[dict[str, Any]]) -> str:
-    """The normalised score of the runs' one data set; a dash where it has none, as Minari's kitchen sets."""
+    """The normalised score of the data; a dash where it has none, as for Minari's kitchen sets."""
     scores = [run["data"]["normalized"] for run in runs]
     return "-" if None in scores else f"{mean(scores):.1f}"
 
@@ -83,7 +83,7 @@ class MetricLog:
         self.show(phase, step, numbers)
 
     def show(self, phase: str, step: int, numbers: Mapping[str, float]) -> None:
-        """To the logger alone."""
+        """Writes to the logger alone."""
         if self.logger is not None:
             self.logger.write({f"{phase}/{name}": number for name, number in numbers.items()}, step)
 

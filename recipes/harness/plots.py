@@ -24,7 +24,7 @@ BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILION, PURPLE, GREY = (
 
 
 def save_figure(figure: Figure, path: Path, *, dpi: int = 150) -> None:
-    """Writes a figure, which appears whole or not at all, and forgets it."""
+    """Writes a figure, whole or not at all, and closes it."""
     with whole_file(path) as partial:
         figure.savefig(partial, format=path.suffix[1:], dpi=dpi)
     plt.close(figure)

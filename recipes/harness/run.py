@@ -34,7 +34,7 @@ LONGEST_BLOCK = 100
 
 
 class Phase:
-    """A progress bar over one phase; every `interval` steps it has each of several runs record its metrics."""
+    """A progress bar over one phase. Every `interval` steps each run records its metrics."""
 
     def __init__(self, name: str, steps: int, runs: Sequence[Run], interval: int, line: int) -> None:
         self.name, self.runs, self.interval, self.steps = name, runs, interval, steps
@@ -60,7 +60,7 @@ class Phase:
 
 
 def of_one_run(cfg: DictConfig, seed: int, out: Path) -> DictConfig:
-    """The configuration of this run alone, as it is saved beside it."""
+    """The configuration of one run, as it is saved in its directory."""
     return cast(DictConfig, OmegaConf.merge(cfg, {"seed": seed, "seeds": None, "out": str(out)}))
 
 
@@ -112,14 +112,14 @@ class Run:
         self.progress = self.keep("progress", Progress(self.checkpoints.step))
 
     def keep(self, name: str, part: P) -> P:
-        """Has the checkpoints hold a part of this run, which goes on with the state it had."""
+        """Adds a part of this run to its checkpoints and restores the state it had."""
         return self.checkpoints.add(self._name(name), part)
 
     def _name(self, part: str) -> str:
         return f"seed {self.seed}: {part}"
 
     def phase(self, name: str) -> Phase | None:
-        """The report of a phase before the main one; none where it has no steps."""
+        """The report of a pre-training phase; None if the phase has no steps."""
         if not self.cfg[name].steps:
             return None
         return Phase(name, self.cfg[name].steps, [self], self.cfg.logger.interval, self.line)
@@ -129,7 +129,7 @@ class Run:
         self.log.write(phase, step, metrics)
 
     def critics_values(self) -> Tensor | None:
-        """What the method's critics say of its policy in the data's initial states, ``[E]``; None where it has none."""
+        """Values of the policy in the data's initial states by the method's critics, ``[E]``; None without critics."""
         return None
 
     def estimate(self) -> tuple[dict[str, Any], TensorDictModuleBase]:
@@ -141,7 +141,7 @@ class Run:
         self.scores.add_to_curve(step, on_cpu(self.policy), self.cfg.eval.episodes)
 
     def evaluate_again(self) -> None:
-        """Adds the points that a checkpoint says were not done."""
+        """Evaluates again the points that were pending when the checkpoint was written."""
         self.scores.add_again(on_cpu(self.policy), self.cfg.eval.episodes)
 
     def finish(self, *, updates_per_second: float) -> None:
@@ -169,7 +169,7 @@ class Run:
         show(results, self.out)
 
     def estimate_into(self, results: dict[str, Any]) -> None:
-        """Values from the log alone; where the policy to deploy is another one, its score, too."""
+        """Adds values from the log alone, and the score of the deployed policy if it is another one."""
         with self.checkpoints.interruptible():
             results["estimates"], self.deployed = self.estimate()
             if self.env is not None and self.deployed is not self.policy:
@@ -179,23 +179,23 @@ class Run:
         results["wall_seconds"] = self.checkpoints.seconds
 
     def go_on(self, results: dict[str, Any]) -> None:
-        """What follows the offline phase, into the results; nothing by default."""
+        """Adds to the results what follows the offline phase; nothing by default."""
 
     def save(self, results: dict[str, Any]) -> None:
-        """The method's own files; none by default."""
+        """Writes the method's own files; none by default."""
 
     def draw(self, results: dict[str, Any]) -> None:
-        """The method's figures, after all that counts is written; none by default."""
+        """Draws the method's figures after all other files are written; none by default."""
 
     def close(self) -> None:
-        """Ends what runs beside."""
+        """Ends background processes and closes the log."""
         self.scores.close()
         self.log.close()
 
 
 @contextmanager
 def closing_all(runs: Sequence[Run]) -> Iterator[None]:
-    """Closes, in the end, all runs that the list holds by then."""
+    """Closes all runs in the list when the block ends."""
     try:
         yield
     finally:
@@ -204,12 +204,12 @@ def closing_all(runs: Sequence[Run]) -> Iterator[None]:
 
 
 def on_cpu(policy: TensorDictModuleBase) -> TensorDictModuleBase:
-    """A copy to evaluate: ten states a step are too few for a GPU."""
+    """A copy on the CPU for evaluation: ten states a step are too few for a GPU."""
     return deepcopy(policy).cpu()
 
 
 def block_length(cfg: DictConfig) -> int:
-    """Updates made at once; blocks end wherever something is due."""
+    """Number of updates in a block. Blocks end where an evaluation or a log row is due."""
     common = math.gcd(cfg.eval.interval, cfg.logger.interval, cfg.spar.updates)
     return max(n for n in range(1, min(common, LONGEST_BLOCK) + 1) if common % n == 0)
 
@@ -229,7 +229,7 @@ class Position:
 
 
 class MainPhase:
-    """What surrounds the updates of the main phase: evaluations, logs, checkpoints. Goes on from the runs' checkpoint.
+    """Evaluations, logs and checkpoints around the updates of the main phase. It resumes from the runs' checkpoint.
 
     Args:
         runs: with one configuration and the same checkpoints.
@@ -252,7 +252,7 @@ class MainPhase:
         self.checkpoints.before_save = synchronize
 
     def steps(self) -> Iterator[int]:
-        """The number of updates at the end of each block that is still to be made."""
+        """Yields the number of updates at the end of each remaining block."""
         for run in self.runs:
             run.evaluate_again()
             if self.position.step == 0 and not run.scores.has(0):
@@ -277,7 +277,7 @@ class MainPhase:
 
     @property
     def updates_per_second(self) -> float:
-        """Of each run, evaluations in line included."""
+        """Updates per second of each run, in-line evaluations included."""
         return self.total / self.position.seconds
 
     def _collect_scores(self) -> None:
@@ -288,7 +288,7 @@ class MainPhase:
 
 
 def commit() -> str | None:
-    """Of the code, marked where files differ from it; None outside of a checkout."""
+    """Commit of the code, marked if files differ from it; None outside a checkout."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         return subprocess.run(command, cwd=RECIPES, capture_output=True, text=True, check=True).stdout.strip()

@@ -32,7 +32,7 @@ class InLineEvaluator:
         self.unfinished.append((key, (policy, env_id, episodes, seed), env_kwargs))
 
     def poll(self) -> list[tuple[Any, torch.Tensor]]:
-        """One at a time, so that a signal costs one."""
+        """Evaluates one request at a time, so that a signal costs one at most."""
         if not self.unfinished:
             return []
         key, args, env_kwargs = self.unfinished.pop(0)
@@ -47,8 +47,8 @@ class InLineEvaluator:
 class Scores:
     """The learning curve, by step, and the results, by name.
 
-    Rows of evaluations.csv come when they are done, in order. What was not done at a checkpoint is done again: from
-    the checkpoint a point of the curve, a result when it is added again.
+    Rows of evaluations.csv are written in order, as they are done. What was pending at a checkpoint is done again: a
+    point of the curve from the checkpoint, a result when it is added again.
     """
 
     columns: tuple[str, ...] = ("return_mean", "return_std", "normalized")
@@ -69,11 +69,11 @@ class Scores:
         self.evaluator.submit(step, policy, self.env, episodes, CURVE_SEED + self.seed, **self.env_kwargs)
 
     def has(self, step: int) -> bool:
-        """Whether the curve's point was added."""
+        """Whether the curve has a point at this step."""
         return step in self.pending or any(row["step"] == step for row in self.curve)
 
     def add_again(self, policy: TensorDictModuleBase, episodes: int) -> None:
-        """What a checkpoint says was not done; `policy` gives the policies' form."""
+        """Submits again what was pending in the checkpoint; `policy` is a policy of the same structure."""
         for step, state in sorted(self.pending.items()):
             policy = deepcopy(policy)
             policy.load_state_dict(state)
@@ -84,7 +84,7 @@ class Scores:
             self.evaluator.submit(name, policy, self.env, episodes, RESULT_SEED + self.seed, **self.env_kwargs)
 
     def collect(self, *, wait: bool = False) -> None:
-        """Takes what is done; with `wait`, all that was added."""
+        """Collects finished evaluations; with `wait`, all that were submitted."""
         while done := self.evaluator.poll():
             self._take(done)
         if wait:
@@ -124,7 +124,7 @@ class Scores:
 
 
 class LogScores(Scores):
-    """Where there is no environment: what the critics say of the policy, and how far it is from the data.
+    """Scores without an environment: the critics' values of the policy, and its distance to the data.
 
     Args:
         out: the run's directory.

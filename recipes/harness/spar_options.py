@@ -61,10 +61,6 @@ class Loss:
 class SharedOptions(DataOptions):
     """What recipes that train on a data set have in common."""
 
-    cache: str | None = option(
-        "${oc.env:XDG_CACHE_HOME,'~/.cache'}/torchrl_spar",
-        "Directory where data, once read and checked, is kept as a memory map for the next start; null: nowhere.",
-    )
     seed: int = option(0, "Seed of networks, sampling and evaluation.", least=0)
     device: str | None = option(None, "cpu, cuda, ...; null: cuda if there is one, else cpu.")
     threads: int = option(1, "Torch threads (one is fastest for small networks).", least=1)
@@ -145,7 +141,10 @@ class Logger:
 @recipe_options("spar_d4rl")
 @dataclass
 class Options(SharedOptions):
-    """Unless another source is named, a default is this project's choice. Presets are in config/preset/."""
+    """Unless another source is named, a default is this project's choice. Presets are in config/preset/.
+
+    Sizes and steps are those of the quick job, which takes minutes on a CPU; preset=d4rl has the field's.
+    """
 
     seeds: list[int] | None = option(
         None,

@@ -1,4 +1,4 @@
-"""A run of SPAR: the anchor, the residuals' manifold, the critics' start, and what the main phase updates."""
+"""A run of SPAR: pre-training of anchor, VAE and critics, and the update of the main phase."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class SPARRun(Run):
 
     @property
     def anchor(self) -> Mapping[str, Any] | TensorDictModuleBase:
-        """How the behaviour policy is cloned, or one that needs no cloning."""
+        """Options of the cloning, or a behaviour policy that needs no cloning."""
         return self.cfg.anchor
 
     def pretrain(self) -> None:
@@ -105,7 +105,7 @@ class SPARRun(Run):
 
 
 def check_options(cfg: DictConfig, device: torch.device) -> None:
-    """What else would fail after the pre-training only."""
+    """Refuses at once what would fail only after pre-training."""
     dtype_of(cfg.spar.loss.candidate_dtype)
     if cfg.spar.compile:
         check_compiler(device)
@@ -120,7 +120,7 @@ def loss_options(cfg: DictConfig) -> dict[str, Any]:
 def pretrain_spar(
     run: Run, anchor: Mapping[str, Any] | TensorDictModuleBase, **options: Any
 ) -> tuple[SPARLoss, ReplayBuffer]:
-    """The library's `pretrain`, in checkpoints and logs, with the anchor's score; `options` are those of the loss."""
+    """`pretrain` with checkpoints, logs and the anchor's score; `options` are those of the loss."""
 
     def keep(name: str, part: Any) -> Any:
         part = run.keep(name, part)

@@ -16,7 +16,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Stopped(BaseException):
-    """A signal ends the run; no `except Exception` on its way may keep it."""
+    """Ends the run after a signal; not an Exception, so that no `except Exception` catches it."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(signum)
@@ -27,7 +27,7 @@ class Stopped(BaseException):
 
 
 class Stop:
-    """The signal that has come to this process; it ends the run at once, or where training calls `check`."""
+    """The signal that this process has received; it ends the run at once, or where training calls `check`."""
 
     signum: int | None = None
     _at_once = True
@@ -35,7 +35,7 @@ class Stop:
 
     @contextmanager
     def handled(self, *, forward: bool = False) -> Iterator[None]:
-        """Takes both signals; with `forward` the processes of this one get them, too."""
+        """Handles both signals; with `forward`, child processes get them, too."""
         self.check()
         if threading.current_thread() is not threading.main_thread():  # as on Ray, where Python takes none
             yield
@@ -51,7 +51,7 @@ class Stop:
 
     @contextmanager
     def at_once(self, value: bool) -> Iterator[None]:
-        """Whether a signal may come in between: not while training changes its state."""
+        """Sets whether a signal ends the run at once: not while training changes its state."""
         before, self._at_once = self._at_once, value
         try:
             if value:
@@ -83,7 +83,7 @@ stop = Stop()
 
 @cache
 def stop_with_parent() -> None:
-    """Has this process get SIGTERM once its parent is gone: a pool's worker that nobody waits for."""
+    """Sends this process SIGTERM once its parent is gone: a pool's worker that nobody waits for."""
     parent = os.getppid()
 
     def watch() -> None:

@@ -1,4 +1,4 @@
-"""What a run prints in the end."""
+"""The tables that a run prints at its end."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def show(results: dict[str, Any], out: Path) -> None:
 def show_estimates(
     console: Console, what: str, estimates: dict[str, Any], rows: dict[str, dict[str, Any]] | None = None
 ) -> None:
-    """Values by FQE, and where they were measured (in `rows`) distances to the data."""
+    """Prints values by FQE and, where `rows` holds them, distances to the data."""
     rows = rows or {}
     is_measured = any("support_distance" in row for row in rows.values())
     low = f"low {estimates['confidence']:.0%}"
@@ -55,7 +55,7 @@ def show_estimates(
 
 
 def values_in(estimates: dict[str, Any]) -> list[str]:
-    """The policies whose values were estimated, the data's first."""
+    """Names of the policies whose values were estimated, the data's first."""
     return [name for name, value in estimates.items() if isinstance(value, dict) and "mean" in value]
 
 

@@ -36,7 +36,7 @@ def make_torchrl_env(env_id: str, seed: int, kwargs: dict[str, Any]) -> GymWrapp
 
 
 def start_worker(env_id: str, seed: int, kwargs: dict[str, Any]) -> GymWrapper:
-    """A worker's environment; seeds its exploration noise, too, which else differs from run to run."""
+    """A worker's environment. It seeds the worker's exploration noise, too, which would differ from run to run."""
     torch.manual_seed(seed)
     return make_torchrl_env(env_id, seed, kwargs)
 
@@ -51,7 +51,7 @@ def with_noise(policy: TensorDictModuleBase, action_spec: Bounded, noise: float)
 
 
 def check_collector(cfg: DictConfig) -> None:
-    """Refuses what no collector can be made of, before anything is trained."""
+    """Refuses options that no collector accepts, before anything is trained."""
     backend, workers, frames = cfg.backend, cfg.workers, cfg.frames_per_batch
     if backend not in BACKENDS:
         raise InputError(f"collector.backend={backend}: must be one of {', '.join(BACKENDS)}")

@@ -1,4 +1,4 @@
-"""Return against environment steps, of all finished runs on one data set: a JSON, a figure, a line a run."""
+"""Return over environment steps of all finished runs on one data set: a JSON file, a figure, one line for each run."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ def check(cfg: DictConfig) -> None:
 
 
 def count_updates(cfg: DictConfig) -> int:
-    """Updates that `go_online` makes: none before `first_update`, then a round for each batch of the collector."""
+    """Number of updates in `go_online`: none before `first_update`, then one round for each batch of the collector."""
     frames = cfg.collector.frames_per_batch
     rounds = max(0, cfg.online.steps // frames - cfg.online.first_update // frames)
     return rounds * updates_per_round(cfg)
@@ -51,7 +51,7 @@ def updates_per_round(cfg: DictConfig) -> int:
 
 
 def go_online(run: Run, policy: TensorDictModuleBase, update: Update) -> dict[str, Any]:
-    """Returns the curve, a row an evaluation by environment steps (at 0 the offline policy's), and their episodes.
+    """Trains online; returns the curve (a row for each evaluation, at step 0 the offline policy's) and its episodes.
 
     Args:
         run: a finished offline run, for its data, environment, options and log.

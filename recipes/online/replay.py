@@ -37,7 +37,7 @@ def make_replay_buffer(
 
 
 def anneal(buffer: OfflineToOnlineReplayBuffer, step: int, steps: int, *, start: float, end: float) -> None:
-    """The offline share on the line from `start` at step 0 to `end` at the last of `steps`."""
+    """Moves the offline share along a line from `start` at step 0 to `end` at the last of `steps`."""
     if end < start:
         # TorchRL's line ends at zero, so it is given the step at which ours would.
         buffer.anneal(step, steps * start / (start - end))

@@ -1,4 +1,4 @@
-"""The usual warm start: TorchRL's TD3Loss goes on with the networks and targets that TD3+BC trained."""
+"""The usual warm start: TorchRL's TD3Loss continues with the networks and targets of TD3+BC."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torchrl_spar import InputError
 
 
 class WarmTD3Loss(TD3Loss):
-    """TorchRL's, whose term of the critics goes by TD3BCLoss's name too."""
+    """TorchRL's TD3Loss, whose critics' term also has TD3BCLoss's name."""
 
     qvalue_loss = TD3Loss.value_loss
 

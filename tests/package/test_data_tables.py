@@ -46,16 +46,15 @@ WRITERS = {
 def test_tables_hold_their_rows(tmp_path, suffix):
     path = tmp_path / f"log{suffix}"
     WRITERS[suffix](TABLE, path)
-    for _ in range(2):  # from the cache, too
-        buffer = load_offline_dataset(path, columns=COLUMNS, cache=tmp_path / "cache")
-        rows = buffer[:]
-        np.testing.assert_allclose(rows["observation"], STATE, rtol=1e-6)
-        np.testing.assert_allclose(rows["action"], ACTION, rtol=1e-6)
-        assert rows["episode"].tolist() == EPISODE.tolist()
-        assert rows["next", "terminated"][:, 0].tolist() == LAST.tolist()
-        inside = torch.from_numpy(~LAST).nonzero()[:, 0]
-        assert torch.equal(rows["next", "observation"][inside], rows["observation"][inside + 1])
-        np.testing.assert_allclose(buffer.episode_returns, RETURNS)
+    buffer = load_offline_dataset(path, columns=COLUMNS)
+    rows = buffer[:]
+    np.testing.assert_allclose(rows["observation"], STATE, rtol=1e-6)
+    np.testing.assert_allclose(rows["action"], ACTION, rtol=1e-6)
+    assert rows["episode"].tolist() == EPISODE.tolist()
+    assert rows["next", "terminated"][:, 0].tolist() == LAST.tolist()
+    inside = torch.from_numpy(~LAST).nonzero()[:, 0]
+    assert torch.equal(rows["next", "observation"][inside], rows["observation"][inside + 1])
+    np.testing.assert_allclose(buffer.episode_returns, RETURNS)
 
 
 @pytest.mark.parametrize("step", [FRAME, np.datetime64("2024-05-01T12:00", "us") + FRAME, FRAME - 7.5])
@@ -203,8 +202,8 @@ def test_images_alone_are_refused_with_the_reason(tmp_path, images, remedy):
 @pytest.mark.parametrize("state", [True, False])
 def test_an_encoder_makes_features_of_images(tmp_path, state):
     source = f"lerobot:{write_lerobot(tmp_path / 'set', images='image', state=state, **ENDS)}"
-    for encoder in (brightness, lambda images: 1 - brightness(images)):  # no cached features of another one
-        buffer = load_offline_dataset(source, encoder=encoder, cache=tmp_path / "cache")
+    for encoder in (brightness, lambda images: 1 - brightness(images)):
+        buffer = load_offline_dataset(source, encoder=encoder)
         features = encoder(torch.from_numpy(FRAMES).permute(0, 3, 1, 2))
         expected = torch.cat([torch.from_numpy(STATE), features], 1) if state else features
         torch.testing.assert_close(buffer[:]["observation"], expected)

@@ -114,8 +114,7 @@ def by_hand(policy, env, seed):
 )
 def test_an_evaluation_is_that_of_the_environment_that_minari_recovers(tmp_path, wrap):
     path = collect(tmp_path, wrap(gymnasium.make("Pendulum-v1", g=9.0)))
-    for _ in range(2):  # written to the cache, then read from it
-        data = load_offline_dataset(path, cache=tmp_path / "cache")
+    data = load_offline_dataset(path)
     theirs = minari.MinariDataset(path / "data").recover_environment()
     size, spec = environment_sizes(data.env_id, **data.env_kwargs)
     assert (size,) == theirs.observation_space.shape == data.observation_loc.shape

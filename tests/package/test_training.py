@@ -134,7 +134,7 @@ def test_spar_improves_the_anchor_and_leaves_frozen_parts_alone(fitted, trust_co
     }
     states = TensorDict({"observation": torch.randn(500, 2)}, [500])
     before = fresh.anchor(states.copy())["action"]
-    for _ in range(500):
+    for _ in range(200):
         metrics = update(data.sample())
     after = fresh.actor(states.copy())["action"]
 
@@ -194,7 +194,7 @@ def test_critics_start_from_the_returns(fitted):
     _, data = fitted
     fresh = make_spar_loss(2, Bounded(-1, 1, (2,)), hidden=[32, 32], joint_vae=False, value_mix=0.5)
     others = {k: v.clone() for k, v in fresh.state_dict().items() if "actor" in k or "vae" in k}
-    fit_critics(fresh, data, steps=800)
+    fit_critics(fresh, data, steps=400)
     rows = data[:1000]
     returns = rows["next", "reward"].view(-1)  # one-step episodes
     scale = 1 / data[:]["next", "reward"].std()

@@ -102,7 +102,9 @@ def test_the_ablations_with_code_run(tmp_path):
     methods = ["ablation/value_gradient", "ablation/action_space", "ablation/no_anchor"]
     # action_space has nothing to fit.
     options = [option for option in SMALL if option != "vae.steps=5"]
-    done = run("compare", *options, f"method={','.join(methods)}", "seed=0", "runs=runs", cwd=tmp_path)
+    done = run(
+        "compare", *options, f"method={','.join(methods)}", "seed=0", "runs=runs", "hydra/launcher=basic", cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr
     found = {path.parent.parent.name for path in (tmp_path / "runs").rglob("results.json")}
     assert found == {"value_gradient", "action_space", "no_anchor"}

@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-
-RECIPES = Path(__file__).resolve().parents[2] / "recipes"
-sys.path.insert(0, str(RECIPES))
-
-from benchmarks.flops import update_flops  # noqa: E402
-from benchmarks.matmul import MatmulTrace  # noqa: E402
-from benchmarks.updates import ACTION_DIM, BLOCK, OBSERVATION_DIM, make_data, make_losses, spar  # noqa: E402
+from benchmarks.flops import update_flops
+from benchmarks.matmul import MatmulTrace
+from benchmarks.updates import ACTION_DIM, BLOCK, OBSERVATION_DIM, make_data, make_losses, spar
+from helpers import run
 
 CPU = torch.device("cpu")
 
@@ -46,8 +40,9 @@ def test_needed_flops_are_what_the_update_does(sizes):
 def test_benchmark_writes_its_keys(tmp_path):
     out = tmp_path / "benchmark.json"
     options = "rounds=1 window=0.01 hidden=[8] batch_size=8 seeds=[2] load_steps=2000 stage_steps=2 env=Pendulum-v1"
-    command = [sys.executable, str(RECIPES / "benchmark.py"), *options.split(), "device=cpu", f"out={out}"]
-    subprocess.run(command, check=True, capture_output=True, text=True)
+    options = [*options.split(), "device=cpu"]
+    done = run("benchmark", *options, f"out={out}", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
     results = json.loads(out.read_text())
     assert {"fp32", "bf16"} <= set(results["matmul_gflops"])
     for name in ("spar", "spar_plain_loop", "torchrl_iql", "torchrl_td3bc", "spar_2_seeds"):
@@ -59,7 +54,7 @@ def test_benchmark_writes_its_keys(tmp_path):
     stages = results["stages"]
     assert {"loading", "anchor", "vae", "critics", "targets", "updates", "evaluation"} <= set(stages)
     assert min(stages.values()) > 0
-    again = subprocess.run(command, capture_output=True, text=True)
+    again = run("benchmark", *options, f"out={out}", cwd=tmp_path)
     assert again.returncode == 2 and "exists; give another file" in again.stderr
-    wrong = subprocess.run([*command, "seeds=[0,1]", f"out={tmp_path / 'other.json'}"], capture_output=True, text=True)
+    wrong = run("benchmark", *options, "seeds=[0,1]", "out=other.json", cwd=tmp_path)
     assert wrong.returncode == 2 and "seeds=[0, 1]: numbers of runs" in wrong.stderr

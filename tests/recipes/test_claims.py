@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import math
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import compose_recipe
+from helpers import compose_recipe, run
 from tensordict import TensorDict
 from torch import nn
 
@@ -250,10 +249,8 @@ def test_help_names_every_claim(monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_script_leaves_one_json_and_one_figure(tmp_path):
-    script = str(ROOT / "recipes" / "claim.py")
-    command = [sys.executable, script, "gradient_conflict", *SMALL["gradient_conflict"], "out=result"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
+    command = ["claim", "gradient_conflict", *SMALL["gradient_conflict"], "out=result"]
+    done = run(*command, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert sorted(os.listdir(tmp_path)) == ["result"]
     out = tmp_path / "result"
@@ -261,7 +258,7 @@ def test_script_leaves_one_json_and_one_figure(tmp_path):
     facts = json.loads((out / "gradient_conflict.json").read_text())
     assert facts["claim"] == "gradient_conflict" and facts["options"]["rows"] == 64 and "out" not in facts["options"]
     assert facts["findings"][0]["statement"].split()[0] in done.stdout
-    again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
+    again = run(*command, cwd=tmp_path)
     assert again.returncode == 2 and again.stderr.startswith("error: out=result")
 
 

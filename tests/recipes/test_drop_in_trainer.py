@@ -7,13 +7,10 @@ import math
 import os
 import re
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from helpers import compose_recipe, make_batch, total
+from helpers import compose_recipe, make_batch, run, total
 
 from torchrl_spar import InputError, evaluate, load_policy, with_anchor_actions, with_member_weights, with_value_targets
 
@@ -23,8 +20,7 @@ pytest.importorskip("h5py")
 import drop_in_trainer
 from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
 
-SCRIPT = Path(drop_in_trainer.__file__)
-SMALL = ["anchor.steps=5", "vae.steps=5", "critics.steps=5", "loss.hidden=[8]", "cache=null"]
+SMALL = ["anchor.steps=5", "vae.steps=5", "critics.steps=5", "loss.hidden=[8]"]
 SMALL += ["trainer.updates=12", "trainer.round=3", "trainer.log_interval=2", "trainer.save_interval=2", "episodes=2"]
 
 
@@ -35,11 +31,7 @@ def options(out, *more):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     cwd = tmp_path_factory.mktemp("run")
-    command = [sys.executable, str(SCRIPT), *SMALL, "out=result"]
-    # Without what recipes/compare.py, imported by another test, has set here: the bar is looked at.
-    environment = {name: value for name, value in os.environ.items() if name != "TQDM_DISABLE"}
-    environment["OMP_NUM_THREADS"] = "1"
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, env=environment)
+    done = run("drop_in_trainer", *SMALL, "out=result", cwd=cwd)
     assert done.returncode == 0, done.stderr
     return done, cwd / "result"
 

@@ -32,7 +32,7 @@ def write(path, low, high, width=3, touch=True):
 
 
 def loaded(path, *options):
-    cfg = compose_recipe("spar_d4rl", f"dataset={path}", "env=Pendulum-v1", "cache=null", "out=x", *options)
+    cfg = compose_recipe("spar_d4rl", f"dataset={path}", "env=Pendulum-v1", "out=x", *options)
     return load(cfg, torch.device("cpu"))[0]
 
 
@@ -90,7 +90,7 @@ def test_an_environment_without_a_limit_gets_the_datas(tmp_path, monkeypatch, ca
     monkeypatch.setitem(gymnasium.registry, "Endless-v0", gymnasium.envs.registration.EnvSpec(
         "Endless-v0", gymnasium.spec("Pendulum-v1").entry_point))  # fmt: skip
     path = write(tmp_path / "a.npz", -2, 2)
-    cfg = compose_recipe("spar_d4rl", f"dataset={path}", "env=Endless-v0", "cache=null", "out=x")
+    cfg = compose_recipe("spar_d4rl", f"dataset={path}", "env=Endless-v0", "out=x")
     data, _, env_kwargs = load(cfg, torch.device("cpu"))
     assert env_kwargs == {"max_episode_steps": EPISODE} and longest_episode(data) == EPISODE
     assert "no step limit" in capsys.readouterr().out
@@ -150,7 +150,7 @@ def test_hydra_takes_a_home_without_quotes(typed, value):
     assert parser.parse_override(launch.quote_home("~trainer")).is_delete()
 
 
-def test_home_is_expanded_in_every_path(monkeypatch, tmp_path, capsys):
+def test_home_is_expanded_in_every_path(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     cfg = OmegaConf.create({"out": "~/x", "dataset": "minari:a", "deep": {"root": "~"}, "n": 1})
     launch.expand_home(cfg)
@@ -160,9 +160,6 @@ def test_home_is_expanded_in_every_path(monkeypatch, tmp_path, capsys):
         "deep": {"root": str(tmp_path)},
         "n": 1,
     }
-    cfg = OmegaConf.create({"cache": "~nobody_here/x"})
-    launch.expand_home(cfg)
-    assert cfg.cache is None and "data is not cached" in capsys.readouterr().err
     with pytest.raises(InputError, match="out=~nobody_here/x: there is no such home directory"):
         launch.expand_home(OmegaConf.create({"out": "~nobody_here/x"}))
 

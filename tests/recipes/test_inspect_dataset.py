@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
-
-RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "inspect_dataset.py"
+from helpers import run
 
 
 def inspect(path, *options):
-    command = [sys.executable, str(RECIPE), f"dataset={path}", "env=Pendulum-v1", *options]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=path.parent)
+    done = run("inspect_dataset", f"dataset={path}", "env=Pendulum-v1", *options, cwd=path.parent)
     return done.returncode, " ".join(done.stdout.split()), done.stderr
 
 
@@ -83,7 +77,6 @@ def test_clipped_actions_are_counted(tmp_path):
 
 
 def test_the_embedded_set_has_no_problem_and_a_figure(tmp_path):
-    command = [sys.executable, str(RECIPE), "dataset=embedded", "figure=sub/look.png"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    done = run("inspect_dataset", "dataset=embedded", "figure=sub/look.png", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "no problem found" in done.stdout and (tmp_path / "sub" / "look.png").stat().st_size > 10_000

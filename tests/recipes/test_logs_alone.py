@@ -106,9 +106,7 @@ def test_the_distance_is_that_of_the_saved_policy(finished):
 
 
 def test_a_known_environment_can_be_left_out(capsys):
-    data, env, env_kwargs = load_any(
-        compose_recipe("spar_d4rl", "env=none", "cache=null", "out=x"), torch.device("cpu")
-    )
+    data, env, env_kwargs = load_any(compose_recipe("spar_d4rl", "env=none", "out=x"), torch.device("cpu"))
     assert (data.env_id, env, env_kwargs) == ("Hopper-v5", None, {})
     assert "names no environment" not in capsys.readouterr().out
 
@@ -122,13 +120,13 @@ def test_a_known_environment_can_be_left_out(capsys):
     ],
 )
 def test_options_of_an_environment_are_refused_without_one(options, message):
-    cfg = compose_recipe("spar_d4rl", "env=none", "cache=null", "out=x", *options)
+    cfg = compose_recipe("spar_d4rl", "env=none", "out=x", *options)
     with pytest.raises(InputError, match=message):
         load_any(cfg, torch.device("cpu"))
 
 
 def test_going_online_needs_an_environment(tmp_path):
-    cfg = compose_recipe("spar_offline_to_online", "env=none", "method=spar", "cache=null", f"runs={tmp_path}")
+    cfg = compose_recipe("spar_offline_to_online", "env=none", "method=spar", f"runs={tmp_path}")
     with pytest.raises(InputError, match=r"env=none.*Hopper-v5"):
         spar_offline_to_online.main(cfg)
 

@@ -130,19 +130,6 @@ def test_files_and_their_last_row(tmp_path):
     assert buffer[:]["next", "truncated"].flatten().tolist() == arrays["timeouts"].tolist()
 
 
-def test_the_cache_keeps_both_apart(tmp_path):
-    path = write_maze(tmp_path / "sets", [maze_episode(success, seed) for seed, success in enumerate(SUCCESSES)])
-    for _ in range(2):
-        for option in (False, True):
-            plain = load_offline_dataset(path, end_at_success=option)
-            cached = load_offline_dataset(path, end_at_success=option, cache=tmp_path / "cache")
-            assert torch.equal(cached[:]["next", "reward"], plain[:]["next", "reward"])
-            assert torch.equal(cached[:]["next", "terminated"], plain[:]["next", "terminated"])
-            assert torch.equal(cached.episode_returns, plain.episode_returns)
-            assert cached.reward_shift == plain.reward_shift == -option
-    assert len(list((tmp_path / "cache").iterdir())) == 2
-
-
 @pytest.mark.parametrize(
     "changes, message",
     [
@@ -213,10 +200,8 @@ def test_arguments_are_those_of_evaluation_else_of_the_collection(tmp_path):
     meant = gymnasium.make("Corridor-v0", pay=7.0)
     plain = load_offline_dataset(make_set(tmp_path / "a", env=collected))
     assert (plain.env_id, plain.env_kwargs) == ("Corridor-v0", {"pay": 3.0, "halls": [[1, "g"], [0, 1]], **CORRIDOR})
-    path = make_set(tmp_path / "b", env=collected, eval_env=meant)
-    for _ in range(2):  # written to the cache, then read from it
-        buffer = load_offline_dataset(path, cache=tmp_path / "cache")
-        assert (buffer.env_id, buffer.env_kwargs) == ("Corridor-v0", {"pay": 7.0, **CORRIDOR})
+    buffer = load_offline_dataset(make_set(tmp_path / "b", env=collected, eval_env=meant))
+    assert (buffer.env_id, buffer.env_kwargs) == ("Corridor-v0", {"pay": 7.0, **CORRIDOR})
     assert load_offline_dataset(make_set(tmp_path / "c")).env_kwargs == {}
 
 
@@ -237,7 +222,7 @@ def test_a_run_its_policy_and_the_evaluate_recipe_use_the_arguments(tmp_path, mo
     monkeypatch.setitem(gymnasium.registry, "Corridor-v1", gymnasium.spec("Corridor-v0"))
     path = make_set(tmp_path, env=gymnasium.make("Corridor-v0", pay=3.0))
     tiny = ["preset=smoke", "anchor.steps=2", "vae.steps=2", "critics.steps=2", "spar.updates=2", "eval.interval=2"]
-    tiny += ["spar.loss.hidden=[8]", "logger.interval=2", "cache=null", "eval.background=false", "batch_size=4"]
+    tiny += ["spar.loss.hidden=[8]", "logger.interval=2", "eval.background=false", "batch_size=4"]
     cfg = compose_recipe("spar_d4rl", f"dataset={path}", f"out={tmp_path / 'out'}", *tiny, *options)
     spar_d4rl.main(cfg)
     results = json.loads((tmp_path / "out" / "results.json").read_text())
@@ -262,7 +247,7 @@ def test_wrong_arguments_are_named(tmp_path):
         (["env_kwargs=3"], r"env_kwargs=3: must be names and values"),
         ([dense, "end_at_success=true"], r"dense.npz: end_at_success: 7 rewards"),
     ):
-        cfg = compose_recipe("spar_d4rl", f"dataset={path}", "cache=null", "out=x", *options)
+        cfg = compose_recipe("spar_d4rl", f"dataset={path}", "out=x", *options)
         with pytest.raises(InputError, match=message):
             load(cfg, torch.device("cpu"))
 
@@ -290,7 +275,7 @@ def test_the_kitchens_tasks_are_the_data_sets(tmp_path):
         patch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
         minari.create_dataset_from_buffers(ID, [row], env=env, action_space=Box(-1, 1, (9,), np.float32))
     env.close()
-    options = [f"dataset={tmp_path / ID}", "cache=null", "out=x"]
+    options = [f"dataset={tmp_path / ID}", "out=x"]
     data, env_id, kwargs = load(compose_recipe("spar_d4rl", *options, "preset=kitchen"), torch.device("cpu"))
     assert data.observation_loc.numel() == 59 + 2 * (1 + 7) and env_id == "FrankaKitchen-v1"
     assert kwargs["tasks_to_complete"] == tasks and kwargs["remove_task_when_completed"]

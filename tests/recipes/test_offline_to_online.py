@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from importlib.util import find_spec
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import compose_recipe
+from helpers import RECIPES, compose_recipe, run
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torchrl.data import Bounded
@@ -30,7 +27,6 @@ from online.td3 import warm_start
 from rivals import td3_bc
 from rivals.base import Problem
 
-RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 HOPPER = Bounded(-1, 1, (3,))
 CPU = torch.device("cpu")
 
@@ -315,24 +311,18 @@ def test_dictionaries_come_in_the_datas_order():
 
 TINY = [
     "preset=smoke", "anchor.steps=2", "vae.steps=2", "critics.steps=2", "spar.updates=2", "eval.interval=2",
-    "cache=null", "logger.interval=2", "eval.final_episodes=1", "spar.loss.hidden=[8]", "online.steps=40",
+    "logger.interval=2", "eval.final_episodes=1", "spar.loss.hidden=[8]", "online.steps=40",
     "online.first_update=0",
     "online.updates_per_step=0.1", "collector.frames_per_batch=20", "online.eval_interval=20", "online.eval_episodes=1",
     "runs=runs", "seed=0",
 ]  # fmt: skip
 
 
-def run_recipe(*overrides, cwd):
-    command = [sys.executable, str(RECIPES / "spar_offline_to_online.py"), *TINY, *overrides]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=600, env=environment)
-
-
 @pytest.mark.parametrize("backend", ["direct", "process", RAY])
 def test_recipe(backend, tmp_path):
     pytest.importorskip("mujoco")
     methods = "spar,td3_bc" if backend == "direct" else "spar"
-    done = run_recipe(f"method={methods}", f"collector.backend={backend}", cwd=tmp_path)
+    done = run("spar_offline_to_online", *TINY, f"method={methods}", f"collector.backend={backend}", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "runs" / "torchrl-spar-hopper-medium-v0"
     content = json.loads((folder / "online.json").read_text())

@@ -23,7 +23,7 @@ def options(value, prefix=""):
 
 
 def composed(*overrides, recipe="spar_d4rl"):
-    return options(OmegaConf.to_container(compose_recipe(recipe, "out=x", "cache=null", *overrides)))
+    return options(OmegaConf.to_container(compose_recipe(recipe, "out=x", *overrides)))
 
 
 def of_file(name):
@@ -58,6 +58,17 @@ def test_of_several_presets_the_last_wins():
     assert both["spar.updates"] == 1_000_000 and both["eval.final_episodes"] == 10
     mine = composed("preset=[d4rl,antmaze]", "eval.final_episodes=3", "env_kwargs={pay:1}")
     assert mine["eval.final_episodes"] == 3 and mine["protocol"] == "d4rl" and mine["env_kwargs"] == {"pay": 1}
+
+
+def test_the_readme_has_the_sizes_of_the_quick_job_and_of_d4rl():
+    text = " ".join((CONFIG.parent / "README.md").read_text().split())
+    quick, field = composed(), composed("preset=d4rl")
+    steps = sum(quick[f"{phase}.steps"] for phase in ("anchor", "vae", "critics"))
+    for sizes, shown in ((quick, f"{steps:,} pre-training steps and "), (field, "")):
+        width, other = sizes["spar.loss.hidden"]
+        assert width == other
+        shown = f"two layers of {width}, batches of {sizes['batch_size']}, {shown}{sizes['spar.updates']:,} updates"
+        assert shown in text
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -6,8 +6,6 @@ import json
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 import warnings
 from functools import partial
 from pathlib import Path
@@ -15,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import build_loss, compose_recipe
+from helpers import build_loss, compose_recipe, run
 
 import torchrl_spar
 
@@ -188,8 +186,7 @@ def test_the_results_are_the_committed_runs(tmp_path):
         copy = tmp_path / name.replace("/", "-")
         shutil.copytree(RESULTS / name, copy)
         spar = [f"{RESULTS / 'compare'}{method}" for method in methods]
-        command = [sys.executable, str(RECIPES / "report.py"), str(copy), *spar]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        done = run("report", copy, *spar, cwd=tmp_path)
         assert done.stdout == shown, done.stderr
 
 
@@ -212,7 +209,6 @@ def test_the_speeds_are_the_committed_benchmark():
             numbers = f"{row['updates_per_cpu_second']:.1f} | {row['relative_to_spar']:.2f} | {share}"
             assert f"| {name} | {numbers} |" in readme
     assert f"at {results['evaluation']['ratio']:.2f} of bare Gymnasium's steps/s" in prose
-    assert f"cost of {results['evaluation']['loss']['evaluation']:.0%} to the learner".replace("%", " %") in prose
     assert f"loaded in {results['load']['load']['seconds']:.1f} s" in prose
     assert f"({results['load_short_episodes']['load']['seconds']:.1f} s as 8,000 episodes)" in prose
 

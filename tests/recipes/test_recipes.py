@@ -18,6 +18,7 @@ from torchrl_spar import InputError, evaluate, load_policy
 pytest.importorskip("hydra")
 import gymnasium
 import h5py
+import spar_d4rl
 from harness.launch import check_seeds
 from omegaconf import OmegaConf
 from PIL import Image
@@ -156,7 +157,8 @@ def test_video_of_a_mujoco_episode(finished, monkeypatch):
         pytest.skip(f"MuJoCo cannot render on this machine: {reason}")
     monkeypatch.delenv("DISPLAY", raising=False)  # without a screen EGL is the default
     _, cwd = finished
-    done = run("evaluate", "policy=result/policy.pt", "episodes=1", "seed=5", "video=hopper.gif", cwd=cwd)
+    options = ["policy=result/policy.pt", "episodes=1", "seed=5", "video=hopper.gif"]
+    done = run("evaluate", *options, cwd=cwd, OMP_NUM_THREADS="1")  # loads OpenGL anew
     assert done.returncode == 0, done.stderr
     lengths = []
     policy, _ = load_policy(cwd / "result" / "policy.pt")
@@ -166,9 +168,9 @@ def test_video_of_a_mujoco_episode(finished, monkeypatch):
         assert video.n_frames == -(-len(lengths) // 4)
 
 
-def test_an_opengl_that_mujoco_cannot_load_is_named(tmp_path, monkeypatch):
-    monkeypatch.setenv("MUJOCO_GL", "nonsense")
-    assert_one_line(run("evaluate", "policy=absent.pt", cwd=tmp_path), "MUJOCO_GL=nonsense", "unset it")
+def test_an_opengl_that_mujoco_cannot_load_is_named(tmp_path):
+    done = run("evaluate", "policy=absent.pt", cwd=tmp_path, MUJOCO_GL="nonsense")
+    assert_one_line(done, "MUJOCO_GL=nonsense", "unset it")
 
 
 @pytest.mark.parametrize("video", ["result/policy.pt", "hopper.what", "nowhere/hopper.gif"])
@@ -224,7 +226,6 @@ def test_bad_data_ends_in_one_line_and_writes_nothing(case, tmp_path):
     ("overrides", "words"),
     [
         (["dataset=nowhere.hdf5"], ["nowhere.hdf5"]),
-        (["dataset=minari:no/such/set-v0"], ["no/such/set-v0", "download"]),
         (["env=NoSuchRobot-v0"], ["NoSuchRobot-v0"]),
         (["device=tpu9"], ["tpu9"]),
         (["spar.loss.kappa=-1"], ["kappa"]),
@@ -244,6 +245,12 @@ def test_wrong_options_end_in_one_line_and_write_nothing(overrides, words, tmp_p
     done = run("spar_d4rl", *TINY, "out=result", *overrides, cwd=tmp_path)
     assert_one_line(done, *words)
     assert not (tmp_path / "result").exists()
+
+
+def test_a_set_that_cannot_be_downloaded_is_named(tmp_path):
+    done = run("spar_d4rl", *TINY, "dataset=minari:no/such/set-v0", "out=result", cwd=tmp_path, HF_HUB_OFFLINE="1")
+    assert_one_line(done, "no/such/set-v0", "download")
+    assert not os.listdir(tmp_path)
 
 
 def test_compile_without_a_compiler_ends_in_one_line(tmp_path):
@@ -347,18 +354,12 @@ def test_multirun_leaves_one_run_a_seed(tmp_path):
 @pytest.mark.parametrize("stacked", [False, True])
 def test_seeds_at_once_are_the_single_runs(finished, tmp_path, stacked):
     """On a CPU a process for each seed: the same bits. As one stack, what a GPU does: the same to round-off."""
-    if stacked:  # the script's own function, in a process of its own
-        code = "import sys; sys.path.insert(0, sys.argv.pop(1))\n"
-        code += "import hydra, spar_d4rl as job; from pathlib import Path\n"
-        code += "from omegaconf import OmegaConf; OmegaConf.register_new_resolver('recipe_dir', str)\n"
-        code += "with hydra.initialize_config_dir(str(Path(job.__file__).parent / 'config'), version_base=None):\n"
-        code += "    cfg = hydra.compose('spar_d4rl', [*sys.argv[1:], 'out=many'])\n"
-        code += "job.train(cfg, [2, 3], [Path('many/seed_2'), Path('many/seed_3')])"
-        command = [sys.executable, "-W", "ignore", "-c", code, str(RECIPES), *TINY]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    if stacked:  # the script's own function
+        cfg = compose_recipe("spar_d4rl", *TINY, "out=many")
+        spar_d4rl.train(cfg, [2, 3], [tmp_path / "many" / f"seed_{seed}" for seed in (2, 3)])
     else:
         done = run("spar_d4rl", *TINY, "seeds=[2,3]", "out=many", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+        assert done.returncode == 0, done.stderr
     assert sorted(os.listdir(tmp_path / "many")) == ["seed_2", "seed_3"]
     (_, cwd), out = finished, tmp_path / "many" / "seed_3"
     states = [load_policy(folder / "policy.pt")[0].state_dict() for folder in (cwd / "result", out)]
@@ -390,8 +391,7 @@ def test_seeds_pass():
 
 
 def report(folder, cwd):
-    command = [sys.executable, str(RECIPES / "report.py"), str(folder)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+    return run("report", folder, cwd=cwd)
 
 
 def test_report_gives_mean_and_spread_over_seeds(tmp_path):

@@ -18,6 +18,7 @@ from harness import checkpoints, scores
 from harness import directory as sweep
 from harness.checkpoints import Checkpoints
 from harness.stopping import Stopped, stop
+from helpers import run
 from kill_test import DATA, TINY, outcome, start_run
 
 from torchrl_spar import InputError
@@ -164,23 +165,23 @@ def end_by(signum, process, condition):
 
 
 def test_sigterm_ends_a_run_in_one_line_and_it_goes_on(tmp_path):
-    options = ["seed=3", "anchor.steps=1500", "eval.background=true", "out=stopped"]
-    start_run("spar", tmp_path / "undisturbed", "anchor.steps=1500")
+    options = ["seed=3", "anchor.steps=500", "eval.background=true", "out=stopped"]
+    start_run("spar", tmp_path / "undisturbed", "anchor.steps=500")
     process = launch(tmp_path, *options)
     end_by(signal.SIGTERM, process, lambda: rows(tmp_path / "stopped", "anchor") > 2)
-    output, _ = (process := launch(tmp_path, *options, "resume=true")).communicate()
-    assert process.returncode == 0, output
+    done = run("spar_d4rl", *TINY, *options, "resume=true", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
     assert outcome(tmp_path / "stopped") == outcome(tmp_path / "undisturbed")
 
 
 def test_ctrl_c_ends_several_seeds_in_one_line_and_they_go_on(tmp_path):
     outs = {seed: tmp_path / "stopped" / f"seed_{seed}" for seed in (3, 4)}
-    process = launch(tmp_path, "seeds=[3,4]", "vae.steps=1500", "out=stopped")
+    process = launch(tmp_path, "seeds=[3,4]", "vae.steps=500", "out=stopped")
     end_by(signal.SIGINT, process, lambda: all(rows(out, "vae") > 2 for out in outs.values()))
     for seed, out in outs.items():
         assert checkpoints.all_checkpoints(out)
-        start_run("spar", out, "vae.steps=1500", seed=seed)
-        start_run("spar", tmp_path / "undisturbed" / out.name, "vae.steps=1500", seed=seed)
+        start_run("spar", out, "vae.steps=500", seed=seed)
+        start_run("spar", tmp_path / "undisturbed" / out.name, "vae.steps=500", seed=seed)
     assert outcome(tmp_path / "stopped") == outcome(tmp_path / "undisturbed")
 
 

@@ -299,7 +299,7 @@ def test_a_task_has_its_published_values():
 
 
 TINY = ["preset=smoke", "spar.loss.hidden=[8]", "anchor.steps=5", "vae.steps=5", "critics.steps=5", "batch_size=8"]
-TINY += ["eval.episodes=1", "eval.final_episodes=2", "eval.background=false", "cache=null"]
+TINY += ["eval.episodes=1", "eval.final_episodes=2", "eval.background=false"]
 
 
 def start(cwd, *overrides, script="compare", **environment):

@@ -45,7 +45,7 @@ def write_data() -> None:
 write_data()
 # All phases, each of more than a step; blocks of 2 updates.
 TINY = ["preset=smoke", "anchor.steps=12", "vae.steps=12", "critics.steps=6", "spar.updates=16", "logger.interval=2"]
-TINY += ["eval.interval=8", "eval.background=false", "spar.loss.hidden=[8]", "batch_size=16", "cache=null"]
+TINY += ["eval.interval=8", "eval.background=false", "spar.loss.hidden=[8]", "batch_size=16"]
 TINY += [f"dataset={DATA}", "env=Hopper-v5"]
 
 

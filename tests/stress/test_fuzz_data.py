@@ -1,6 +1,6 @@
 """Random data sets of every form: each trains with finite numbers on the source's own rows, or ends in one InputError.
 
-``FUZZ_EXAMPLES=5000 pytest tests/test_fuzz_data.py`` tries that many of every form, new ones at every call.
+``FUZZ_EXAMPLES=5000 pytest tests/stress/test_fuzz_data.py`` tries that many of every form, new ones at every call.
 """
 
 from __future__ import annotations

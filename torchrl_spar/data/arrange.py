@@ -96,7 +96,7 @@ def arrange(fields: dict[str, Any], *, sequence: np.ndarray | None = None) -> di
 
 
 def _told_apart(label: np.ndarray, step: np.ndarray) -> np.ndarray:
-    """Labels that are used again, as where steps begin anew under the same one, become new ones at each such row."""
+    """Gives a label that is used again, as where its steps begin anew, a new number from that row on."""
     pairs = np.lexsort((step, label))
     twice = (label[pairs][1:] == label[pairs][:-1]) & (step[pairs][1:] == step[pairs][:-1])
     if not twice.any():
@@ -106,7 +106,7 @@ def _told_apart(label: np.ndarray, step: np.ndarray) -> np.ndarray:
 
 
 def _gaps(label: np.ndarray, step: np.ndarray, notes: list[str]) -> np.ndarray:
-    """Rows whose following step is missing: whole numbers that grow by more than they do nearly everywhere."""
+    """Rows whose following step is missing: whole numbers that grow by more than nearly everywhere else."""
     grows = np.diff(step)
     inside = label[1:] == label[:-1]
     if not inside.any() or (step % 1).any():
@@ -120,7 +120,7 @@ def _gaps(label: np.ndarray, step: np.ndarray, notes: list[str]) -> np.ndarray:
 
 
 def _by_label(label: np.ndarray | None, step: np.ndarray | None) -> np.ndarray | None:
-    """The order in which every label's rows are together, and by their steps; None where they are in order."""
+    """The order in which every label's rows are together and sorted by step; None if they are in order."""
     if label is None:
         return None
     runs = 1 + np.count_nonzero(label[1:] != label[:-1])

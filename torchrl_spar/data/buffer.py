@@ -21,7 +21,6 @@ from torchrl.data import (
     TensorStorage,
 )
 
-from torchrl_spar.data.cache import Content, load_cached
 from torchrl_spar.data.images import Encoder
 from torchrl_spar.data.readers import find_minari, read_file, read_minari
 from torchrl_spar.data.steps import Steps
@@ -120,7 +119,6 @@ def load_offline_dataset(
     columns: Columns | None = None,
     clip_actions: bool = False,
     encoder: Encoder | None = None,
-    cache: str | os.PathLike[str] | None = None,
     **kwargs: Any,
 ) -> OfflineReplayBuffer:
     """Reads and checks a data set, whole, into a replay buffer.
@@ -160,12 +158,7 @@ def load_offline_dataset(
             where the environment clipped them, too. Otherwise they are refused.
         encoder: a network of yours for the images of a LeRobot set, stored as such: it gets uint8 ``[b, 3, h, w]`` and
             gives ``[b, k]``, of every camera in alphabetical order. The features follow the state in the observation;
-            what acts later gives them likewise. With it nothing is cached.
-        cache: a directory of your own, such as ``~/.cache/torchrl_spar`` (the recipes' choice). What is read from a
-            source on disk is written there, and the next load maps it into memory instead of reading the source; it
-            is the same bit for bit, and copy-on-write. A source whose path, size or times changed is read
-            again and takes its old entry's place; a damaged entry or a directory that cannot be written gives a
-            warning. By default nothing is written.
+            what acts later gives them likewise.
         **kwargs: passed to ``TensorDictReplayBuffer``, such as ``sampler`` or ``transform``.
 
     Returns:
@@ -228,37 +221,16 @@ def load_offline_dataset(
         if in_memory:
             if columns or encoder:
                 raise InputError("columns and encoder are of tables and LeRobot sets; give the rows by their TED keys")
-            content, facts = _check(read_tensordict(source), given, end_at_success, clip_actions)
+            steps = read_tensordict(source)
         else:
             path, read = _find(source, root, end_at_success, columns, encoder)
-
-            def build() -> Content:
-                return _check(read(path), given, end_at_success, clip_actions)
-
-            named = {
-                field: names if isinstance(names, str) else list(names) for field, names in (columns or {}).items()
-            }
-            bounds = None if given is None else [bound.tolist() for bound in given]
-            options = [bounds, end_at_success, clip_actions, named]
-            # With an encoder nothing is cached: nothing tells one network from another.
-            content, facts = load_cached(path, options, user_path(cache), build) if cache and not encoder else build()
+            steps = read(path)
+        content = _check(steps, given, end_at_success, clip_actions)
     except InputError as err:
         raise type(err)(f"{name}: {err}") from err.__cause__
-    for note in facts["notes"]:
+    for note in steps.notes:
         warnings.warn(f"{name}: {note}", stacklevel=2)
-    low, high = content["action_low"], content["action_high"]
-    return OfflineReplayBuffer(
-        content["rows"],
-        action_spec=Bounded(low, high, low.shape, dtype=torch.float32),
-        episode_returns=content["episode_returns"],
-        name=name,
-        env_id=facts["env_id"],
-        env_kwargs=facts["env_kwargs"],
-        reward_shift=facts["reward_shift"],
-        device=device,
-        batch_size=batch_size,
-        **kwargs,
-    )
+    return OfflineReplayBuffer(**content, name=name, device=device, batch_size=batch_size, **kwargs)
 
 
 def _find(
@@ -268,7 +240,7 @@ def _find(
     columns: Columns | None,
     encoder: Encoder | None,
 ) -> tuple[Path, Callable[[Path], Steps]]:
-    """Where the source lies, and its reader."""
+    """The path of the source, and its reader."""
     minari = partial(read_minari, with_success=True) if with_success else read_minari
     if isinstance(source, str) and source.startswith("minari:"):
         return find_minari(source.removeprefix("minari:"), root), minari
@@ -298,31 +270,29 @@ def _find(
 
 def _check(
     steps: Steps, given: tuple[torch.Tensor, torch.Tensor] | None, end_at_success: bool, clip_actions: bool
-) -> Content:
-    """The rows in TED form and all that belongs to them, as the cache keeps it."""
-    bounds = given or tuple(torch.as_tensor(bound, dtype=torch.float32) for bound in steps.action_bounds)
+) -> dict[str, Any]:
+    """The rows in TED form and all that belongs to them, as the buffer takes it."""
+    low, high = given or tuple(torch.as_tensor(bound, dtype=torch.float32) for bound in steps.action_bounds)
     if given is None and steps.bounds_are_guessed:
         steps.notes += (
             "actions go beyond +-1, so their least and largest values are their bounds: action_spec sets others",
         )
-    _check_actions(steps, bounds[0], bounds[1], clip_actions)
+    _check_actions(steps, low, high, clip_actions)
     returns = torch.from_numpy(_returns(steps))
     if end_at_success:
         relabel(steps)
-    facts = {
+    return {
+        "data": _to_ted(steps),
+        "action_spec": Bounded(low, high, low.shape, dtype=torch.float32),
+        "episode_returns": returns,
         "env_id": steps.env_id,
         "env_kwargs": steps.env_kwargs,
         "reward_shift": REWARD_SHIFT if end_at_success else 0.0,
-        "notes": list(steps.notes),
     }
-    rows = _to_ted(steps)
-    return TensorDict(
-        {"episode_returns": returns, "action_low": bounds[0], "action_high": bounds[1], "rows": rows}
-    ), facts
 
 
 def _returns(steps: Steps) -> np.ndarray:
-    """Every episode's, up to its first terminal: what a robot earns at its goal afterwards does not count."""
+    """Every episode's return up to its first terminal: what a robot earns at its goal afterwards does not count."""
     if not steps.ordered:
         return np.zeros(0)
     after = np.zeros(len(steps.episode), dtype=bool)

@@ -1,4 +1,4 @@
-"""The environment that a Minari set records, as the arguments with which it is made again."""
+"""The environment that a Minari set records, as arguments that make it again."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def recorded_environment(spec: Any) -> tuple[str | None, dict[str, Any]]:
 
 
 def register_robotics(env_id: str) -> None:
-    """Makes gymnasium-robotics, where it is installed, register its environments if an id is not known yet."""
+    """Registers the environments of gymnasium-robotics, if it is installed and the id is not known yet."""
     import gymnasium
 
     if env_id not in gymnasium.registry and importlib.util.find_spec("gymnasium_robotics") is not None:
@@ -61,7 +61,7 @@ def register_robotics(env_id: str) -> None:
 
 
 def _registered(env_id: str) -> Any:
-    """The specification that every process has for an id; None if there is none."""
+    """The specification of an id that Gymnasium or gymnasium-robotics registers; None for any other."""
     import gymnasium
 
     register_robotics(env_id)

@@ -1,4 +1,4 @@
-"""Images of a table through a network of the user's."""
+"""Images of a table, encoded by a network of the user's."""
 
 from __future__ import annotations
 

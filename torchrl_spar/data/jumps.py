@@ -1,4 +1,4 @@
-"""Jumps of the observation from row to row, as at a reset: what tells order where there are no next observations."""
+"""Jumps of the observation from row to row, as at a reset: the evidence of order without next observations."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _BLOCK = 65_536
 
 
 def find_jumps(observation: np.ndarray, end: np.ndarray) -> np.ndarray:
-    """Rows after which the observation jumps though no end is told, bool ``[n]``.
+    """Rows after which the observation jumps though no end is flagged, bool ``[n]``.
 
     Args:
         observation: ``[n, d]``, in order.
@@ -67,7 +67,7 @@ def go_on(observation: np.ndarray, rows: np.ndarray) -> np.ndarray:
 def is_disordered(observation: np.ndarray, end: np.ndarray) -> bool:
     """Whether rows differ from their followers as much as from any row of their episode, or more than from later ones.
 
-    Both of most of the columns that change at all, in the median of rows.
+    Each is judged in the median row, for most of the columns that vary.
 
     Args:
         observation: ``[n, d]``.

@@ -1,4 +1,4 @@
-"""The order of rows, told by their next observations: which row goes on in which."""
+"""The order of rows, told by their next observations: which row continues in which."""
 
 from __future__ import annotations
 

@@ -160,7 +160,7 @@ def _minari_episodes(dataset: Any, with_success: bool) -> Iterator[tuple[int, di
 
 
 def _arrays_of(data: Any, names: Iterable[str], infos: Iterable[str]) -> dict[str, Any]:
-    """The arrays of an episode that Minari has read, infos where there are any."""
+    """The arrays of an episode that Minari has read, with its infos if there are any."""
     found = data.infos or {}
     return {name: getattr(data, name) for name in names} | {name: found[name] for name in infos if name in found}
 
@@ -208,7 +208,7 @@ def _hdf5_episodes(
 def _stack(
     episodes: Iterator[tuple[int, dict[str, Any]]], rows: int, dtype: type[np.floating]
 ) -> tuple[dict[str, np.ndarray], list[int], bool]:
-    """All episodes in arrays, allocated once if ``rows`` is right, their lengths, and whether the type was fine enough.
+    """All episodes in arrays (allocated once if ``rows`` is right), their lengths, whether the type was precise enough.
 
     Observations are of ``dtype``, rewards float64, all else float32.
     """

@@ -13,7 +13,7 @@ from torchrl_spar.errors import InputError
 
 
 class OrderError(InputError):
-    """Returns are asked of rows that are in no order of time."""
+    """Returns need rows in order of time, and these are not."""
 
 
 def returns_to_go(

@@ -1,4 +1,4 @@
-"""What a replay buffer or a nest of TensorDicts holds, as rows: padding left out, sequences one after the other."""
+"""The rows of a replay buffer or of nested TensorDicts: without padding, one sequence after the other."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def parts_of(source: Any) -> Iterator[TensorDictBase]:
 
 
 def valid_mask(part: TensorDictBase) -> Tensor | None:
-    """Which of ``[..., T]`` positions are no padding, flat ``[n]``; None where nothing says that any is."""
+    """Which of ``[..., T]`` positions are not padding, flat ``[n]``; None without a mask."""
     valid = None
     for key in MASK_KEYS:
         mask = part.get(key, None)
@@ -89,7 +89,7 @@ def valid_mask(part: TensorDictBase) -> Tensor | None:
 
 
 def rows_of(replay_buffer: ReplayBuffer) -> TensorDictBase:
-    """All of a buffer as rows ``[N]`` that count; ``"episode"`` tells sequences apart where there are any.
+    """All valid rows ``[N]`` of a buffer; ``"episode"`` tells sequences apart where there are any.
 
     Args:
         replay_buffer: of any kind that :func:`parts_of` takes.
@@ -141,7 +141,7 @@ def rows_of(replay_buffer: ReplayBuffer) -> TensorDictBase:
 
 
 def whole_of(replay_buffer: ReplayBuffer) -> TensorDictBase:
-    """All of a buffer in its own shape ``[n]`` or ``[B, T]``, or as rows where it does not have one.
+    """All of a buffer in its own shape ``[n]`` or ``[B, T]``, or as rows if it has no single shape.
 
     Examples:
         >>> from tensordict import TensorDict
@@ -156,5 +156,5 @@ def whole_of(replay_buffer: ReplayBuffer) -> TensorDictBase:
 
 
 def _on_its_device(part: TensorDictBase) -> TensorDictBase:
-    """With a device, which a list's TensorDicts may leave open."""
+    """The TensorDict with a device, which a list's TensorDicts may lack."""
     return part if part.device is not None else part.to(next(iter(part.values(True, True))).device)

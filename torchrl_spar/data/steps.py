@@ -77,7 +77,7 @@ def clean(raw: dict[str, tuple[str, np.ndarray]]) -> dict[str, Any]:
 
 
 def needs_float64(array: np.ndarray) -> bool:
-    """Whether float32 would lose what a column of observations ``[n, d]`` tells: values such as 1e5 +- 0.05.
+    """Whether float32 would lose the variation of a column of observations ``[n, d]``, such as 1e5 +- 0.05.
 
     Examples:
         >>> needs_float64(1e5 + np.array([[0.01], [0.02]])), needs_float64(np.array([[0.1], [0.2]]))
@@ -90,7 +90,7 @@ def needs_float64(array: np.ndarray) -> bool:
 
 
 def columns_in_need(low: np.ndarray, high: np.ndarray) -> np.ndarray:
-    """Columns of these ranges that float32 is too coarse for, bool ``[d]``; those that are constant need nothing.
+    """Columns whose ranges need more than float32, bool ``[d]``; constant columns do not.
 
     Examples:
         >>> columns_in_need(np.array([1e5, 0.0, 0.1]), np.array([1e5 + 0.2, 1.0, 0.1]))

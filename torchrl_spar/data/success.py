@@ -1,4 +1,4 @@
-"""Mazes of a fixed horizon: success, which their data does not mark as an end, becomes one."""
+"""Mazes of a fixed horizon: turns successes, which their data does not mark as ends, into ends."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ def read_table(path: Path, columns: Columns | None) -> Steps:
 
 
 def _read_arrow(path: Path) -> Any:
-    """Arrow's file format, else its stream format, in which Hugging Face's data sets are."""
+    """Reads Arrow's file format, or its stream format, which Hugging Face's data sets have."""
     arrow = _arrow()
     try:
         return arrow.feather.read_table(path)

@@ -58,7 +58,7 @@ def read_tensordict(source: Any) -> Steps:
 
 
 def _read_part(part: TensorDictBase) -> tuple[dict[str, tuple[str, np.ndarray]], np.ndarray]:
-    """Its fields' names and rows, and each row's sequence; padding is left out."""
+    """Names and rows of the fields, and each row's sequence; padding is left out."""
     if not part.ndim:
         raise InputError("the batch size is empty; it must be [n] or [B, T]")
     with readable():
@@ -98,7 +98,7 @@ def _read_part(part: TensorDictBase) -> tuple[dict[str, tuple[str, np.ndarray]],
 
 
 def _time_last(part: TensorDictBase) -> TensorDictBase:
-    """Time as the last dimension: by its name, else where next observations go on along another one alone."""
+    """Moves time to the last dimension: the one named so, else the only one along which next observations continue."""
     if part.ndim < 2:
         return part
     names = part.names

@@ -60,7 +60,7 @@ class D4RLAdroit(gymnasium.Wrapper, RecordConstructorArgs):
         return observation, reward, terminated, truncated, info
 
     def _distance(self) -> float:
-        """Between the palm and what it is to reach."""
+        """Distance between the palm and its goal."""
         data, is_door = self._hand.data, "Door" in type(self._hand).__name__
         target = data.site("S_handle") if is_door else data.body("Object")
         return float(np.linalg.norm(data.site("S_grasp").xpos - target.xpos))

@@ -63,7 +63,7 @@ class BackgroundEvaluator:
     def submit(
         self, key: Any, policy: TensorDictModuleBase, env_id: str, episodes: int = 10, seed: int = 0, **env_kwargs: Any
     ) -> None:
-        """Takes a snapshot of the policy to be evaluated; about 1 ms, never waits for an evaluation.
+        """Takes a snapshot of the policy and queues its evaluation; takes about 1 ms and never waits for another one.
 
         Args:
             key: given back with the returns, e.g. the training step; errors name it.
@@ -84,7 +84,7 @@ class BackgroundEvaluator:
         self._send_next()
 
     def poll(self) -> list[tuple[Any, torch.Tensor]]:
-        """What has finished since the last call, in the order of submission: keys and returns ``[episodes]``.
+        """Evaluations finished since the last call, in the order of submission: keys and returns ``[episodes]``.
 
         Raises:
             InputError: if an evaluation failed or its process is gone; the message names the key.
@@ -94,13 +94,13 @@ class BackgroundEvaluator:
         return self._take()
 
     def drain(self) -> list[tuple[Any, torch.Tensor]]:
-        """As :meth:`poll`, errors included, after all that was submitted has finished."""
+        """Waits for all submitted evaluations, then does what :meth:`poll` does, errors included."""
         while self._unfinished:
             self._receive()
         return self._take()
 
     def close(self) -> None:
-        """Ends the process, whatever it does."""
+        """Ends the process, busy or not."""
         self._process.terminate()
         self._process.join()
         self._connection.close()
@@ -157,7 +157,7 @@ class BackgroundEvaluator:
 
 
 def _serve(connection: Connection) -> None:
-    """Evaluates what comes through the connection until it closes."""
+    """Evaluates requests from the connection until it closes."""
     threading.Thread(target=end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     connection.send(("ready", None))
@@ -180,7 +180,7 @@ def _serve(connection: Connection) -> None:
 
 @contextmanager
 def without_ctrl_c() -> Iterator[None]:
-    """Processes that are started in between get no Ctrl-C: it is their parent's, who ends them."""
+    """Processes started inside get no Ctrl-C: their parent gets it and ends them."""
     if not hasattr(signal, "pthread_sigmask"):  # on Windows
         yield
         return
@@ -192,7 +192,7 @@ def without_ctrl_c() -> Iterator[None]:
 
 
 def end_with_parent() -> None:
-    """A killed parent closes nothing in an evaluation that runs."""
+    """Ends this process when its parent is killed, which closes nothing while an evaluation runs."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         wait([parent.sentinel])

@@ -15,7 +15,7 @@ from torchrl_spar.errors import InputError, check_bounds
 
 
 def make_env(env_id: str, **kwargs: Any) -> Any:
-    """``gymnasium.make`` that knows gymnasium-robotics, makes what a data set records, and names what is missing.
+    """``gymnasium.make`` that knows gymnasium-robotics and the specifications of data sets, and names what is missing.
 
     Args:
         env_id: a Gymnasium environment; ``"module:id"`` imports the module that registers it.
@@ -67,7 +67,7 @@ def make_env(env_id: str, **kwargs: Any) -> Any:
 
 
 def _specification(env_id: str, entry_point: str | None, wrappers: Iterable[Mapping[str, Any]]) -> Any:
-    """What ``gymnasium.make`` takes: the id, where nothing else is known."""
+    """What ``gymnasium.make`` takes: a specification, or the id where nothing else is known."""
     import gymnasium
     from gymnasium.envs.registration import EnvSpec, WrapperSpec
 
@@ -79,7 +79,7 @@ def _specification(env_id: str, entry_point: str | None, wrappers: Iterable[Mapp
 
 
 def environment_sizes(env_id: str, **env_kwargs: Any) -> tuple[int, Bounded]:
-    """What an environment expects of a policy.
+    """The sizes that an environment expects of a policy.
 
     Args:
         env_id: a Gymnasium environment with a bounded continuous action.
@@ -112,7 +112,7 @@ def environment_sizes(env_id: str, **env_kwargs: Any) -> tuple[int, Bounded]:
 
 
 def _bounded_actions(env: Any) -> Any:
-    """The action space; where Gymnasium's ClipAction makes it infinite, what it clips to."""
+    """The action space; under Gymnasium's ClipAction, which makes it infinite, the bounds it clips to."""
     from gymnasium import Wrapper
     from gymnasium.wrappers import ClipAction
 

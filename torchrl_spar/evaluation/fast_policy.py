@@ -1,4 +1,4 @@
-"""A policy as a function of one tensor: beside environments of 40 us a step, tensordicts and module calls are slow."""
+"""A policy as a function of one tensor: for environments of 40 us a step, tensordicts and module calls are slow."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def action_function(policy: TensorDictModuleBase) -> Callable[[Tensor], Tensor]:
 
 
 def _stage(module: nn.Module) -> Stage | None:
-    """The module on a dict of tensors; None where it may do more than is known here."""
+    """The module as a function on a dict of tensors; None if it may do more than this file knows of."""
     if type(module) is SPARActor:
         return _actor(module)
     if type(module) is FrozenAnchor:

@@ -1,4 +1,4 @@
-"""A policy in a file: its weights and, of default networks, the sizes to rebuild it; never code."""
+"""A policy in a file: its weights and, for default networks, the sizes to rebuild it; never code."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def _misfits(policy: TensorDictModuleBase, weights: dict[str, torch.Tensor]) -> 
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether it can be read again without executing code."""
+    """Whether the value can be read again without executing code."""
     file = io.BytesIO()
     try:
         torch.save(value, file)

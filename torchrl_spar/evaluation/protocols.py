@@ -1,4 +1,4 @@
-"""D4RL's protocols: what its scores count, where today's environments count something else."""
+"""D4RL's protocols, for tasks whose rewards or ends are others in today's environments."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _ADROIT_WRAPPER = {"name": "D4RLAdroit", "entry_point": "torchrl_spar.evaluation
 
 
 def d4rl_protocol(env_id: str) -> dict[str, Any]:
-    """What turns an environment of gymnasium-robotics into D4RL's task, as arguments of :func:`make_env`.
+    """Arguments of :func:`make_env` that turn an environment of gymnasium-robotics into D4RL's task.
 
     - Adroit: D4RL's horizon (pen 100 steps, the others 200), and :class:`~torchrl_spar.evaluation.adroit.D4RLAdroit`.
     - AntMaze: the episode ends at the goal.

@@ -1,4 +1,4 @@
-"""torch.compile with one clear error where it cannot work."""
+"""torch.compile, with one clear error where it cannot work."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ R = TypeVar("R")
 
 
 def compiled(function: Callable[..., R]) -> Callable[..., R]:
-    """Through ``torch.compile``; gradients that the function takes are part of the one program."""
+    """Compiles a function, with the gradients it takes as part of one program."""
     program = torch.compile(function)
     # From torch 2.13 on. Else, and by default, loss and gradients are programs of their own, with autograd in between.
     if not hasattr(torch._dynamo.config, "trace_autograd_ops"):
@@ -31,7 +31,7 @@ def compiled(function: Callable[..., R]) -> Callable[..., R]:
 
 @cache
 def check_compiler(device: torch.device) -> None:
-    """Compiles a trifle (some seconds, once a process), so that what is missing is known before any work is done.
+    """Compiles a trivial function (some seconds, once a process), so that a missing compiler shows before any work.
 
     Raises:
         InputError: where ``torch.compile`` does not work: on a CPU it needs a C++ compiler, on a GPU Triton.

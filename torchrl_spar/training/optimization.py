@@ -37,7 +37,7 @@ def cosine(step: int, steps: int) -> float:
 def descent(
     terms: Mapping[str, Term], *optimizers: torch.optim.Optimizer, compile: bool = False
 ) -> Callable[[TensorDictBase], dict[str, Tensor]]:
-    """A step that moves what the optimisers hold down the sum of the terms, and returns the losses and metadata."""
+    """A gradient step on the sum of the terms for the optimisers' parameters; returns the losses and metadata."""
     keep_scratch_memory()
     params = [param for optimizer in optimizers for group in optimizer.param_groups for param in group["params"]]
 
@@ -71,7 +71,7 @@ def descent(
 
 
 def keep_scratch_memory() -> None:
-    """Has glibc keep the megabytes that a step frees, instead of mapping them anew in the next one.
+    """Makes glibc keep the memory that a step frees, instead of mapping it anew in the next one.
 
     Its allocator returns free memory to the system above twice the largest block that it has mapped and freed.
     """

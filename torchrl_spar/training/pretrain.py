@@ -296,7 +296,7 @@ def fit_critics(
 
 
 def _varies(values: Tensor) -> bool:
-    """Whether more than rounding does: of constant rewards no scale is known."""
+    """Whether the values vary by more than rounding: constant rewards have no scale."""
     values = values.double()
     return bool(values.max() - values.min() > 1e-6 * values.abs().mean())
 
@@ -349,7 +349,7 @@ def _fit(
     explain: Callable[[TensorDictBase], None] | None = None,
     compile: bool = False,
 ) -> None:
-    """Minimises one term with Adam, the learning rate falling to zero along a cosine; `finish` comes last.
+    """Minimises one term with Adam; the learning rate falls to zero along a cosine. Calls `finish` at the end.
 
     `explain` is asked, after a failure, which network cannot take the batch.
     """

@@ -51,7 +51,7 @@ class Progress:
         self._running: tuple[str, torch.optim.Optimizer | None] = ("", None)
 
     def steps(self, name: str) -> int:
-        """Steps made of the fit whose loss has this name."""
+        """Number of finished steps of the fit whose loss has this name."""
         return self._parts[name]["step"] if name in self._parts else 0
 
     def begin(self, name: str, steps: int, optimizer: torch.optim.Optimizer) -> tuple[int, int]:
@@ -76,11 +76,11 @@ class Progress:
         return part["step"], part["seed"]
 
     def record(self, name: str, step: int) -> None:
-        """Notes that ``step`` steps of the fit ``name`` are made."""
+        """Records that ``step`` steps of the fit ``name`` are done."""
         self._parts[name]["step"] = step
 
     def state_dict(self) -> dict[str, Any]:
-        """By the loss's name: ``step``, ``steps``, ``seed`` and, of an unfinished fit, ``optimizer``."""
+        """By the loss's name: ``step``, ``steps``, ``seed`` and, for an unfinished fit, ``optimizer``."""
         parts = {name: dict(part) for name, part in self._parts.items()}
         name, optimizer = self._running
         if optimizer is not None and name in parts and parts[name]["step"] < parts[name]["steps"]:

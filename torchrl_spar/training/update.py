@@ -185,7 +185,7 @@ class SPARUpdate:
 
 
 def _leaves(params: TensorDictBase) -> list[Tensor]:
-    """The parameters, without buffers such as a BatchNorm's count."""
+    """The parameters without buffers such as BatchNorm's counter."""
     return [leaf for leaf in params.values(True, True) if leaf.requires_grad]
 
 
