@@ -21,7 +21,7 @@ PATIENCE = 5
 # Of the policy's residual to the data's: above it policies were seen to leave the data.
 RESIDUAL_RATIO_LIMIT = 0.7
 # Updates between two looks at the coherent shift, and the standard deviations above which policies were seen to fall.
-SHIFT_INTERVAL, SHIFT_LIMIT = 2_000, 3.5
+SHIFT_INTERVAL, SHIFT_LIMIT = 2_000, 5.0
 
 
 def check_finite(step: int, losses: Mapping[str, Tensor], parameters: Mapping[str, Sequence[Tensor]]) -> None:
@@ -70,7 +70,7 @@ class HealthCheck:
     * No policy's value leaves ``[r_min, r_max] / (1 - gamma)`` (with zero in the interval, for what ends). Means of
       the critics (``pred_value``) beyond it, by a tenth of its width, are divergence.
     * ``residual_ratio`` above 0.7 is how policies that left the data were seen to look.
-    * ``coherent_shift`` (:class:`~torchrl_spar.training.shift.CoherentShift`) above 3.5 is how policies looked that
+    * ``coherent_shift`` (:class:`~torchrl_spar.training.shift.CoherentShift`) above 5 is how policies looked that
       fell although each of their steps was near the data. It is measured at each step that 2,000 divides.
 
     One batch tells little, so the first two warn when five checks in a row fail; each problem is named once.
@@ -132,7 +132,7 @@ class HealthCheck:
             return {}
         self._judge(
             f"the policy leaves the data's trajectories: at step {step} its actions are shifted in one direction by "
-            f"{float(shift):.1f} standard deviations of the data's, where up to 2.5 is healthy; lower lsi_coeff, "
+            f"{float(shift):.1f} standard deviations of the data's, where up to 4 is healthy; lower lsi_coeff, "
             "or evaluate an earlier checkpoint",
             "shift",
             float(shift) > SHIFT_LIMIT,
