@@ -41,6 +41,7 @@ from rivals import BUILDERS
 from rivals.base import Problem
 
 from torchrl_spar import InputError, check_finite
+from torchrl_spar.training.compiling import check_compiler
 
 SPAR_RUNS: dict[str, type[SPARRun]] = {"spar": SPARRun, **ablations.RUNS}
 
@@ -91,6 +92,8 @@ class RivalRun(Run):
         super().__init__(cfg, checkpoints)
         torch.manual_seed(self.seed)
         build, self.options = BUILDERS[cfg.method.algorithm], method_options(cfg.method, dataset_name(cfg))
+        if cfg.spar.compile:
+            check_compiler(self.device)
         self.problem = Problem(self.data, self.cfg, self.device)
         try:
             self.rival = build(self.problem, **self.options)
@@ -119,9 +122,10 @@ def train(cfg: DictConfig, seed: int, out: Path, run_class: type[RivalRun] = Riv
             rival.pretrain(run)
             run.keep("rival", rival)
             phase, metrics = MainPhase([run], run.method), dict[str, torch.Tensor]()
+            batches = rival.batches(seed)
             for step in phase.steps():
                 for _ in range(block_length(cfg)):
-                    metrics |= rival(rival.data.sample())
+                    metrics |= rival(next(batches))
                 check_finite(step, {name: metrics[name] for name in metrics.keys() & rival.trained}, rival.trained)
                 phase.after(step, metrics)
             run.finish(updates_per_second=phase.updates_per_second)
