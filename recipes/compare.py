@@ -6,7 +6,8 @@ python recipes/compare.py method=spar,iql,rebrac select=ope            # report.
 python recipes/compare.py hydra/launcher=ray                           # or submitit_slurm: pip install '.[sweep]'
 python recipes/report.py outputs/compare
 
-The same command goes on after it was killed: finished runs are not repeated, others go on from their checkpoint.
+It says first how many hours are left, as far as finished runs tell. The same command goes on after it was killed:
+finished runs are not repeated, others go on from their checkpoint.
 """
 
 from __future__ import annotations
@@ -31,12 +32,13 @@ from harness.environment import dataset_name
 from harness.launch import RECIPES, run_recipe
 from harness.method_options import method_options
 from harness.options import option, recipe_options, unknown_option
-from harness.run import MainPhase, Run, block_length, closing_all, of_one_run
+from harness.run import MainPhase, block_length, closing_all, of_one_run
 from harness.spar_options import Eval
 from harness.spar_run import SPARRun
 from harness.stopping import stop, stop_with_parent
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
+from reporting.remaining import Timed
 from rivals import BUILDERS
 from rivals.base import Problem
 
@@ -80,12 +82,13 @@ def start(cfg: DictConfig, seed: int, out: Path) -> None:
     if run_class := SPAR_RUNS.get(cfg.method.algorithm):
         if unknown := method_options(cfg.method, ""):
             raise InputError(f"method.{next(iter(unknown))}: {cfg.method.name} has no options of its own, but spar.*")
-        spar_d4rl.train(cfg, [seed], [out], run_class=run_class, wait=True)
+        timed = type(run_class.__name__, (Timed, run_class), {})
+        spar_d4rl.train(cfg, [seed], [out], run_class=timed, wait=True)
     else:
         train(cfg, seed, out)
 
 
-class RivalRun(Run):
+class RivalRun(Timed):
     """A rival of one seed; its files are SPAR's but for the saved policy and the figure."""
 
     def __init__(self, cfg: DictConfig, checkpoints: Checkpoints) -> None:
