@@ -16,7 +16,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torchrl.objectives.common import LossModule
 
 from rivals.models import Networks
-from torchrl_spar import OfflineReplayBuffer
+from torchrl_spar import InputError, OfflineReplayBuffer
 from torchrl_spar.training.optimization import adam, cosine, descent, set_lr
 from torchrl_spar.training.sampling import batch_size_of, uniform_batches
 
@@ -44,6 +44,8 @@ class Problem:
             standardised: whether networks standardise the observation by the data's statistics.
             small_start: ReBRAC's initialisation, see `Networks`.
         """
+        if layers is not None and layers < 1:
+            raise InputError(f"layers={layers}: the method's hidden layers must be at least 1, or null")
         hidden = list(self.cfg.spar.loss.hidden)
         hidden = hidden if layers is None else hidden[:1] * layers
         loc, scale = self.data.observation_loc, self.data.observation_scale

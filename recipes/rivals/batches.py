@@ -15,6 +15,8 @@ def rebuild(
     data: OfflineReplayBuffer, rows: TensorDictBase, *, reward_shift: float | None = None, batch_size: int | None = None
 ) -> OfflineReplayBuffer:
     """A buffer of other rows; the statistics of networks stay those of the whole data set."""
+    if batch_size is not None and batch_size < 1:
+        raise InputError(f"method.batch_size={batch_size}: must be at least 1, or null")
     return OfflineReplayBuffer(
         rows,
         action_spec=data.action_spec,

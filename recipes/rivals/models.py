@@ -10,6 +10,7 @@ from tensordict.nn import AddStateIndependentNormalScale, TensorDictModule, Tens
 from torch import Tensor, nn
 from torchrl.modules import IndependentNormal, ProbabilisticActor, TanhModule, TanhNormal, ValueOperator
 
+from torchrl_spar import InputError
 from torchrl_spar.build import DefaultNetworks
 from torchrl_spar.functional import call
 from torchrl_spar.networks import StateMLP
@@ -72,6 +73,8 @@ class Networks(DefaultNetworks):
             num: of critics.
             layer_norm: ``"before"`` each activation, as SPAR's, ``"after"`` it, or None.
         """
+        if layer_norm not in (None, "before", "after"):
+            raise InputError(f"method.critics.layer_norm={layer_norm}: must be before, after or null")
         bodies = [self.body(self.action_dim, 1, layer_norm=layer_norm == "before") for _ in range(num)]
         for body in bodies:
             if layer_norm == "after":

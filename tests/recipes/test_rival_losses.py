@@ -20,6 +20,7 @@ from rivals.models import Networks
 from rivals.td3 import BehaviorRegularizedLoss
 from test_rivals import HIDDEN, build_rival, episodes, make_bandit
 
+from torchrl_spar import InputError
 from torchrl_spar.networks import ObservationNorm
 
 
@@ -84,6 +85,14 @@ def test_rebracs_networks_are_the_published_ones():
     # With SPAR's critics the networks are SPAR's; the rows that are dropped count in the statistics.
     norm = next(m for m in build_rival(data, 2, "method=rebrac_critics").policy.modules() if hasattr(m, "loc"))
     assert torch.equal(norm.loc, data.observation_loc)
+
+
+@pytest.mark.parametrize(
+    "option", ["critics.layer_norm=true", "networks.layers=0", "batch_size=0"], ids=lambda option: option.split("=")[0]
+)
+def test_impossible_networks_are_named(option):
+    with pytest.raises(InputError, match=option.split(".")[-1].replace("true", "True")):
+        build_rival(episodes(1.0, 2.0), 2, "method=rebrac", f"method.{option}")
 
 
 LOW, HIGH = torch.tensor([-1.0, -2.0, 0.0]), torch.tensor([1.0, 1.0, 0.5])
