@@ -120,18 +120,15 @@ class Comparison:
         return found
 
     def leads(self) -> list[str]:
-        """SPAR's lead over each method by seed: on every data set, over all of them, and how likely it is by chance."""
+        """SPAR's lead by seed over each method that shares one on every data set, and how likely it is by chance."""
         lines = [row(f"{label(REFERENCE)} less", *self.datasets, "mean of the sets", "p")]
         lines.append(row(*["---"] * (len(self.datasets) + 3)))
         for method in self.methods:
             differences = self.differences(method)
-            if method == REFERENCE or not any(map(len, differences)):
-                continue
-            overall = ["-", "-"]
-            if all(map(len, differences)):
+            if method != REFERENCE and all(map(len, differences)):
                 lead = Interval(mean_lead(differences), *lead_interval(differences, repetitions=REPETITIONS))
-                overall = [str(lead), f"{sign_test(differences):.2g}"]
-            lines.append(row(label(method), *(_spread(values.tolist()) for values in differences), *overall))
+                chance = f"{sign_test(differences):.2g}"
+                lines.append(row(label(method), *(_spread(x.tolist()) for x in differences), str(lead), chance))
         return lines if len(lines) > 2 else []
 
     def profiles(self, thresholds: np.ndarray) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
