@@ -6,7 +6,8 @@ python recipes/compare.py method=spar,iql,rebrac select=ope            # report.
 python recipes/compare.py hydra/launcher=ray                           # or submitit_slurm: pip install '.[sweep]'
 python recipes/report.py outputs/compare
 
-The same command goes on after it was killed: finished runs are not repeated, others go on from their checkpoint.
+It says first how many hours are left, as far as finished runs tell. The same command goes on after it was killed:
+finished runs are not repeated, others go on from their checkpoint.
 """
 
 from __future__ import annotations
@@ -31,16 +32,18 @@ from harness.environment import dataset_name
 from harness.launch import RECIPES, run_recipe
 from harness.method_options import method_options
 from harness.options import option, recipe_options, unknown_option
-from harness.run import MainPhase, Run, block_length, closing_all, of_one_run
+from harness.run import MainPhase, block_length, closing_all, of_one_run
 from harness.spar_options import Eval
 from harness.spar_run import SPARRun
 from harness.stopping import stop, stop_with_parent
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
+from reporting.remaining import Timed
 from rivals import BUILDERS
 from rivals.base import Problem
 
 from torchrl_spar import InputError, check_finite
+from torchrl_spar.training.compiling import check_compiler
 
 SPAR_RUNS: dict[str, type[SPARRun]] = {"spar": SPARRun, **ablations.RUNS}
 
@@ -79,18 +82,21 @@ def start(cfg: DictConfig, seed: int, out: Path) -> None:
     if run_class := SPAR_RUNS.get(cfg.method.algorithm):
         if unknown := method_options(cfg.method, ""):
             raise InputError(f"method.{next(iter(unknown))}: {cfg.method.name} has no options of its own, but spar.*")
-        spar_d4rl.train(cfg, [seed], [out], run_class=run_class, wait=True)
+        timed = type(run_class.__name__, (Timed, run_class), {})
+        spar_d4rl.train(cfg, [seed], [out], run_class=timed, wait=True)
     else:
         train(cfg, seed, out)
 
 
-class RivalRun(Run):
+class RivalRun(Timed):
     """A rival of one seed; its files are SPAR's but for the saved policy and the figure."""
 
     def __init__(self, cfg: DictConfig, checkpoints: Checkpoints) -> None:
         super().__init__(cfg, checkpoints)
         torch.manual_seed(self.seed)
         build, self.options = BUILDERS[cfg.method.algorithm], method_options(cfg.method, dataset_name(cfg))
+        if cfg.spar.compile:
+            check_compiler(self.device)
         self.problem = Problem(self.data, self.cfg, self.device)
         try:
             self.rival = build(self.problem, **self.options)
@@ -119,9 +125,10 @@ def train(cfg: DictConfig, seed: int, out: Path, run_class: type[RivalRun] = Riv
             rival.pretrain(run)
             run.keep("rival", rival)
             phase, metrics = MainPhase([run], run.method), dict[str, torch.Tensor]()
+            batches = rival.batches(seed)
             for step in phase.steps():
                 for _ in range(block_length(cfg)):
-                    metrics |= rival(rival.data.sample())
+                    metrics |= rival(next(batches))
                 check_finite(step, {name: metrics[name] for name in metrics.keys() & rival.trained}, rival.trained)
                 phase.after(step, metrics)
             run.finish(updates_per_second=phase.updates_per_second)

@@ -62,9 +62,12 @@ def compare(runs: list[Run], source: Path) -> str:
     if len(comparison.datasets) > 1:
         text += (
             " IQM: interquartile mean over all runs, with 95 % stratified\n"
-            f"bootstrap intervals ({REPETITIONS} repetitions, rliable)."
+            f"bootstrap intervals ({REPETITIONS} repetitions, rliable). Second table: differences of runs with the\n"
+            "same seed; the interval of their mean draws data sets and seeds anew. p: how often such a mean or a\n"
+            "higher one comes about where neither method is better (paired permutation test)."
         )
-    text += " Bands: one standard deviation of the learning\ncurves, the 95 % interval of the performance profiles."
+    text += "\n" if len(comparison.datasets) > 1 else " "
+    text += "Bands: one standard deviation of the learning\ncurves, the 95 % interval of the performance profiles."
     figures = [f"![{Path(name).stem.replace('_', ' ')}]({name})" for name in plot_all(comparison, folder)]
     report = "\n\n".join([text, comparison.markdown(), *figures])
     write_text(folder / "report.md", report + "\n")

@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 from rivals.base import Problem, Rival
-from rivals.td3 import TORCHRL, ActorCritic, alternate
+from rivals.td3 import ActorCritic, alternate
 from torchrl.objectives import TD3Loss
 
 from torchrl_spar import InputError
@@ -30,9 +30,12 @@ def warm_start(
     """
     if critics["bound"] != "min":
         raise InputError(f"method.critics.bound={critics['bound']}: TorchRL's TD3Loss has the minimum alone")
-    make_loss = partial(WarmTD3Loss, num_qvalue_nets=critics["num"], **TORCHRL)
+    if options.get("start"):
+        raise InputError("method.start=true: TorchRL's TD3Loss has no scaled rewards; give method.start=false")
+    make_loss = partial(WarmTD3Loss, num_qvalue_nets=critics["num"], loss_function="l2", deactivate_vmap=True)
     rival = alternate(make_loss, problem, problem.data, critics=critics, actor_metrics=(), **options)
-    assert pretrained.targets is not None
-    # Last, for TorchRL's updater of targets begins with copies of the networks.
-    rival.loss.load_state_dict(pretrained.targets.loss_module.state_dict())
+    assert pretrained.loss is not None and rival.loss is not None
+    state = pretrained.loss.state_dict()
+    del state["reward_scale"]  # 1, since the critics did not start from the returns
+    rival.loss.load_state_dict(state)
     return rival

@@ -7,7 +7,10 @@ from reporting.runs import Run
 # The order of the report; methods without a name here come after, under their own.
 NAMES = {
     "bc": "BC", "bc10": "10%BC", "td3_bc": "TD3+BC", "td3_bc_critics": "TD3+BC, SPAR's critics", "iql": "IQL",
-    "cql": "CQL", "rebrac": "ReBRAC", "rebrac_critics": "ReBRAC, SPAR's critics",
+    "cql": "CQL", "cql_torchrl": "CQLLoss (TorchRL)",
+    "rebrac": "ReBRAC", "rebrac_tuned": "ReBRAC, penalties tuned for each set",
+    "rebrac_small": "ReBRAC, the main job's batch", "rebrac_shared": "ReBRAC's losses, shared networks and batch",
+    "rebrac_critics": "ReBRAC, SPAR's critics",
     "spar_iql": "SPAR's critic, IQL's policy", "spar": "SPAR (head A)", "spar_latent": "SPAR (head B)",
     # recipes/config/method/ablation
     "one_step_targets": "one-step targets", "shared_episodes": "critics on all episodes",

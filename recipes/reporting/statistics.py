@@ -12,7 +12,15 @@ from typing import Any
 import numpy as np
 from harness.output import data_score
 
-from reporting.bootstrap import interquartile_mean, intervals, performance_profile, probability_of_improvement
+from reporting.bootstrap import (
+    interquartile_mean,
+    intervals,
+    lead_interval,
+    mean_lead,
+    performance_profile,
+    probability_of_improvement,
+    sign_test,
+)
 from reporting.names import NAMES, label, method_of, row, score_of
 from reporting.runs import Run
 from torchrl_spar import InputError
@@ -102,6 +110,27 @@ class Comparison:
         pairs = {method: (scores[REFERENCE], other) for method, other in scores.items() if method != REFERENCE}
         return _estimate(pairs, probability_of_improvement)
 
+    def differences(self, method: str) -> list[np.ndarray]:
+        """SPAR's score less the method's, for each data set an array over the seeds that both have there."""
+        found = []
+        for dataset in self.datasets:
+            ours, theirs = (self.runs.get((name, dataset), {}) for name in (REFERENCE, method))
+            seeds = sorted(ours.keys() & theirs.keys())
+            found.append(np.array([score_of(ours[seed]) - score_of(theirs[seed]) for seed in seeds]))
+        return found
+
+    def leads(self) -> list[str]:
+        """SPAR's lead by seed over each method that shares one on every data set, and how likely it is by chance."""
+        lines = [row(f"{label(REFERENCE)} less", *self.datasets, "mean of the sets", "p")]
+        lines.append(row(*["---"] * (len(self.datasets) + 3)))
+        for method in self.methods:
+            differences = self.differences(method)
+            if method != REFERENCE and all(map(len, differences)):
+                lead = Interval(mean_lead(differences), *lead_interval(differences, repetitions=REPETITIONS))
+                chance = f"{sign_test(differences):.2g}"
+                lines.append(row(label(method), *(_spread(x.tolist()) for x in differences), str(lead), chance))
+        return lines if len(lines) > 2 else []
+
     def profiles(self, thresholds: np.ndarray) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
         """Share of runs above each threshold ``[T]``, and its interval ``[2, T]``, by method."""
         scores = self.scores()
@@ -151,6 +180,8 @@ class Comparison:
             scores = [[score_of(run) for run in self._of(method, dataset)] for dataset in self.datasets]
             statistics = [str(means.get(method, "-")), str(improvements.get(method, "-"))] if several else []
             lines.append(row(label(method), *map(_spread, scores), *statistics))
+        if several and (leads := self.leads()):
+            lines += ["", *leads]
         below, count = self.below_anchor()
         if count:
             listed = f": {'; '.join(below)}" if below else ""

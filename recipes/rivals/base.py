@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -13,11 +12,13 @@ from omegaconf import DictConfig
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
-from torchrl.data import ReplayBuffer
-from torchrl.objectives import SoftUpdate
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torchrl.objectives.common import LossModule
 
 from rivals.models import Networks
-from torchrl_spar import OfflineReplayBuffer
+from torchrl_spar import InputError, OfflineReplayBuffer
+from torchrl_spar.training.optimization import adam, cosine, descent, set_lr
+from torchrl_spar.training.sampling import batch_size_of, uniform_batches
 
 Term = Callable[[TensorDictBase], tuple[Tensor, Any]]
 
@@ -28,7 +29,7 @@ class Problem:
 
     Args:
         data: the data set.
-        cfg: the whole configuration; sizes, batch and number of updates are SPAR's.
+        cfg: the whole configuration; sizes, batch, number of updates and compilation are SPAR's.
         device: where everything lives.
     """
 
@@ -36,13 +37,41 @@ class Problem:
     cfg: DictConfig
     device: torch.device
 
-    @cached_property
-    def networks(self) -> Networks:
-        return Networks.of(self.data, hidden=self.cfg.spar.loss.hidden, device=self.device)
+    def networks(self, *, layers: int | None = None, standardised: bool = True, small_start: bool = False) -> Networks:
+        """
+        Args:
+            layers: hidden layers, each of the main job's first width; None: the main job's.
+            standardised: whether networks standardise the observation by the data's statistics.
+            small_start: ReBRAC's initialisation, see `Networks`.
+        """
+        if layers is not None and layers < 1:
+            raise InputError(f"layers={layers}: the method's hidden layers must be at least 1, or null")
+        hidden = list(self.cfg.spar.loss.hidden)
+        hidden = hidden if layers is None else hidden[:1] * layers
+        loc, scale = self.data.observation_loc, self.data.observation_scale
+        stats = (loc, scale) if standardised else (torch.zeros_like(loc), torch.ones_like(scale))
+        networks = Networks.of(self.data, stats=stats, hidden=hidden, device=self.device)
+        networks.small_start = small_start
+        return networks
 
     @property
     def updates(self) -> int:
         return self.cfg.spar.updates
+
+    def step(
+        self,
+        name: str,
+        term: Term,
+        params: Iterable[Tensor],
+        lr: float,
+        *,
+        interval: int = 1,
+        decay: bool = False,
+        metrics: tuple[str, ...] = (),
+    ) -> Step:
+        """A step with Adam; with `decay` its rate falls to zero along a cosine until the last update."""
+        decay_steps = max(1, self.updates // interval) if decay else None
+        return Step(name, term, adam(params, lr), interval, decay_steps, metrics, self.cfg.spar.compile)
 
 
 @dataclass
@@ -54,38 +83,45 @@ class Step:
         term: batch -> loss and metadata.
         optimizer: of the parameters that the term is to move.
         interval: updates between two of this step.
-        schedule: of the learning rate, advanced with every step.
+        decay_steps: of this step, until its learning rate is zero; None: it is constant.
         metrics: what to log of the metadata, as means.
+        compile: whether loss and gradients go through ``torch.compile``.
     """
 
     name: str
     term: Term
     optimizer: torch.optim.Optimizer
     interval: int = 1
-    schedule: torch.optim.lr_scheduler.LRScheduler | None = None
+    decay_steps: int | None = None
     metrics: tuple[str, ...] = ()
+    compile: bool = False
+    made: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        self.lr = self.optimizer.param_groups[0]["lr"]
+        self.descend = descent({self.name: self._logged_term}, self.optimizer, compile=self.compile)
+
+    def _logged_term(self, batch: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
+        value, metadata = self.term(batch)
+        return value, {name: metadata[name].detach().mean() for name in self.metrics}
 
     def __call__(self, batch: TensorDictBase) -> dict[str, Tensor]:
-        value, metadata = self.term(batch)
-        self.optimizer.zero_grad(set_to_none=True)
-        value.backward()
-        self.optimizer.step()
-        if self.schedule is not None:
-            self.schedule.step()
-        return {self.name: value.detach(), **{name: metadata[name].detach().mean() for name in self.metrics}}
+        metrics = self.descend(batch)
+        self.made += 1
+        if self.decay_steps is not None:
+            set_lr(self.optimizer, self.lr * cosine(self.made, self.decay_steps))
+        return metrics
 
     def state_dict(self) -> dict[str, Any]:
-        """The parameters that it moves, and how far its optimiser and schedule are."""
-        schedule = {} if self.schedule is None else {"schedule": self.schedule.state_dict()}
+        """The parameters that it moves, its optimiser, and the number of steps made."""
         params = [param.detach() for param in self.params]
-        return {"params": params, "optimizer": self.optimizer.state_dict(), **schedule}
+        return {"params": params, "optimizer": self.optimizer.state_dict(), "made": self.made}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for param, saved in zip(self.params, state["params"], strict=True):
             param.data.copy_(saved)
         self.optimizer.load_state_dict(state["optimizer"])
-        if self.schedule is not None:
-            self.schedule.load_state_dict(state["schedule"])
+        self.made = state["made"]
 
     @property
     def params(self) -> list[Tensor]:
@@ -100,16 +136,25 @@ class Rival:
         data: what it samples from; the problem's own data, or what the method makes of it.
         policy: observation -> action, in raw units; follows the training.
         steps: in this order, on the same batch.
-        targets: moved after the steps.
+        loss: whose targets follow its networks after the steps, if it has any.
+        target_rate: Polyak rate of the targets.
         target_interval: updates between two moves of the targets.
     """
 
-    data: ReplayBuffer
+    data: OfflineReplayBuffer
     policy: TensorDictModuleBase
     steps: list[Step]
-    targets: SoftUpdate | None = None
+    loss: LossModule | None = None
+    target_rate: float = 0.0
     target_interval: int = 1
     updates: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        pairs = [] if self.loss is None else followed(self.loss)
+        if self.loss is not None:  # else TorchRL warns that nobody moves the targets
+            self.loss._has_update_associated = dict.fromkeys(self.loss._has_update_associated, True)
+        self.targets, self.sources = [target for _, target in pairs], [source for source, _ in pairs]
+        self.follow = get_ema_multi_avg_fn(1 - self.target_rate)
 
     @property
     def columns(self) -> list[str]:
@@ -124,33 +169,42 @@ class Rival:
     def pretrain(self, run: Run) -> None:
         """What comes before the updates; nothing, but for SPAR's critics."""
 
+    def batches(self, seed: int) -> Iterator[TensorDictBase]:
+        """Uniform batches from the next update on, drawn in blocks."""
+        # Neighbouring seeds would have blocks in common.
+        seed = int(torch.randint(2**62, (), generator=torch.Generator().manual_seed(seed)))
+        rows = self.data[:].exclude("episode", "return_to_go", "done", "terminated", "truncated")
+        return uniform_batches(rows, batch_size_of(self.data), self.updates, seed)
+
     def __call__(self, batch: TensorDictBase) -> dict[str, Tensor]:
         self.updates += 1
         metrics: dict[str, Tensor] = {}
         for step in self.steps:
             if self.updates % step.interval == 0:
                 metrics |= step(batch)
-        if self.targets is not None and self.updates % self.target_interval == 0:
-            self.targets.step()
+        if self.targets and self.updates % self.target_interval == 0:
+            self.follow(self.targets, self.sources, 0)
         return metrics
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "updates": self.updates, "steps": [step.state_dict() for step in self.steps],
-            "targets": [params.state_dict() for params in self._target_params()],
-        }  # fmt: skip
+        steps = [step.state_dict() for step in self.steps]
+        return {"updates": self.updates, "steps": steps, "targets": self.targets}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.updates = state["updates"]
         for step, saved in zip(self.steps, state["steps"], strict=True):
             step.load_state_dict(saved)
-        for params, saved in zip(self._target_params(), state["targets"], strict=True):
-            params.load_state_dict(saved)
-
-    def _target_params(self) -> list[torch.nn.Module]:
-        children: Any = () if self.targets is None else self.targets.loss_module.named_children()
-        return [params for name, params in children if name.startswith("target_")]
+        for target, saved in zip(self.targets, state["targets"], strict=True):
+            target.copy_(saved)
 
 
-def adam(params: Iterable[Tensor], lr: float) -> torch.optim.Adam:
-    return torch.optim.Adam([param for param in params if param.requires_grad], lr=lr, fused=True)
+def followed(loss: LossModule) -> list[tuple[Tensor, Tensor]]:
+    """Every trained parameter of a TorchRL loss that has a target, and the target."""
+    networks: dict[str, Any] = dict(loss.named_children())
+    return [
+        (param, networks[f"target_{name}"].get(key).data)
+        for name, params in networks.items()
+        if f"target_{name}" in networks
+        for key, param in params.items(True, True)
+        if param.requires_grad
+    ]

@@ -12,9 +12,11 @@ EPISODE_STEPS = 1000
 
 
 def rebuild(
-    data: OfflineReplayBuffer, rows: TensorDictBase, *, reward_shift: float | None = None
+    data: OfflineReplayBuffer, rows: TensorDictBase, *, reward_shift: float | None = None, batch_size: int | None = None
 ) -> OfflineReplayBuffer:
     """A buffer of other rows; the statistics of networks stay those of the whole data set."""
+    if batch_size is not None and batch_size < 1:
+        raise InputError(f"method.batch_size={batch_size}: must be at least 1, or null")
     return OfflineReplayBuffer(
         rows,
         action_spec=data.action_spec,
@@ -24,7 +26,7 @@ def rebuild(
         env_kwargs=data.env_kwargs,
         reward_shift=data.reward_shift if reward_shift is None else reward_shift,
         device=data.observation_loc.device,
-        batch_size=data.batch_size,
+        batch_size=batch_size or data.batch_size,
     )
 
 
@@ -65,10 +67,11 @@ def transform_rewards(
     return rebuild(data, rows, reward_shift=shift)
 
 
-def add_next_actions(data: OfflineReplayBuffer) -> OfflineReplayBuffer:
+def add_next_actions(data: OfflineReplayBuffer, *, batch_size: int | None = None) -> OfflineReplayBuffer:
     """With the data's own ``("next", "action")``; a row that was cut off before it is dropped.
 
-    A terminated row keeps its own action there: nothing is bootstrapped from it.
+    A terminated row keeps its own action there: nothing is bootstrapped from it. `batch_size`: another one than the
+    data's.
     """
     rows = data[:].clone(False)
     action, episode = rows["action"], rows["episode"]
@@ -79,4 +82,4 @@ def add_next_actions(data: OfflineReplayBuffer) -> OfflineReplayBuffer:
     known = follows | rows["next", "terminated"].squeeze(-1)
     if not known.any():
         raise InputError(f"{data.name}: no step is followed by another in its episode; ReBRAC needs the next action")
-    return rebuild(data, rows[known])
+    return rebuild(data, rows[known], batch_size=batch_size)

@@ -1,14 +1,19 @@
-"""Behaviour cloning of all episodes or the best (10%BC, https://arxiv.org/abs/2106.01345): TorchRL's BCLoss."""
+"""Behaviour cloning of all episodes or the best (10%BC, https://arxiv.org/abs/2106.01345): as TorchRL's BCLoss."""
 
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
+from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
+from torch import Tensor
+from torch.nn.functional import mse_loss
 from torchrl.objectives import BCLoss
 
-from rivals.base import Problem, Rival, Step, adam
+from rivals.base import Problem, Rival
 from rivals.batches import keep_best_episodes
+from rivals.models import squash
 
 
 def cloning_loss(actor: TensorDictModuleBase) -> BCLoss:
@@ -24,8 +29,12 @@ def build(problem: Problem, *, lr: float, share: float) -> Rival:
         lr: learning rate.
         share: of the episodes, the best by return, that are cloned.
     """
-    actor = problem.networks.deterministic_actor()
-    loss = cloning_loss(actor)
+    networks = problem.networks()
+    actor = networks.deterministic_actor()
+
+    def loss(batch: TensorDictBase) -> tuple[Tensor, dict[str, Any]]:
+        action = squash(actor[0].module(batch["observation"]), networks.low, networks.high)
+        return mse_loss(action, batch["action"]), {}
+
     data = problem.data if share == 1 else keep_best_episodes(problem.data, share)
-    step = Step("loss_bc", lambda batch: (loss(batch)["loss_bc"], {}), adam(loss.parameters(), lr))
-    return Rival(data, actor, [step])
+    return Rival(data, actor, [problem.step("loss_bc", loss, actor.parameters(), lr)])

@@ -1,26 +1,49 @@
-"""Networks of one size for every rival: SPAR's default ones, and those of actors that draw their actions."""
+"""Networks of every rival: SPAR's default ones, and those of actors that draw their actions."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
+from tensordict import TensorDictBase
 from tensordict.nn import AddStateIndependentNormalScale, TensorDictModule, TensorDictModuleBase, TensorDictSequential
-from torchrl.modules import (
-    IndependentNormal,
-    NormalParamExtractor,
-    ProbabilisticActor,
-    TanhModule,
-    TanhNormal,
-    ValueOperator,
-)
+from torch import Tensor, nn
+from torchrl.modules import IndependentNormal, ProbabilisticActor, TanhModule, TanhNormal, ValueOperator
 
+from torchrl_spar import InputError
 from torchrl_spar.build import DefaultNetworks
+from torchrl_spar.functional import call
+from torchrl_spar.networks import StateMLP
+
+# Of SAC's and CQL's code.
+LOG_SCALE = (-20.0, 2.0)
 
 
+class LocAndScale(nn.Module):
+    """Halves an actor's output into mean and scale, the latter from its bounded logarithm."""
+
+    def forward(self, params: Tensor) -> tuple[Tensor, Tensor]:
+        loc, log_scale = params.chunk(2, -1)
+        return loc, log_scale.clamp(*LOG_SCALE).exp()
+
+
+@dataclass
 class Networks(DefaultNetworks):
-    """SPAR's networks for a data set, and those that the rivals have instead or besides."""
+    """SPAR's networks for a data set, and those that the rivals have instead or besides.
+
+    Args:
+        small_start: hidden biases of 0.1, and last layers drawn from +-0.001 (deterministic actors) and +-0.003
+            (critics), as in EDAC (https://arxiv.org/abs/2110.01548) and ReBRAC.
+    """
+
+    small_start: bool = False
 
     def deterministic_actor(self) -> TensorDictSequential:
         """The same as SPAR's anchor."""
-        return self.anchor()
+        actor = self.anchor()
+        if self.small_start:
+            start_small(actor[0].module, 1e-3)
+        return actor
 
     def gaussian_actor(self) -> TensorDictModuleBase:
         """IQL's: the mean through a tanh to the bounds, one learned scale a dimension."""
@@ -36,18 +59,51 @@ class Networks(DefaultNetworks):
         """SAC's: a Gaussian through a tanh, mean and scale from the observation."""
         body = TensorDictSequential(
             TensorDictModule(self.body(0, 2 * self.action_dim), ["observation"], ["params"]),
-            TensorDictModule(NormalParamExtractor(), ["params"], ["loc", "scale"]),
+            TensorDictModule(LocAndScale(), ["params"], ["loc", "scale"]),
         )
         bounds = {"low": self.low, "high": self.high}
         return ProbabilisticActor(
             body, in_keys=["loc", "scale"], distribution_class=TanhNormal, distribution_kwargs=bounds
         )
 
-    def critics(self, num: int, *, layer_norm: bool) -> list[ValueOperator]:
-        """A list, so that TorchRL keeps each one's initialisation instead of drawing all anew."""
-        bodies = (self.body(self.action_dim, 1, layer_norm=layer_norm) for _ in range(num))
+    def critics(self, num: int, *, layer_norm: str | None) -> list[ValueOperator]:
+        """A list, so that TorchRL keeps each one's initialisation instead of drawing all anew.
+
+        Args:
+            num: of critics.
+            layer_norm: ``"before"`` each activation, as SPAR's, ``"after"`` it, or None.
+        """
+        if layer_norm not in (None, "before", "after"):
+            raise InputError(f"method.critics.layer_norm={layer_norm}: must be before, after or null")
+        bodies = [self.body(self.action_dim, 1, layer_norm=layer_norm == "before") for _ in range(num)]
+        for body in bodies:
+            if layer_norm == "after":
+                for index in range(2 * len(self.hidden) - 1, 0, -2):  # behind the last activation first
+                    body.mlp.insert(index + 1, nn.LayerNorm(body.mlp[index - 1].out_features, device=self.device))
+            if self.small_start:
+                start_small(body, 3e-3)
         return [ValueOperator(body, in_keys=["observation", "action"]) for body in bodies]
 
     def value(self) -> ValueOperator:
         """Without SPAR's LayerNorm."""
         return ValueOperator(self.body(0, 1), in_keys=["observation"])
+
+
+def squash(raw: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """As TorchRL's TanhModule."""
+    return low + (high - low) * (raw.tanh() + 1) / 2
+
+
+def start_small(body: StateMLP, bound: float) -> None:
+    *hidden, last = (layer for layer in body.mlp if isinstance(layer, nn.Linear))
+    for layer in hidden:
+        nn.init.constant_(layer.bias, 0.1)
+    nn.init.uniform_(last.weight, -bound, bound)
+    nn.init.uniform_(last.bias, -bound, bound)
+
+
+def output_of_body(actor: TensorDictModuleBase, params: Any, state: TensorDictBase) -> Tensor:
+    """What the first network of an actor of `Networks` writes with `params` for a batch ``[B]``."""
+    while isinstance(actor, TensorDictSequential):
+        actor, params = actor[0], params.get(("module", "0"))
+    return call(actor, params, state, {})[actor.out_keys[0]]

@@ -16,6 +16,7 @@ def build(
     critics: dict[str, Any],
     actor_penalty: float,
     critic_penalty: float,
+    batch_size: int | None,
     reward: dict[str, Any],
     **options: Any,
 ) -> Rival:
@@ -23,6 +24,7 @@ def build(
     Args:
         actor_penalty: beta_1.
         critic_penalty: beta_2.
+        batch_size: of a batch; None: the main job's.
         reward: see `transform_rewards`.
         problem, critics, **options: see `alternate`.
     """
@@ -30,5 +32,5 @@ def build(
         BehaviorRegularizedLoss, actor_penalty=actor_penalty, critic_penalty=critic_penalty,
         bound=critics["bound"], kappa=critics["kappa"],
     )  # fmt: skip
-    data = add_next_actions(transform_rewards(problem.data, **reward))
+    data = add_next_actions(transform_rewards(problem.data, **reward), batch_size=batch_size)
     return alternate(make_loss, problem, data, critics=critics, **options)

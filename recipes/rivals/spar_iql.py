@@ -11,19 +11,15 @@ from typing import Any
 import torch
 from harness.run import Run
 from harness.spar_run import COLUMNS, check_options, make_update, pretrain_spar
-from tensordict import TensorDictBase
-from tensordict.nn import TensorDictModuleBase
+from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
-from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from rivals.base import Problem, Rival, Step, adam
+from rivals.base import Problem, Rival
 from rivals.batches import return_scale
+from rivals.iql import MAX_WEIGHT, log_likelihood
 from torchrl_spar import SPARLoss, SPARUpdate, with_anchor_actions
 from torchrl_spar.ensemble import lower_bound
 from torchrl_spar.functional import call, call_ensemble
-
-# IQL's bound of the weights.
-MAX_WEIGHT = 100.0
 
 
 def build(problem: Problem, *, lr: float, temperature: float, by_return_range: bool) -> Rival:
@@ -35,7 +31,7 @@ def build(problem: Problem, *, lr: float, temperature: float, by_return_range: b
         by_return_range: whether advantages are in IQL's units, 1000 over the range of the returns.
     """
     check_options(problem.cfg, problem.device)
-    actor = problem.networks.gaussian_actor()
+    actor = problem.networks().gaussian_actor()
     unit = return_scale(problem.data) if by_return_range else 1.0
     return ExtractedPolicy(problem.data, actor, [], problem=problem, lr=lr, temperature=temperature * unit)
 
@@ -58,19 +54,19 @@ class ExtractedPolicy(Rival):
         loss, _ = pretrain_spar(run, run.cfg.anchor, with_value=True)
         self.data = with_anchor_actions(loss, run.data)  # without targets: they are one-step ones
         self.spar = make_update(self.problem.cfg, loss)
-        optimizer = adam(actor.parameters(), self.lr)
+        params = TensorDict.from_module(actor)
 
         def actor_loss(batch: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
             # SPAR's values are in scaled rewards.
             weight = (self.temperature / loss.reward_scale * advantage(loss, batch)).exp().clamp(max=MAX_WEIGHT)
-            return -(weight * log_likelihood(actor, batch)).mean(), {}
+            return -(weight * log_likelihood(actor, params, batch)).mean(), {}
 
         self.steps = [
-            Step("loss_actor", actor_loss, optimizer, schedule=CosineAnnealingLR(optimizer, self.problem.updates))
+            self.problem.step("loss_actor", actor_loss, actor.parameters(), self.lr, decay=True),
         ]
         if loss.value_mix == 0:  # else SPAR trains it itself
-            value = adam(loss.value_network_params.parameters(), self.lr)
-            self.steps.insert(0, Step("loss_value", loss.value_loss, value))
+            value = self.problem.step("loss_value", loss.value_loss, loss.value_network_params.parameters(), self.lr)
+            self.steps.insert(0, value)
 
     def __call__(self, batch: TensorDictBase) -> dict[str, Tensor]:
         return self.spar(batch) | super().__call__(batch)
@@ -90,7 +86,3 @@ def advantage(loss: SPARLoss, batch: TensorDictBase) -> Tensor:
     qvalue = call_ensemble(loss.qvalue_network, params, batch, {}, out_key=keys.state_action_value)
     value = call(loss.value_network, loss.value_network_params, batch, {})[keys.value]
     return (lower_bound(qvalue, bound=loss.bound, kappa=loss.kappa) - value).squeeze(-1)
-
-
-def log_likelihood(actor: TensorDictModuleBase, batch: TensorDictBase) -> Tensor:
-    return actor.get_dist(batch.select(*actor.in_keys)).log_prob(batch["action"])

@@ -1,16 +1,21 @@
-"""The reports' statistics are those of rliable, draw by draw."""
+"""The reports' statistics: those of rliable, draw by draw, and those of pairs against what is counted out."""
 
 from __future__ import annotations
 
 from functools import partial
+from itertools import product
 
 import numpy as np
 import pytest
+from reporting import bootstrap
 from reporting.bootstrap import (
     interquartile_mean,
     intervals,
+    lead_interval,
+    mean_lead,
     performance_profile,
     probability_of_improvement,
+    sign_test,
 )
 
 THRESHOLDS = np.array([20.0, 55.0, 70.0])
@@ -58,3 +63,36 @@ def test_points_and_intervals_are_rliables(statistic, scores):
     for name, arrays in samples.items():
         np.testing.assert_allclose(np.atleast_1d(ours(*arrays)), points[name], rtol=1e-12)
         np.testing.assert_allclose(found[name].reshape(2, -1), bounds[name], rtol=1e-12)
+
+
+PAIRS = [np.array([3.0, -1.0, 2.0]), np.array([0.5, 0.5]), np.array([4.0])]
+
+
+def test_sign_test_counts_every_exchange_of_a_pair():
+    found = mean_lead(PAIRS)
+    assert found == pytest.approx((4 / 3 + 0.5 + 4) / 3)
+    leads = []
+    for signs in product([1, -1], repeat=6):
+        first, second, third = np.split(np.array(signs), [3, 5])
+        leads.append(mean_lead([first * PAIRS[0], second * PAIRS[1], third * PAIRS[2]]))
+    assert sign_test(PAIRS) == pytest.approx(np.mean([lead >= found - 1e-9 for lead in leads]))
+    # All twelve pairs in favour: one case of 4096. Two methods with the same scores: every case.
+    assert sign_test([np.ones(3)] * 4) == pytest.approx(2**-12)
+    assert sign_test([np.zeros(3)] * 2) == 1
+
+
+def test_many_pairs_are_drawn_instead(monkeypatch):
+    pairs = [np.random.default_rng(seed).normal(0.4, 1, 4) for seed in range(3)]
+    exact = sign_test(pairs)
+    monkeypatch.setattr(bootstrap, "EXACT_PAIRS", 11)
+    assert 0.02 < exact < 0.98 and sign_test(pairs) == pytest.approx(exact, abs=4 * 0.5 / 2**5.5)
+    assert sign_test([np.full(40, 9.0)]) == 2**-11  # the one found itself
+
+
+def test_lead_interval_draws_sets_and_seeds():
+    # Of two sets without spread: the mean is 0, 5 or 10 with chances 1/4, 1/2, 1/4.
+    assert lead_interval([np.zeros(3), np.full(2, 10.0)], repetitions=400) == (0, 10)
+    # Of one set: its seeds' mean, whose standard error is known.
+    values = np.random.default_rng(0).normal(0, 3, 400)
+    low, high = lead_interval([values], repetitions=2_000)
+    assert np.array([low, high]) == pytest.approx(values.mean() + 1.96 * 3 / 20 * np.array([-1, 1]), abs=0.06)

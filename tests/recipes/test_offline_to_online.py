@@ -242,10 +242,10 @@ def test_the_curve_is_the_policys_return():
 
 def test_td3_starts_from_what_td3_bc_trained():
     data = offline_rows()
-    cfg = OmegaConf.create({"spar": {"loss": {"hidden": [8]}, "updates": 1}})
+    cfg = OmegaConf.create({"spar": {"loss": {"hidden": [8]}, "updates": 1, "compile": False}})
     problem = Problem(data, cfg, CPU)
     options = dict(
-        critics={"num": 2, "layer_norm": False, "bound": "min", "kappa": 1.0}, alpha=2.5, policy_noise=0.2,
+        critics={"num": 2, "layer_norm": None, "bound": "min", "kappa": 1.0}, networks={}, alpha=2.5, policy_noise=0.2,
         noise_clip=0.5, actor_lr=1e-2, qvalue_lr=1e-2, policy_interval=2, target_rate=0.005, gamma=0.9,
     )  # fmt: skip
     pretrained = td3_bc.build(problem, **options)
@@ -255,7 +255,7 @@ def test_td3_starts_from_what_td3_bc_trained():
     state = data[:].select("observation")
     before = pretrained.policy(state.clone())["action"]
     assert torch.equal(td3.policy(state.clone())["action"], before)
-    old, new = (rival.targets.loss_module.state_dict() for rival in (pretrained, td3))
+    old, new = (rival.loss.state_dict() for rival in (pretrained, td3))
     assert set(old) >= set(new) and all(torch.equal(old[key], new[key]) for key in new)
     for _ in range(2):
         td3(data.sample())
@@ -263,6 +263,8 @@ def test_td3_starts_from_what_td3_bc_trained():
     assert torch.equal(pretrained.policy(state)["action"], before)
     with pytest.raises(InputError, match="bound=lcb"):
         warm_start(pretrained, problem, **{**options, "critics": {**options["critics"], "bound": "lcb"}})
+    with pytest.raises(InputError, match=r"method\.start=true"):
+        warm_start(pretrained, problem, **options, start=True)
 
 
 def test_the_start_is_judged_against_two_standard_errors():

@@ -106,7 +106,7 @@ def test_every_command_is_accepted(command):
     # A report takes one method of a folder as FOLDER@METHOD.
     assert not [path for path in paths if not list(ROOT.glob(path.partition("@")[0]))]
     # iql_trainer registers TorchRL's configs, which would stay for all tests; test_configs runs it.
-    without_options = ("tests/", "recipes/report.py", "recipes/iql_trainer.py")
+    without_options = ("tests/", "recipes/report.py", "recipes/iql_trainer.py", "recipes/reproduce_d4rl.py")
     if program == "pytest" or words[0].startswith(without_options):
         return
     script, options = Path(words[0]).stem, words[1:]
