@@ -132,8 +132,8 @@ class HealthCheck:
             return {}
         self._judge(
             f"the policy leaves the data's trajectories: at step {step} its actions are shifted in one direction by "
-            f"{float(shift):.1f} standard deviations of the data's, where up to 4.7 was seen in good runs; lower lsi_coeff, "
-            "or evaluate an earlier checkpoint",
+            f"{float(shift):.1f} standard deviations of the data's, where up to 4.7 was seen in good runs; lower "
+            "lsi_coeff, or evaluate an earlier checkpoint",
             "shift",
             float(shift) > SHIFT_LIMIT,
             patience=1,
