@@ -1,11 +1,13 @@
 """Writes a saved policy, its normalisation included, as files that need neither this package nor TorchRL.
 
 python recipes/export.py policy=outputs/.../policy.pt out=deployed
+python recipes/export.py policy=outputs/.../policy.pt out=deployed guard=0.999   # the anchor acts far from the data
 
 deployed/policy.pt2     torch.export.load("policy.pt2").module()(observation)
 deployed/policy.onnx    onnxruntime.InferenceSession("policy.onnx").run(["action"], {"observation": observation})[0]
 
 Observations are raw, float32 `[n, observation_dim]` for any n; actions `[n, action_dim]` in the environment's units.
+With a guard there is a second output, `fallback` `[n]`: whether the action is the anchor's.
 """
 
 from __future__ import annotations
@@ -25,33 +27,36 @@ from typing import Any
 import torch
 from harness.actors import ACTOR, POLICY, load_actor
 from harness.checkpoints import named_error
+from harness.environment import LOG_OPTIONS, read
 from harness.launch import run_recipe
 from harness.options import option, recipe_options
 from harness.output import check_unused
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
 
-from torchrl_spar import InputError
+from torchrl_spar import GuardedActor, InputError, SPARActor, fit_detector
 from torchrl_spar.errors import first_line
 from torchrl_spar.networks import ObservationNorm
 
 NEEDED = {"pt2": (), "onnx": ("onnx", "onnxscript", "onnxruntime")}
 COMPARED_ROWS, TIMED_CALLS = 1000, 2000
 
-Act = Callable[[Tensor], Tensor]
+Outputs = Tensor | tuple[Tensor, ...]
+Act = Callable[[Tensor], Outputs]
 
 
 class Deployed(nn.Module):
-    """A function of one tensor, `observation [n, observation_dim] -> action [n, action_dim]`."""
+    """A function of one tensor, `observation [n, observation_dim] -> action [n, action_dim]`, and with a guard
+    `fallback [n]`."""
 
     def __init__(self, policy: TensorDictModuleBase) -> None:
         super().__init__()
         self.policy = policy
 
-    def forward(self, observation: Tensor) -> Tensor:
+    def forward(self, observation: Tensor) -> Outputs:
         return self.policy(observation=observation)
 
 
@@ -63,6 +68,28 @@ def norm_of(policy: TensorDictModuleBase, observation_dim: int | None, name: str
     if observation_dim is None:
         raise InputError(f"observation_dim: must be given, the size of the observation that {name} reads")
     return ObservationNorm(torch.zeros(observation_dim), torch.ones(observation_dim))
+
+
+def guarded(
+    cfg: DictConfig, policy: TensorDictModuleBase, facts: dict[str, Any], norm: ObservationNorm, name: str
+) -> GuardedActor:
+    """The policy with a guard fitted to the data it was trained on, or to the data that is given."""
+    if not isinstance(policy, SPARActor):
+        raise InputError(f"guard={cfg.guard}: {name} has no anchor to fall back to; leave guard out")
+    log = dict(facts.get("log") or {})
+    if cfg.dataset is None and not log:
+        raise InputError(f"guard={cfg.guard}: {name} does not name its data; give dataset=...")
+    source = dict.fromkeys(LOG_OPTIONS) | {"clip_actions": False, "end_at_success": False} | log
+    source |= {"env": facts.get("env"), "env_kwargs": facts.get("env_kwargs") or None}
+    source |= {} if cfg.dataset is None else {"dataset": cfg.dataset}
+    data = read(OmegaConf.create(source))
+    observation = data[:]["observation"]
+    if (found := observation.shape[1]) != (own := len(norm.loc)):
+        raise InputError(f"dataset={source['dataset']}: its observations have size {found}, the policy's have {own}")
+    actor = GuardedActor(policy, fit_detector(data, quantile=cfg.guard))
+    share = sum(actor.detector(chunk).sum().item() for chunk in observation.split(COMPARED_ROWS)) / len(observation)
+    print(f"guard: the anchor acts for {share:.2%} of the {len(observation)} observations in {source['dataset']}")
+    return actor
 
 
 def check_formats(formats: Sequence[str]) -> None:
@@ -93,18 +120,18 @@ def write(policy: TensorDictModuleBase, norm: ObservationNorm, formats: Sequence
             if "pt2" in formats:
                 torch.export.save(program, partial / "policy.pt2")
             if "onnx" in formats:
-                write_onnx(program, partial / "policy.onnx")
+                write_onnx(program, ["action", *policy.out_keys[1:]], partial / "policy.onnx")
             partial.replace(out)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
 
-def write_onnx(program: torch.export.ExportedProgram, path: Path) -> None:
+def write_onnx(program: torch.export.ExportedProgram, outputs: list[str], path: Path) -> None:
     # It warns of torchvision's absence, and of its own use of torch.
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        names: dict[str, Any] = {"input_names": ["observation"], "output_names": ["action"]}
+        names: dict[str, Any] = {"input_names": ["observation"], "output_names": outputs}
         torch.onnx.export(program, (), path, **names, external_data=False, verbose=False)
 
 
@@ -119,21 +146,27 @@ def load(out: Path, formats: Sequence[str], threads: int) -> dict[str, Act]:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         session = onnxruntime.InferenceSession(out / "policy.onnx", options)
-        calls["policy.onnx"] = lambda x: torch.from_numpy(session.run(["action"], {"observation": x.numpy()})[0])
+        calls["policy.onnx"] = lambda x: tuple(map(torch.from_numpy, session.run(None, {"observation": x.numpy()})))
     return calls
 
 
 @torch.no_grad()
 def compare(policy: TensorDictModuleBase, norm: ObservationNorm, calls: dict[str, Act]) -> Table:
-    """Milliseconds of a call for one observation, and how far the actions are from the policy's."""
+    """Milliseconds of a call for one observation, and how far the outputs are from the policy's."""
     observation = norm.loc + norm.scale * torch.randn(COMPARED_ROWS, len(norm.loc))
-    expected = policy(observation=observation)
+    expected = as_tuple(policy(observation=observation))
     table = Table("", "ms", "off by at most", title="One observation a call, median")
     one = observation[:1]
     for name, act in {"the policy itself": lambda x: policy(observation=x), **calls}.items():
         seconds = median(timeit.repeat(partial(act, one), number=1, repeat=TIMED_CALLS))
-        table.add_row(name, f"{1e3 * seconds:.3f}", f"{(act(observation) - expected).abs().max():.1e}")
+        pairs = zip(as_tuple(act(observation)), expected, strict=True)
+        off = max((found.float() - own.float()).abs().max().item() for found, own in pairs)
+        table.add_row(name, f"{1e3 * seconds:.3f}", f"{off:.1e}")
     return table
+
+
+def as_tuple(outputs: Outputs) -> tuple[Tensor, ...]:
+    return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
 @recipe_options("export")
@@ -147,6 +180,15 @@ class Options:
         ["pt2", "onnx"],
         'pt2: torch.export\'s, for plain torch; onnx: for onnxruntime and others (needs the extra "export").',
     )
+    guard: float | None = option(
+        None,
+        "Where an observation is unlike the data the anchor acts: beyond this quantile of held-out observations' "
+        "distances, e.g. 0.999; null: no guard.",
+        above=0, most=1,
+    )  # fmt: skip
+    dataset: str | None = option(
+        None, "Data that the guard is fitted to, read as the policy's own; null: what the policy was trained on."
+    )
     threads: int = option(1, "Threads of the calls that are timed.", least=1)
 
 
@@ -155,8 +197,10 @@ def main(cfg: DictConfig) -> None:
     out = Path(cfg.out)
     check_formats(cfg.formats)
     check_unused(out)
-    policy, _, name = load_actor(cfg)
+    policy, facts, name = load_actor(cfg)
     norm = norm_of(policy, cfg.observation_dim, name)
+    if cfg.guard is not None:
+        policy = guarded(cfg, policy, facts, norm, name)
     try:
         write(policy, norm, cfg.formats, out)
     except InputError:

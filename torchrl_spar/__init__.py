@@ -11,6 +11,7 @@ from torchrl_spar.diagnostics import gradient_cosine, normal_share, support_dist
 from torchrl_spar.errors import InputError, NonFiniteError
 from torchrl_spar.evaluation.background import BackgroundEvaluator
 from torchrl_spar.evaluation.environments import environment_sizes, make_env
+from torchrl_spar.evaluation.guard import GuardedActor, SupportDetector, fit_detector
 from torchrl_spar.evaluation.policy_file import load_policy, save_policy
 from torchrl_spar.evaluation.reference_scores import normalized_score, reference_returns
 from torchrl_spar.evaluation.rollouts import evaluate
@@ -36,6 +37,7 @@ __all__ = [
     "FQELoss",
     "FrozenAnchor",
     "GaussianEncoder",
+    "GuardedActor",
     "HealthCheck",
     "InputError",
     "NonFiniteError",
@@ -47,6 +49,7 @@ __all__ = [
     "SPARLoss",
     "SPARUpdate",
     "StackedSPARLoss",
+    "SupportDetector",
     "check_finite",
     "chunk_actions",
     "environment_sizes",
@@ -54,6 +57,7 @@ __all__ = [
     "evaluate",
     "fit_anchor",
     "fit_critics",
+    "fit_detector",
     "fit_fqe",
     "fit_vae",
     "flatten_observation",

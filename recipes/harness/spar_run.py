@@ -93,8 +93,7 @@ class SPARRun(Run):
 
     def save(self, results: dict[str, Any]) -> None:
         facts = {key: results[key] for key in ("env", "env_kwargs", "dataset", "seed")}
-        if self.env is None:
-            facts["log"] = log_options(self.cfg) | {"gamma": self.cfg.spar.loss.gamma}
+        facts["log"] = log_options(self.cfg) | {"gamma": self.cfg.spar.loss.gamma}
         if self.cfg.select:
             facts["choice"] = results["estimates"]["choice"]
         save_policy(self.deployed, self.out / "policy.pt", **facts)

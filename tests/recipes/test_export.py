@@ -89,6 +89,75 @@ def test_the_same_actions_without_torchrl(deployed, suffix, code):
     assert np.abs(typical - expected["residual"]["typical 7"]).max() > 1e-2 and np.ptp(typical, 0).min() > 1e-2
 
 
+def write_log(path, size=OBSERVATION, episodes=40, length=50):
+    """D4RL's arrays, each sensor but the first two a sum of those."""
+    generator = np.random.default_rng(1)
+    rows = episodes * length
+    observation = generator.normal(size=(rows, 2)) @ generator.normal(size=(2, size))
+    observation += 0.1 * generator.normal(size=(rows, size))
+    ends = np.arange(rows) % length == length - 1
+    np.savez(
+        path, observations=observation.astype(np.float32), actions=generator.uniform(-1, 1, (rows, 3)),
+        next_observations=np.roll(observation, -1, 0).astype(np.float32), rewards=np.zeros(rows), terminals=ends,
+    )  # fmt: skip
+    return torch.from_numpy(observation).float()
+
+
+def test_the_guard_decides_alike_in_all_files(tmp_path, monkeypatch, capsys):
+    for package in export.NEEDED["onnx"]:
+        pytest.importorskip(package, reason=f"ONNX needs {package}")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(export, "TIMED_CALLS", 5)
+    seen = write_log("log.npz")
+    actor = build_loss(observation_stats=(seen.mean(0), seen.std(0))).actor
+    save_policy(actor, "policy.pt", env=None, log={"dataset": "log.npz", "gamma": 0.99})
+    cfg = compose_recipe("export", "policy=policy.pt", "out=out", "guard=0.99")
+    export.main(cfg)
+    printed = capsys.readouterr().out
+    assert "of the 2000 observations in log.npz" in printed and "policy.onnx" in printed
+    shifted = seen.clone()
+    shifted[:, 3] += 3 * seen[:, 3].std()  # a sensor with an offset
+    rows = torch.cat([seen, shifted, torch.full((1, OBSERVATION), 1e20), torch.full((1, OBSERVATION), torch.nan)])
+    with torch.no_grad():
+        own, anchor = actor(observation=rows), actor.anchor(observation=rows)
+    decisions = []
+    for name, act in export.load(tmp_path / "out", cfg.formats, 1).items():
+        action, fallback = act(rows)
+        assert fallback.dtype == torch.bool and fallback.shape == rows.shape[:1], name
+        inside, caught = fallback[: len(seen)].float().mean(), fallback[len(seen) : -2].float().mean()
+        assert 0.001 < inside < 0.03 and caught > 0.95 and fallback[-2:].all(), (name, inside, caught)
+        expected = torch.where(fallback.unsqueeze(1), anchor, own)
+        torch.testing.assert_close(action, expected, rtol=0, atol=1e-6, equal_nan=True)
+        decisions.append(fallback)
+    # Another fit to the same data, without files.
+    norm = export.norm_of(actor, None, "policy=policy.pt")
+    policy = export.guarded(cfg, actor, {"log": {"dataset": "log.npz"}}, norm, "policy=policy.pt")
+    with torch.no_grad():
+        found, fallback = policy(observation=rows)
+    assert len(decisions) == 2 and all(torch.equal(fallback, other) for other in decisions)
+    torch.testing.assert_close(found, action, rtol=0, atol=1e-6, equal_nan=True)
+
+
+def test_a_guard_needs_an_anchor_and_the_data(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    actor = build_loss().actor
+    save_policy(actor, "policy.pt", env=None)
+    write_log("small.npz", size=OBSERVATION - 1)
+    for options, message in (
+        ([], "guard=0.9.*does not name its data; give dataset="),
+        (["dataset=absent.npz"], "absent.npz"),
+        (["dataset=small.npz"], "observations have size 4, the policy's have 5"),
+        (["guard=1.5"], "guard=1.5"),
+    ):
+        with pytest.raises(InputError, match=message):
+            options = ["policy=policy.pt", "formats=[pt2]", "guard=0.9", *options]
+            export.main(compose_recipe("export", "out=out", *options))
+    monkeypatch.setattr(export, "load_actor", lambda cfg: (actor.anchor, {}, "policy=policy.pt"))
+    with pytest.raises(InputError, match=r"guard=0\.9: .*no anchor to fall back to"):
+        export.main(compose_recipe("export", "out=out", "policy=policy.pt", "formats=[pt2]", "guard=0.9"))
+    assert not (tmp_path / "out").exists()
+
+
 def test_pt2_alone_needs_no_onnx(tmp_path, monkeypatch):
     save_policy(build_loss(), tmp_path / "policy.pt")
     options = [f"policy={tmp_path / 'policy.pt'}", f"out={tmp_path / 'out'}"]

@@ -166,7 +166,7 @@ def split_episodes(rows: TensorDictBase, share: float, seed: int) -> tuple[Tenso
     episode = rows["episode"]
     count = int(episode[-1]) + 1
     if count < 4:
-        raise InputError(f"{count} episodes: off-policy evaluation needs at least 4 (what ends them is 'done')")
+        raise InputError(f"{count} episodes: at least 4 are needed, some to be held out (what ends them is 'done')")
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     chosen = torch.zeros(count, dtype=torch.bool)
     chosen[order[: min(max(2, round(share * count)), count - 2)]] = True
