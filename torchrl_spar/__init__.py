@@ -17,7 +17,7 @@ from torchrl_spar.evaluation.reference_scores import normalized_score, reference
 from torchrl_spar.evaluation.rollouts import evaluate
 from torchrl_spar.objective import SPARLoss
 from torchrl_spar.ope.estimate import estimate_value
-from torchrl_spar.ope.fit import fit_fqe
+from torchrl_spar.ope.fit import fit_fqe, fit_fqe_each
 from torchrl_spar.ope.objective import FQELoss
 from torchrl_spar.ope.select import residual_family, select_policy
 from torchrl_spar.residual import GaussianEncoder, ResidualHead, ResidualVAE, SPARActor
@@ -59,6 +59,7 @@ __all__ = [
     "fit_critics",
     "fit_detector",
     "fit_fqe",
+    "fit_fqe_each",
     "fit_vae",
     "flatten_observation",
     "gradient_cosine",

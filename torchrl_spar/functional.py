@@ -14,6 +14,7 @@ import torch
 from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import TensorDictModule, TensorDictModuleBase
 from torch import Tensor
+from torch.func import vmap
 
 from torchrl_spar.networks import functional_of
 
@@ -58,6 +59,7 @@ def call_ensemble(
     *,
     out_key: NestedKey,
     dtype: torch.dtype | None = None,
+    at_once: bool = False,
 ) -> Tensor:
     """One output of every member of an ensemble, ``[E, *L, *B, features]``.
 
@@ -68,6 +70,7 @@ def call_ensemble(
         entries: as for :func:`call`.
         out_key: the output.
         dtype: what this package's networks compute their hidden layers in, without gradient.
+        at_once: whether ``vmap`` runs such a network's members, as pays where ``vmap`` runs the whole call anyway.
 
     Source: ours. A loop, not ``vmap``, which takes LayerNorm apart and is slower on a CPU.
 
@@ -84,6 +87,8 @@ def call_ensemble(
         members = params.unbind(0) if params.ndim else (params,)
         return torch.stack([_through_tensordict(module, member, state, entries)[out_key] for member in members])
     nested, inputs = params.to_dict()["module"], _inputs(module, state, entries)
+    if at_once and params.ndim:
+        return vmap(lambda member: network(member, *inputs))(nested)
     dicts = _unbound(nested, params.batch_size[0]) if params.ndim else [nested]
     options = {} if dtype is None else {"dtype": dtype}
     return torch.stack([network(member, *inputs, **options) for member in dicts])

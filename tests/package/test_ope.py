@@ -11,6 +11,7 @@ from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import nn
 from torchrl.data import Bounded
+from torchrl.envs.utils import ExplorationType
 from torchrl.modules import ProbabilisticActor, ValueOperator
 from torchrl.objectives import SoftUpdate
 
@@ -19,6 +20,7 @@ from torchrl_spar import (
     InputError,
     estimate_value,
     fit_fqe,
+    fit_fqe_each,
     load_offline_dataset,
     make_anchor,
     make_spar_loss,
@@ -171,6 +173,42 @@ def test_a_seed_gives_the_same_fit_and_another_one_another():
         values.append(loss.state_value(held[:1]))
     assert torch.equal(values[0], values[1]) and not torch.equal(values[0], values[2])
     assert len(values[0].unique()) == 5  # five critics, each with its own data
+
+
+@pytest.mark.parametrize("own", [True, False])
+@pytest.mark.parametrize("count", [1, 2])
+def test_policies_side_by_side_are_fitted_as_alone(own, count):
+    """Tables, and default networks with LayerNorm, from the behaviour's values and from another start."""
+    data = CHAIN.data(30, seed=0)
+    policies = {str(signs): policy_of(*signs) for signs in [(1, 1, 1), (-1, 1, 1), (-1, -1, -1)]}
+    small = {**FAST, "steps": 25, "warm_steps": 15, "lr": 0.02, "hidden": [8], "num_qvalue_nets": count}
+    small["qvalue_network"] = tables(count) if own else None
+    start = fit_fqe(policies["(1, 1, 1)"], data, **small).loss
+    for begin in (None, start):
+        seen = []
+        fits = fit_fqe_each(policies, data, start=begin, report=lambda step, got, seen=seen: seen.append(got), **small)
+        assert list(fits) == list(policies) and seen[-1]["pred_value"].shape == (3,)
+        values = []
+        for name, policy in policies.items():
+            alone, held = fit_fqe(policy, data, start=begin, **small)
+            values.append(alone.state_value(held))
+            loss, rows = fits[name]
+            assert (rows["policy_action"] == held["policy_action"]).all()
+            torch.testing.assert_close(loss.state_value(rows), values[-1], rtol=1e-4, atol=1e-4)
+            for part in ("qvalue_network_params", "target_qvalue_network_params"):
+                for key, tensor in alone._modules[part].data.items(True, True):
+                    other = loss._modules[part].data[key]
+                    torch.testing.assert_close(other, tensor, rtol=1e-3, atol=1e-4)
+        assert (values[0] - values[2]).abs().mean() > 0.02  # the policies do differ
+
+
+def test_policies_that_draw_their_actions_are_fitted_alone():
+    data = CHAIN.data(8, seed=0)
+    policies = {"one": gaussian(0.0), "other": gaussian(1.0)}
+    with pytest.raises(InputError, match="exploration_type="):
+        fit_fqe_each(policies, data, exploration_type=ExplorationType.RANDOM)
+    with pytest.raises(InputError, match="policies="):
+        fit_fqe_each({}, data)
 
 
 def test_the_callers_critics_stay_and_each_fit_begins_alike():

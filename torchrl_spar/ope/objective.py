@@ -113,6 +113,8 @@ class FQELoss(Conventions):
     target_qvalue_network_params: TensorDictParams
     reward_scale: Tensor
     trace_width: Tensor
+    # Set where vmap runs the loss of several policies.
+    critics_at_once = False
 
     def __init__(
         self,
@@ -261,7 +263,7 @@ class FQELoss(Conventions):
         """All critics, ``[E, *B]``."""
         key = self.tensor_keys.state_action_value
         entries = {self.actor_network.action_key: action}
-        values = call_ensemble(self.qvalue_network, params, state, entries, out_key=key)
+        values = call_ensemble(self.qvalue_network, params, state, entries, out_key=key, at_once=self.critics_at_once)
         if values.shape[-1] != 1:
             raise InputError(f"a critic writes {key!r} of size {values.shape[-1]}; it must be 1")
         return values.squeeze(-1)

@@ -20,7 +20,7 @@ from torchrl_spar.ope.estimate import (
     estimates_of_critics,
     with_interval,
 )
-from torchrl_spar.ope.fit import FQEFit, fit_fqe
+from torchrl_spar.ope.fit import FQEFit, fit_fqe, fit_fqe_each
 from torchrl_spar.residual import SPARActor
 
 SCALES = (0.25, 0.5, 0.75, 1.0)
@@ -46,11 +46,14 @@ class Selection(NamedTuple):
     behaviour: FQEFit
 
 
-def residual_family(actor: SPARActor, scales: Sequence[float] = SCALES) -> dict[str, TensorDictModuleBase]:
+def residual_family(
+    actor: SPARActor | Mapping[str, SPARActor], scales: Sequence[float] = SCALES
+) -> dict[str, TensorDictModuleBase]:
     """The policies ``clamp(a_b + c * rho * Delta, low, high)`` for c in ``scales``, named ``"c=0.5"``.
 
     Args:
-        actor: the policy; not changed.
+        actor: the policy; not changed. Or several by name, such as checkpoints of a run on the same anchor, whose
+            policies are named ``"c=0.5 of step 8000"``.
         scales: c, between 0 and 1; 0 gives the anchor itself.
 
     Raises:
@@ -65,11 +68,13 @@ def residual_family(actor: SPARActor, scales: Sequence[float] = SCALES) -> dict[
         ['c=0.5', 'c=1']
     """
     family: dict[str, TensorDictModuleBase] = {}
+    actors = {"": actor} if isinstance(actor, SPARActor) else {f" of {name}": each for name, each in actor.items()}
     for scale in scales:
         check_options((0 <= scale <= 1, "scales", scale, "between 0 and 1"))
-        scaled = deepcopy(actor)
-        scaled.residual_scale.mul_(scale)
-        family[f"c={scale:g}"] = scaled if scale else scaled.anchor
+        for suffix, each in actors.items():
+            scaled = deepcopy(each)
+            scaled.residual_scale.mul_(scale)
+            family[f"c={scale:g}{suffix}"] = scaled if scale else scaled.anchor
     return family
 
 
@@ -92,8 +97,8 @@ def select_policy(
     :func:`~torchrl_spar.estimate_value` do.
 
     Args:
-        candidates: policies by name; or a :class:`~torchrl_spar.SPARActor`, whose :func:`residual_family` is taken
-            and whose anchor is the anchor.
+        candidates: policies by name, such as the :func:`residual_family` of several checkpoints; or a
+            :class:`~torchrl_spar.SPARActor`, whose family is taken and whose anchor is the anchor.
         data: see :func:`fit_fqe`.
         anchor: the policy to fall back to; needed with a mapping.
         behaviour: see :func:`~torchrl_spar.estimate_value`.
@@ -133,9 +138,11 @@ def select_policy(
     start = fit_fqe(anchor, data, seed=seed, **{**options, "steps": 0})
     options = {**options, "seed": seed, "start": start.loss}
     policies = {"anchor": anchor, **candidates}
-    terms = {
-        name: episode_terms(fit_fqe(policy, data, **options), policy, behaviour) for name, policy in policies.items()
-    }
+    if options.get("exploration_type", ExplorationType.DETERMINISTIC) is ExplorationType.DETERMINISTIC:
+        fits = fit_fqe_each(policies, data, **options)
+    else:
+        fits = {name: fit_fqe(policy, data, **options) for name, policy in policies.items()}
+    terms = {name: episode_terms(fit, policies[name], behaviour) for name, fit in fits.items()}
     means, drawn = bootstrap([*terms.values()], draws, seed)
     values = {name: with_interval(means[i], drawn[i], confidence) for i, name in enumerate(terms)}
     members = {name: estimates_of_critics(each) for name, each in terms.items()}
