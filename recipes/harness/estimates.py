@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any
 
@@ -81,7 +82,12 @@ def estimate_any(policy: TensorDictModuleBase, data: OfflineReplayBuffer, option
 
 
 def estimate_spar(
-    actor: SPARActor, data: OfflineReplayBuffer, options: dict[str, Any], *, select: bool = False
+    actor: SPARActor,
+    data: OfflineReplayBuffer,
+    options: dict[str, Any],
+    *,
+    select: bool = False,
+    checkpoints: Mapping[str, SPARActor] | None = None,
 ) -> tuple[dict[str, Any], SPARActor]:
     """The same of SPAR and its anchor, and the policy to deploy.
 
@@ -90,17 +96,21 @@ def estimate_spar(
         data: the log.
         options: `fqe_options`.
         select: whether smaller residuals are tried, too.
+        checkpoints: with ``select``, earlier policies of the run that are tried, by name.
 
     Returns:
         Estimates with gains over the anchor, what FQE chooses and how far its critics can be believed; and the actor,
-        with ``select`` its residual scaled to what was chosen (by zero where that is the anchor).
+        with ``select`` what was chosen (its residual scaled by zero where that is the anchor).
     """
-    family = {**residual_family(actor, [0.25, 0.5, 0.75] if select else []), "spar": actor}
+    family: dict[str, Any] = {**residual_family(actor, [0.25, 0.5, 0.75] if select else []), "spar": actor}
+    family |= residual_family(checkpoints or {})
     choice = select_policy(family, data, anchor=actor.anchor, slice_len=slice_length(data), **options)
     chosen = actor
-    if select and choice.name != "spar":
+    if select and choice.name == "anchor":
         chosen = deepcopy(actor)
-        chosen.residual_scale.mul_(0.0 if choice.name == "anchor" else float(choice.name.removeprefix("c=")))
+        chosen.residual_scale.zero_()
+    elif select:
+        chosen = family[choice.name]
     return of_data(data, options) | {
         **{name: {**plain(value), "critics": choice.members[name].tolist()} for name, value in choice.values.items()},
         "gains": {name: plain(gain) for name, gain in choice.gains.items()},

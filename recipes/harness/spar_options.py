@@ -163,6 +163,12 @@ class Options(SharedOptions):
         "the one is saved whose gain over the anchor is surest, or the anchor; null: the policy is saved as it is.",
         choices=("ope",),
     )
+    select_from: int = option(
+        1,
+        "With select=ope, at how many evaluations of the curve, evenly spaced up to the last one, the policy is a "
+        "candidate; each but the last adds four policies to evaluate.",
+        least=1,
+    )
     checkpoint: CheckpointOptions = option(CheckpointOptions(), "Checkpoints.")
     logger: Logger = option(Logger(), "Logs.")
     defaults: list[Any] = field(default_factory=lambda: ["_self_", {"preset": None}])

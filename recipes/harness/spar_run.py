@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -67,6 +68,7 @@ class SPARRun(Run):
     def pretrain(self) -> None:
         self.loss, self.anchored_data = pretrain_spar(self, self.anchor, loss_class=self.loss_class)
         self.health = HealthCheck(self.loss, self.data)
+        self.earlier = self.keep("earlier policies", EarlierPolicies(self.cfg))
 
     def make_sampler(self) -> BatchSampler:
         """Blocks of batches for the main phase, each with the noise of its updates."""
@@ -88,8 +90,14 @@ class SPARRun(Run):
         values = call_ensemble(loss.qvalue_network, loss.qvalue_network_params, state, {}, out_key=out_key)
         return values.squeeze(-1).mean(-1) / loss.reward_scale
 
+    def evaluate(self, step: int) -> None:
+        self.earlier.add(step, self.loss.actor)
+        super().evaluate(step)
+
     def estimate(self) -> tuple[dict[str, Any], TensorDictModuleBase]:
-        return estimate_spar(self.loss.actor, self.data, fqe_options(self.cfg), select=self.cfg.select is not None)
+        actor, select = self.loss.actor, self.cfg.select is not None
+        checkpoints = self.earlier.policies(actor)
+        return estimate_spar(actor, self.data, fqe_options(self.cfg), select=select, checkpoints=checkpoints)
 
     def save(self, results: dict[str, Any]) -> None:
         facts = {key: results[key] for key in ("env", "env_kwargs", "dataset", "seed")}
@@ -101,6 +109,37 @@ class SPARRun(Run):
     def draw(self, results: dict[str, Any]) -> None:
         plot = plot_learning_curve if self.env else plot_log_curve
         plot(self.out / "learning_curve.png", results["curve"], results)
+
+
+class EarlierPolicies:
+    """What `select=ope` chooses from beside the last policy: what training has changed, at a few evaluations."""
+
+    def __init__(self, cfg: DictConfig) -> None:
+        self.steps: list[int] = []
+        self.states: dict[int, dict[str, Tensor]] = {}
+        if cfg.select:
+            points = [*range(cfg.eval.interval, cfg.spar.updates, cfg.eval.interval), cfg.spar.updates]
+            count = min(cfg.select_from, len(points))
+            self.steps = [points[(i + 1) * len(points) // count - 1] for i in range(count - 1)]
+
+    def add(self, step: int, actor: TensorDictModuleBase) -> None:
+        if step in self.steps:
+            state = {name: tensor for name, tensor in actor.state_dict().items() if not name.startswith("anchor.")}
+            self.states[step] = {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
+
+    def policies(self, actor: TensorDictModuleBase) -> dict[str, Any]:
+        """By name, on the anchor of this one."""
+        found: dict[str, Any] = {}
+        for step, state in self.states.items():
+            found[f"step {step}"] = deepcopy(actor)
+            found[f"step {step}"].load_state_dict(state, strict=False)
+        return found
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"states": self.states}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.states = state["states"]
 
 
 def check_options(cfg: DictConfig, device: torch.device) -> None:

@@ -8,6 +8,7 @@ import json
 import math
 import re
 import shlex
+from copy import deepcopy
 from html.parser import HTMLParser
 
 import numpy as np
@@ -27,6 +28,7 @@ import report
 import spar_offline_to_online
 from harness import estimates
 from harness.environment import load_any
+from harness.spar_run import EarlierPolicies
 from reporting import deployment
 
 EPISODES, LENGTH, GAMMA = 12, 20, 0.99
@@ -177,6 +179,36 @@ def test_the_chosen_residual_is_what_is_saved(monkeypatch):
         assert [*found["gains"]] == ["c=0.25", "c=0.5", "c=0.75", "spar"]
         torch.testing.assert_close(chosen(observation=state), anchor + share * (whole - anchor))
     torch.testing.assert_close(actor(observation=state), whole)
+
+
+def test_policies_of_earlier_evaluations_are_candidates(monkeypatch):
+    """Each is kept as it was, and saved when it is chosen."""
+    options = ["select=ope", "select_from=3", "spar.updates=10", "eval.interval=2", "out=x"]
+    earlier = EarlierPolicies(compose_recipe("spar_d4rl", *options))
+    data = small_data()
+    actor = make_spar_loss(data, hidden=[8]).actor
+    state, expected = torch.randn(5, 3), {}
+    for step in range(0, 11, 2):
+        nn.init.constant_(actor.head.module.mlp[-1].bias, 0.05 * step)
+        expected[step] = actor(observation=state)
+        earlier.add(step, actor)
+    again = EarlierPolicies(compose_recipe("spar_d4rl", *options))
+    again.load_state_dict(deepcopy(earlier.state_dict()))
+    policies = again.policies(actor)
+    assert list(policies) == ["step 2", "step 6"]  # of 2, 4, 6, 8 and 10, the last of which is the policy itself
+    assert (expected[2] - expected[10]).abs().min() > 0
+    for step in (2, 6):
+        torch.testing.assert_close(policies[f"step {step}"](observation=state), expected[step])
+    real = estimates.select_policy
+    chosen_name = "c=0.5 of step 2"
+    monkeypatch.setattr(estimates, "select_policy", lambda *args, **kw: real(*args, **kw)._replace(name=chosen_name))
+    few = {"gamma": 0.9, "seed": 0, "hidden": [8], "steps": 1, "warm_steps": 0, "num_qvalue_nets": 2}
+    few |= {"held_out": 0.5, "confidence": 0.95}
+    found, chosen = estimates.estimate_spar(actor, data, few, select=True, checkpoints=policies)
+    assert len(found["gains"]) == 12 and found["choice"] == chosen_name
+    anchor = actor.anchor(observation=state)
+    torch.testing.assert_close(chosen(observation=state), (anchor + expected[2]) / 2)
+    assert EarlierPolicies(compose_recipe("spar_d4rl", "select_from=3", "out=x")).steps == []
 
 
 def small_data(episodes=8, length=10, batch_size=16):
