@@ -79,6 +79,13 @@ def test_returns_equal_gymnasium_by_hand(env_id):
     assert len(set(returns.tolist())) == 5
 
 
+def test_discounted_returns_have_their_closed_form():
+    """MountainCarContinuous costs a tenth of the squared action a step; half strength never leaves the valley."""
+    half = TensorDictModule(lambda state: 0 * state[..., :1] + 0.5, ["observation"], ["action"])
+    found = evaluate(half, "MountainCarContinuous-v0", 2, gamma=0.99, max_episode_steps=100)
+    assert found.tolist() == pytest.approx(2 * [-0.025 * (1 - 0.99**100) / 0.01])
+
+
 def test_dictionary_observations_come_in_the_documented_order():
     seen = []
 

@@ -24,10 +24,11 @@ def evaluate(
     episodes: int = 10,
     seed: int = 0,
     *,
+    gamma: float = 1.0,
     on_step: Callable[[list[Any]], None] | None = None,
     **env_kwargs: Any,
 ) -> torch.Tensor:
-    """Undiscounted returns of a policy, all episodes side by side.
+    """Returns of a policy, undiscounted by default, all episodes side by side.
 
     Episode ``i`` runs in an environment of its own, seeded with ``seed + i``; each step is
     one call of the policy on the episodes that still run, under ``no_grad`` in the exploration
@@ -39,6 +40,7 @@ def evaluate(
         env_id: a Gymnasium environment. One without a step limit must end its episodes itself, within 5,000 steps.
         episodes: how many episodes.
         seed: the first episode's seed.
+        gamma: discount of a step.
         on_step: called with the list of environments after every step, to record frames.
         **env_kwargs: as for :func:`make_env`, ``max_episode_steps`` among them.
 
@@ -79,7 +81,7 @@ def evaluate(
         observations = [flatten_observation(env.reset(seed=seed + i)[0], dtype=dtype) for i, env in enumerate(envs)]
         running = list(range(episodes))
         limit = getattr(envs[0].spec, "max_episode_steps", None) or LONGEST_EPISODE
-        for _ in range(limit):
+        for step in range(limit):
             batch = np.empty((len(running), *observations[0].shape), dtype)
             for row, observation in enumerate(observations):
                 batch[row] = observation
@@ -87,7 +89,7 @@ def evaluate(
             still_running, observations = [], []
             for i, action in zip(running, actions):
                 observation, reward, terminated, truncated, _ = envs[i].step(action)
-                returns[i] += float(reward)
+                returns[i] += gamma**step * float(reward)
                 if not (terminated or truncated):
                     still_running.append(i)
                     observations.append(flatten_observation(observation, dtype=dtype))

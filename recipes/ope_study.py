@@ -1,0 +1,176 @@
+"""How well off-policy evaluation ranks policies: the figures of DOPE, on the policies of finished runs.
+
+python recipes/ope_study.py 'runs=[outputs/a,outputs/b]' 'scales=[0,0.5,1]' episodes=20
+
+All runs are of one data set, which has an environment. The truth is the mean over episodes played there: scores (or
+returns) for ranks and regrets, discounted returns for errors and intervals. DOPE: Fu et al. 2021
+(https://arxiv.org/abs/2103.16596).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from harness.environment import load
+from harness.estimates import plain, slice_length
+from harness.launch import best_device, run_recipe, summarize
+from harness.options import option, recipe_options
+from harness.output import check_unused, rounded, write_json
+from harness.run import VERSIONED, commit, on_cpu
+from harness.scores import RESULT_SEED
+from harness.spar_options import OPE
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.table import Table
+from tensordict.nn import TensorDictModuleBase
+from torch import Tensor
+
+from torchrl_spar import InputError, SPARActor, evaluate, load_policy, residual_family, select_policy
+
+NEEDED = ("config.yaml", "policy.pt", "results.json")
+
+
+@recipe_options("ope_study")
+@dataclass
+class Options:
+    runs: list[str] = option("???", "Directories of finished runs of one data set, or folders that hold some.")
+    scales: list[float] = option([0.0, 0.5, 1.0], "Of SPAR's runs, c in anchor + c * residual.", least=0, most=1)
+    out: str = option("outputs/ope_study/${now:%Y-%m-%d_%H-%M-%S}", "Directory of ope.json; a used one is refused.")
+    episodes: int = option(20, "Episodes that each policy plays.", least=2)
+    seed: int = option(0, "Of evaluation and of Fitted Q Evaluation.", least=0)
+    ope: OPE = option(OPE(), "Off-policy evaluation.")
+    cache: str | None = option(None, "As in spar_d4rl.py.")
+    device: str | None = option(None, "cpu, cuda, ...; null: cuda if there is one, else cpu.")
+    threads: int = option(1, "Torch threads.", least=1)
+
+
+def finished_runs(folders: Sequence[str]) -> list[Path]:
+    """Directories with a policy, options and results."""
+    found = sorted({path.parent for folder in folders for path in Path(folder).rglob("policy.pt")})
+    if not (found := [run for run in found if all((run / name).is_file() for name in NEEDED)]):
+        raise InputError(f"runs={list(folders)}: no finished run with {', '.join(NEEDED)} in them")
+    return found
+
+
+def policies_of(
+    runs: Sequence[Path], scales: Sequence[float], device: torch.device
+) -> tuple[dict[str, TensorDictModuleBase], TensorDictModuleBase]:
+    """The candidates by name, and the first run's anchor."""
+    policies: dict[str, TensorDictModuleBase] = {}
+    anchor = None
+    for run in runs:
+        policy, _ = load_policy(run / "policy.pt", device=device)
+        if isinstance(policy, SPARActor):
+            anchor = policy.anchor if anchor is None else anchor
+            policies |= {f"{run} {name}": each for name, each in residual_family(policy, scales).items()}
+        else:
+            policies[str(run)] = policy
+    if anchor is None:
+        raise InputError(f"runs={[str(run) for run in runs]}: none is of SPAR, with an anchor to compare with")
+    return policies, anchor
+
+
+def ranks(values: Tensor) -> Tensor:
+    """From 0 on; of equal values the mean of their places."""
+    below, equal = (values > values[:, None]).sum(0), (values == values[:, None]).sum(0)
+    return below.double() + (equal - 1) / 2
+
+
+def spearman(one: Tensor, other: Tensor) -> float | None:
+    """Rank correlation; None where all of one side are equal."""
+    places = torch.stack([ranks(one), ranks(other)])
+    return torch.corrcoef(places)[0, 1].item() if (places.std(1) > 0).all() else None
+
+
+def figures(rows: Sequence[Mapping[str, Any]], chosen: str) -> dict[str, Any]:
+    """What `ope.json` says of all policies; `chosen` is the surest one's name, perhaps "anchor"."""
+    score, true, value, low, high = (
+        torch.tensor([row[name] for row in rows], dtype=torch.float64)
+        for name in ("score", "true_value", "value", "low", "high")
+    )
+
+    def regret(index: int) -> float:
+        return (score.max() - score[index]).item()
+
+    last = max(row["updates"] for row in rows)
+    naive = [i for i, row in enumerate(rows) if row["updates"] == last and row["c"] in (None, 1.0)]
+    surest = [i for i, row in enumerate(rows) if row["name"] == chosen]
+    return {
+        "policies": len(rows),
+        "spearman": spearman(value, score),
+        "spearman_of_discounted": spearman(value, true),
+        "mean_absolute_error": (value - true).abs().mean().item(),
+        "coverage": ((low <= true) & (true <= high)).double().mean().item(),
+        "regret": {
+            "highest value": regret(int(value.argmax())),
+            "highest lower bound": regret(int(low.argmax())),
+            "surest gain, else the anchor": regret(surest[0]),
+            "longest training": sum(map(regret, naive)) / len(naive) if naive else None,
+            "any": sum(map(regret, range(len(rows)))) / len(rows),
+        },
+    }
+
+
+def main(cfg: DictConfig) -> None:
+    torch.set_num_threads(cfg.threads)
+    out = Path(cfg.out)
+    check_unused(out)
+    runs, device = finished_runs(cfg.runs), best_device(cfg.device)
+    options = [cast(DictConfig, OmegaConf.load(run / "config.yaml")) for run in runs]
+    for run, other in zip(runs, options):
+        if (other.dataset, other.spar.loss.gamma) != (options[0].dataset, options[0].spar.loss.gamma):
+            raise InputError(f"runs: {run} has another data set or discount than {runs[0]}; study them apart")
+    first = cast(DictConfig, OmegaConf.merge(options[0], {"cache": cfg.cache}))
+    data, env, env_kwargs = load(first, device)
+    policies, anchor = policies_of(runs, cfg.scales, device)
+    gamma = first.spar.loss.gamma
+    ope = {"gamma": gamma, "hidden": list(first.spar.loss.hidden), "seed": cfg.seed, **cfg.ope}
+    print(f"{len(policies)} policies: {cfg.ope.steps} steps of Fitted Q Evaluation, {cfg.episodes} episodes each")
+    choice = select_policy(policies, data, anchor=anchor, slice_len=slice_length(data), **ope)
+    updates = {str(run): options[i].spar.updates for i, run in enumerate(runs)}
+    rows: list[dict[str, Any]] = []
+    for name, policy in {"anchor": anchor, **policies}.items():
+        origin, _, scale = name.rpartition(" c=")
+        play = (on_cpu(policy), env, cfg.episodes, RESULT_SEED + 100_000 * cfg.seed)
+        played = summarize(env, evaluate(*play, **env_kwargs), env_kwargs)
+        score = played["return_mean"] if played["normalized"] is None else played["normalized"]
+        estimate = plain(choice.values[name])
+        rows.append(
+            {
+                "name": name, "updates": updates.get(origin or name, 0), "c": float(scale) if origin else None,
+                "score": score, "true_value": evaluate(*play, gamma=gamma, **env_kwargs).mean().item(),
+                "value": estimate["mean"], "low": estimate["low"], "high": estimate["high"],
+            }
+        )  # fmt: skip
+    found = figures(rows, choice.name)
+    facts = {
+        "dataset": first.dataset, "env": env, "gamma": gamma, **found, "chosen": choice.name, "rows": rows,
+        "options": {name: value for name, value in OmegaConf.to_container(cfg).items() if name != "out"},  # type: ignore[union-attr]
+        "versions": {name: version(name) for name in VERSIONED}, "commit": commit(),
+    }  # fmt: skip
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "ope.json", rounded(facts, 6))
+    show(rows, found)
+    print(f"files in {out}")
+
+
+def show(rows: Sequence[Mapping[str, Any]], found: Mapping[str, Any]) -> None:
+    table = Table("policy", "score", "value", "low", "high", "discounted return")
+    for row in sorted(rows, key=lambda row: -row["value"]):
+        numbers = (row[name] for name in ("score", "value", "low", "high", "true_value"))
+        table.add_row(row["name"], *(f"{number:.4g}" for number in numbers))
+    console = Console()
+    console.print(table)
+    for name, value in {**found, **found["regret"]}.items():
+        if not isinstance(value, dict):
+            unit = "regret of choosing by " if name in found["regret"] else ""
+            console.print(f"{unit}{name}: {'-' if value is None else f'{value:.3g}'}")
+
+
+if __name__ == "__main__":
+    run_recipe(main, "ope_study")
