@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from harness.directory import check_options
-from harness.environment import dataset_name, load, step_limit_of
+from harness.environment import dataset_name, load, log_options, step_limit_of
 from harness.launch import best_device, describe, run_recipe, summarize
 from harness.options import option, recipe_options
 from harness.output import check_unused, save_config
@@ -209,7 +209,8 @@ def main(cfg: DictConfig) -> None:
         trainer.save_trainer(force_save=True)
     if trainer.collected_frames < updates:
         trainer.train()
-    save_policy(loss, out / "policy.pt", env=env, env_kwargs=env_kwargs, dataset=dataset_name(cfg), seed=cfg.seed)
+    facts = {"env": env, "env_kwargs": env_kwargs, "dataset": dataset_name(cfg), "seed": cfg.seed}
+    save_policy(loss, out / "policy.pt", **facts, log=log_options(cfg))
     for name, policy in (("anchor", loss.anchor), ("spar", loss.actor)):
         returns = evaluate(policy, env, cfg.episodes, RESULT_SEED + 100_000 * cfg.seed, **env_kwargs)
         row = summarize(env, returns, env_kwargs)

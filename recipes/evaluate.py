@@ -156,6 +156,13 @@ def check_sizes(cfg: DictConfig, name: str, policy: TensorDictModuleBase, data: 
                 f"{name}: does not fit dataset={cfg.dataset}: its {what} have size {own.numel()}, the "
                 f"log's {given.numel()}"
             )
+    try:
+        action = policy(data[:1].select("observation"))["action"]
+    except RuntimeError as err:
+        size = data.observation_loc.numel()
+        raise InputError(f"{name}: fails on dataset={cfg.dataset}'s observations of size {size} ({err})") from err
+    if (own := action.shape[-1]) != (given := data.action_spec.shape[-1]):
+        raise InputError(f"{name}: does not fit dataset={cfg.dataset}: its actions have size {own}, the log's {given}")
 
 
 def judge(

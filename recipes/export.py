@@ -78,7 +78,7 @@ def guarded(
         raise InputError(f"guard={cfg.guard}: {name} has no anchor to fall back to; leave guard out")
     log = dict(facts.get("log") or {})
     if cfg.dataset is None and not log:
-        raise InputError(f"guard={cfg.guard}: {name} does not name its data; give dataset=...")
+        raise InputError(f"guard={cfg.guard}: {name} does not say how its data is read; give dataset=...")
     source = dict.fromkeys(LOG_OPTIONS) | {"clip_actions": False, "end_at_success": False} | log
     source |= {"env": facts.get("env"), "env_kwargs": facts.get("env_kwargs") or None}
     source |= {} if cfg.dataset is None else {"dataset": cfg.dataset}
@@ -197,6 +197,8 @@ def main(cfg: DictConfig) -> None:
     out = Path(cfg.out)
     check_formats(cfg.formats)
     check_unused(out)
+    if cfg.dataset is not None and cfg.guard is None:
+        raise InputError(f"dataset={cfg.dataset}: read only for a guard; give guard=..., or leave dataset out")
     policy, facts, name = load_actor(cfg)
     norm = norm_of(policy, cfg.observation_dim, name)
     if cfg.guard is not None:

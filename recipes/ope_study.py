@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from harness.environment import load
+from harness.environment import LOG_OPTIONS, load
 from harness.estimates import plain, slice_length
 from harness.launch import best_device, run_recipe, summarize
 from harness.options import option, recipe_options
@@ -38,13 +38,12 @@ NEEDED = ("config.yaml", "policy.pt", "results.json")
 @recipe_options("ope_study")
 @dataclass
 class Options:
-    runs: list[str] = option("???", "Directories of finished runs of one data set, or folders that hold some.")
+    runs: list[str] = option("???", "Directories of SPAR's finished runs on one data set, or folders that hold some.")
     scales: list[float] = option([0.0, 0.5, 1.0], "Of SPAR's runs, c in anchor + c * residual.", least=0, most=1)
     out: str = option("outputs/ope_study/${now:%Y-%m-%d_%H-%M-%S}", "Directory of ope.json; a used one is refused.")
     episodes: int = option(20, "Episodes that each policy plays.", least=2)
     seed: int = option(0, "Of evaluation and of Fitted Q Evaluation.", least=0)
     ope: OPE = option(OPE(), "Off-policy evaluation.")
-    cache: str | None = option(None, "As in spar_d4rl.py.")
     device: str | None = option(None, "cpu, cuda, ...; null: cuda if there is one, else cpu.")
     threads: int = option(1, "Torch threads.", least=1)
 
@@ -66,10 +65,11 @@ def policies_of(
     for run in runs:
         policy, _ = load_policy(run / "policy.pt", device=device)
         if isinstance(policy, SPARActor):
-            anchor = policy.anchor if anchor is None else anchor
-            policies |= {f"{run} {name}": each for name, each in residual_family(policy, scales).items()}
-        else:
-            policies[str(run)] = policy
+            family = residual_family(policy, scales)
+            if anchor is None:
+                anchor = policy.anchor
+                family.pop("c=0", None)  # it has a row of its own
+            policies |= {f"{run} {name}": each for name, each in family.items()}
     if anchor is None:
         raise InputError(f"runs={[str(run) for run in runs]}: none is of SPAR, with an anchor to compare with")
     return policies, anchor
@@ -123,9 +123,13 @@ def main(cfg: DictConfig) -> None:
     runs, device = finished_runs(cfg.runs), best_device(cfg.device)
     options = [cast(DictConfig, OmegaConf.load(run / "config.yaml")) for run in runs]
     for run, other in zip(runs, options):
-        if (other.dataset, other.spar.loss.gamma) != (options[0].dataset, options[0].spar.loss.gamma):
-            raise InputError(f"runs: {run} has another data set or discount than {runs[0]}; study them apart")
-    first = cast(DictConfig, OmegaConf.merge(options[0], {"cache": cfg.cache}))
+        if other.select:
+            raise InputError(f"runs: {run} was saved with select=ope, as FQE chose it; study runs with select=null")
+        differing = [key for key in ("env", "env_kwargs", *LOG_OPTIONS) if other.get(key) != options[0].get(key)]
+        if differing or other.spar.loss.gamma != options[0].spar.loss.gamma:
+            what = ", ".join(differing) or "spar.loss.gamma"
+            raise InputError(f"runs: {run} has another {what} than {runs[0]}; study them apart")
+    first = options[0]
     data, env, env_kwargs = load(first, device)
     policies, anchor = policies_of(runs, cfg.scales, device)
     gamma = first.spar.loss.gamma
@@ -147,7 +151,8 @@ def main(cfg: DictConfig) -> None:
                 "value": estimate["mean"], "low": estimate["low"], "high": estimate["high"],
             }
         )  # fmt: skip
-    found = figures(rows, choice.name)
+    # Each bound holds with the confidence.
+    found = {**figures(rows, choice.name), "nominal_coverage": 2 * cfg.ope.confidence - 1}
     facts = {
         "dataset": first.dataset, "env": env, "gamma": gamma, **found, "chosen": choice.name, "rows": rows,
         "options": {name: value for name, value in OmegaConf.to_container(cfg).items() if name != "out"},  # type: ignore[union-attr]

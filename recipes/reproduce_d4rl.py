@@ -12,6 +12,7 @@ than D4RL's, which the table marks. runs: the directory (outputs/d4rl). The same
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from collections import defaultdict
@@ -99,13 +100,31 @@ def table(tasks: dict[Task, str], methods: list[str], runs: Path, seeds: list[in
     return "\n".join(lines)
 
 
+def run_to_its_end(command: list[str]) -> int:
+    """Waits until it has saved and ended after a Ctrl-C, which it gets itself; passes SIGTERM on."""
+    child = subprocess.Popen(command)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN), signal.signal(signal.SIGTERM, lambda *_: child.terminate())
+    try:
+        return child.wait()
+    finally:
+        signal.signal(signal.SIGINT, before[0])
+        signal.signal(signal.SIGTERM, before[1])
+
+
 def main(arguments: list[str]) -> int:
     given = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
+    if taken := sorted(given.keys() & {"dataset", "env", "preset", "seeds"}):
+        raise InputError(f"{taken[0]}={given[taken[0]]}: the task sets it; for others there is compare.py")
     own = DEFAULTS | {name: given[name] for name in DEFAULTS.keys() & given.keys()}
     rest = [argument for argument in arguments if argument.split("=", 1)[0] not in DEFAULTS]
     folder = Path(user_path(own["files"])) if own["files"] else None
+    if folder and not folder.is_dir():
+        raise InputError(f"files={folder}: no such folder")
     sources = {task: source(task, folder) for task in chosen(own["tasks"])}
-    methods, seeds = own["method"].split(","), [int(seed) for seed in own["seed"].split(",")]
+    methods, numbers = own["method"].split(","), own["seed"].split(",")
+    if not all(map(str.isdecimal, numbers)) or len({*numbers}) < len(numbers):
+        raise InputError(f"seed={own['seed']}: must be different whole numbers, as 0,1,2")
+    seeds = [int(number) for number in numbers]
     sweeps = defaultdict(list)
     for task, (dataset, env) in sources.items():
         sweeps[f"env={env}", f"preset={task.preset}"].append(f"'{dataset}'")
@@ -121,7 +140,10 @@ def main(arguments: list[str]) -> int:
     failed = 0
     for options, found in sweeps.items():
         sweep = [f"dataset={','.join(found)}", f"method={own['method']}", f"seed={own['seed']}", *options, *common]
-        failed |= subprocess.run([sys.executable, str(RECIPES / "compare.py"), *sweep]).returncode
+        code = run_to_its_end([sys.executable, str(RECIPES / "compare.py"), *sweep])
+        if code < 0 or code > 128:  # it was stopped
+            return code
+        failed |= code
     names = [cfg.method.name for cfg, _ in cfgs]
     datasets = {task: dataset for task, (dataset, _) in sources.items()}
     print(table(datasets, list(dict.fromkeys(names)), Path(cfgs[0][0].runs), seeds))

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+FILES = (".hdf5", ".h5", ".npz", ".parquet", ".arrow", ".feather", ".csv")
+
 
 def method_options(method: DictConfig, dataset: str) -> dict[str, Any]:
     """A method's options on a data set: its own, then those of every task that the data set's name contains."""
+    if dataset.endswith(FILES):
+        dataset = Path(dataset).name  # not the folders' names
     words = "-".join(re.findall(r"[a-z0-9]+", dataset.lower()))
     tasks = [task for task in method.get("tasks") or {} if f"-{task}-" in f"-{words}-"]
     merged = OmegaConf.merge(method, *(method.tasks[task] for task in sorted(tasks, key=len)))

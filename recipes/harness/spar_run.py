@@ -149,6 +149,8 @@ def check_options(cfg: DictConfig, device: torch.device) -> None:
         check_compiler(device)
     if cfg.spar.loss.lsi_coeff == cfg.spar.loss.trust_coeff == 0:
         raise InputError("spar.loss.trust_coeff=0: must be positive where spar.loss.lsi_coeff is 0")
+    if cfg.select_from > 1 and not cfg.select:
+        raise InputError(f"select_from={cfg.select_from}: needs select=ope, which chooses among them")
 
 
 def loss_options(cfg: DictConfig) -> dict[str, Any]:

@@ -126,7 +126,10 @@ class Comparison:
         for method in self.methods:
             differences = self.differences(method)
             if method != REFERENCE and all(map(len, differences)):
-                lead = Interval(mean_lead(differences), *lead_interval(differences, repetitions=REPETITIONS))
+                bounds = lead_interval(differences, repetitions=REPETITIONS)
+                if min(map(len, differences)) < 2:  # the noise of a seed is not known
+                    bounds = float("nan"), float("nan")
+                lead = Interval(mean_lead(differences), *bounds)
                 chance = f"{sign_test(differences):.2g}"
                 lines.append(row(label(method), *(_spread(x.tolist()) for x in differences), str(lead), chance))
         return lines if len(lines) > 2 else []

@@ -47,7 +47,7 @@ class ExtractedPolicy(Rival):
 
     @property
     def columns(self) -> list[str]:
-        return list(COLUMNS)
+        return [name for name in COLUMNS if name != "coherent_shift"]  # HealthCheck is SPAR's
 
     def pretrain(self, run: Run) -> None:
         actor = self.policy

@@ -98,6 +98,12 @@ def test_the_anchor_acts_where_the_guard_says_so():
     own, anchor = loss.actor(observation=observation), loss.anchor(observation=observation)
     assert (own - anchor).abs().amin(0).min() > 0
     assert torch.equal(action, torch.stack([own[0], anchor[1], own[2]]))
+    for value in (float("nan"), float("inf")):
+        broken, whole = observation.clone(), observation.clone()
+        broken[0, 1], whole[0, 1] = value, data.observation_loc[1]
+        action, fallback = policy(observation=broken)
+        assert fallback.tolist() == [True, True, False]
+        torch.testing.assert_close(action[0], loss.anchor(observation=whole)[0])
     # One observation without a batch, as a robot's loop has it.
     torch.testing.assert_close(policy(TensorDict({"observation": observation[1]}))["action"], anchor[1])
 

@@ -119,7 +119,8 @@ def test_the_guard_decides_alike_in_all_files(tmp_path, monkeypatch, capsys):
     shifted[:, 3] += 3 * seen[:, 3].std()  # a sensor with an offset
     rows = torch.cat([seen, shifted, torch.full((1, OBSERVATION), 1e20), torch.full((1, OBSERVATION), torch.nan)])
     with torch.no_grad():
-        own, anchor = actor(observation=rows), actor.anchor(observation=rows)
+        readable = torch.where(rows.isnan(), seen.mean(0), rows)
+        own, anchor = actor(observation=rows), actor.anchor(observation=readable)
     decisions = []
     for name, act in export.load(tmp_path / "out", cfg.formats, 1).items():
         action, fallback = act(rows)
@@ -144,10 +145,11 @@ def test_a_guard_needs_an_anchor_and_the_data(tmp_path, monkeypatch):
     save_policy(actor, "policy.pt", env=None)
     write_log("small.npz", size=OBSERVATION - 1)
     for options, message in (
-        ([], "guard=0.9.*does not name its data; give dataset="),
+        ([], "guard=0.9.*does not say how its data is read; give dataset="),
         (["dataset=absent.npz"], "absent.npz"),
         (["dataset=small.npz"], "observations have size 4, the policy's have 5"),
         (["guard=1.5"], "guard=1.5"),
+        (["guard=null", "dataset=small.npz"], "dataset=small.npz: read only for a guard"),
     ):
         with pytest.raises(InputError, match=message):
             options = ["policy=policy.pt", "formats=[pt2]", "guard=0.9", *options]

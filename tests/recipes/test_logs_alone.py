@@ -28,7 +28,7 @@ import report
 import spar_offline_to_online
 from harness import estimates
 from harness.environment import load_any
-from harness.spar_run import EarlierPolicies
+from harness.spar_run import EarlierPolicies, check_options
 from reporting import deployment
 
 EPISODES, LENGTH, GAMMA = 12, 20, 0.99
@@ -208,7 +208,8 @@ def test_policies_of_earlier_evaluations_are_candidates(monkeypatch):
     assert len(found["gains"]) == 12 and found["choice"] == chosen_name
     anchor = actor.anchor(observation=state)
     torch.testing.assert_close(chosen(observation=state), (anchor + expected[2]) / 2)
-    assert EarlierPolicies(compose_recipe("spar_d4rl", "select_from=3", "out=x")).steps == []
+    with pytest.raises(InputError, match="select_from=3: needs select=ope"):
+        check_options(compose_recipe("spar_d4rl", "select_from=3", "out=x"), torch.device("cpu"))
 
 
 def small_data(episodes=8, length=10, batch_size=16):

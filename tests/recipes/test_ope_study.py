@@ -46,14 +46,17 @@ def test_a_study_of_two_runs(tmp_path, capsys):
     for seed in (0, 1):
         done = run("spar_d4rl", *TINY, "batch_size=32", f"seed={seed}", f"out=runs/{seed}", cwd=tmp_path)
         assert done.returncode == 0, done.stderr
-    few = ["scales=[0.5,1]", "episodes=2", "ope.steps=2", "ope.warm_steps=2", "ope.num_qvalue_nets=2"]
+    few = ["scales=[0,1]", "episodes=2", "ope.steps=2", "ope.warm_steps=2", "ope.num_qvalue_nets=2"]
     cfg = compose_recipe("ope_study", f"runs=[{tmp_path / 'runs'}]", f"out={tmp_path / 'out'}", *few)
     ope_study.main(cfg)
     facts = json.loads((tmp_path / "out" / "ope.json").read_text())
     runs = [str(tmp_path / "runs" / seed) for seed in "01"]
-    expected = ["anchor", *(f"{path} c={scale}" for path in runs for scale in ("0.5", "1"))]
-    assert [row["name"] for row in facts["rows"]] == expected and facts["policies"] == 5
-    assert [row["updates"] for row in facts["rows"]] == [0, 4, 4, 4, 4]
+    expected = [
+        "anchor",
+        *(f"{path} c={scale}" for path in runs for scale in ("0", "1") if (path, scale) != (runs[0], "0")),
+    ]
+    assert [row["name"] for row in facts["rows"]] == expected and facts["policies"] == 4
+    assert [row["updates"] for row in facts["rows"]] == [0, 4, 4, 4]
     policy, _ = load_policy(tmp_path / "runs" / "1" / "policy.pt")
     returns = evaluate(policy, "Hopper-v5", 2, ope_study.RESULT_SEED)
     row = facts["rows"][-1]
@@ -63,6 +66,10 @@ def test_a_study_of_two_runs(tmp_path, capsys):
     assert "regret of choosing by highest value" in capsys.readouterr().out
     with pytest.raises(InputError, match="exists and is not empty"):
         ope_study.main(cfg)
+    chosen = tmp_path / "runs" / "1" / "config.yaml"
+    chosen.write_text(chosen.read_text().replace("select: null", "select: ope"))
+    with pytest.raises(InputError, match=r"runs: .*1 was saved with select=ope"):
+        ope_study.main(compose_recipe("ope_study", f"runs=[{tmp_path / 'runs'}]", f"out={tmp_path / 'other'}"))
 
 
 def test_runs_that_do_not_compare_are_named(tmp_path):

@@ -29,7 +29,7 @@ SCRIPTS = (
     "inspect_dataset",
     "make_dataset",
 )
-SCRIPTS += ("mix_objectives", "spar_d4rl", "spar_offline_to_online")
+SCRIPTS += ("mix_objectives", "ope_study", "spar_d4rl", "spar_offline_to_online")
 CLAIMS = ("drift", "gradient_conflict", "search_space", "suboptimal_anchors", "support")
 
 
@@ -109,7 +109,13 @@ def test_what_a_plus_has_added_is_refused():
 @pytest.mark.parametrize("name", [*SCRIPTS, *(f"claims/{name}" for name in CLAIMS)])
 def test_every_option_has_a_meaning_in_the_help_and_a_default_that_passes(name, capsys):
     compose_recipe(
-        name, *{"evaluate": ["policy=x"], "export": ["policy=x"], "deployment_report": ["run=x"]}.get(name, [])
+        name,
+        *{
+            "evaluate": ["policy=x"],
+            "export": ["policy=x"],
+            "deployment_report": ["run=x"],
+            "ope_study": ["runs=[x]"],
+        }.get(name, []),
     )
     options.print_help(name, "About.")
     printed = capsys.readouterr().out.splitlines()

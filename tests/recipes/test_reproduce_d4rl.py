@@ -3,21 +3,37 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
-from helpers import TINY
+from helpers import RECIPES, TINY
 
 pytest.importorskip("hydra")
 import h5py
 import reproduce_d4rl as reproduce
 from reproduce_d4rl import PAPER, all_tasks, chosen, source
-from test_rivals import RECIPES
 
 from torchrl_spar import InputError
 
+# A process that saves for a second when it is stopped.
+SAVING = """
+import pathlib, signal, sys, time
+
+def save(*_):
+    time.sleep(1)
+    pathlib.Path("saved").touch()
+    sys.exit(130)
+
+for signum in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(signum, save)
+pathlib.Path("ready").touch()
+time.sleep(60)
+"""
 SHAPES = {"hopper_medium-v2.hdf5": (11, 3), "hopper_medium_replay-v2.hdf5": (11, 3), "pen-human-v1.hdf5": (45, 24)}
 
 
@@ -54,9 +70,9 @@ def test_each_family_is_one_sweep_and_the_table_shows_what_is_finished(folder, m
 
     def run(command):
         commands.append(command[2:])
-        return subprocess.CompletedProcess(command, 0)
+        return 0
 
-    monkeypatch.setattr(reproduce.subprocess, "run", run)
+    monkeypatch.setattr(reproduce, "run_to_its_end", run)
     monkeypatch.setenv("COMPARE_RUNS_LEFT", "{}")
     runs = folder / "runs"
     for seed, score in ((0, 80.0), (1, 100.0)):
@@ -95,3 +111,32 @@ def test_the_whole_way_on_made_up_data(folder):
     found = json.loads(results.read_text())
     assert found["env"] == "Hopper-v4" and found["steps"]["evaluation"] == 1000 and found["updates"] == 4
     assert done.stdout.splitlines()[-1] == f"| hopper-medium | - | {found['policy']['normalized']:.1f} (1) |"
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("dataset=embedded", "dataset=embedded: the task sets it"),
+        ("preset=smoke", "preset=smoke: the task sets it"),
+        ("files=nowhere", "files=.*nowhere: no such folder"),
+        ("seed=0,0", "seed=0,0: must be different whole numbers"),
+        ("seed=range(2)", "must be different whole numbers"),
+    ],
+)
+def test_what_would_train_something_else_is_refused(option, message):
+    with pytest.raises(InputError, match=message):
+        reproduce.main(["tasks=pen-human", option])
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_waits_for_what_the_child_saves(signum, tmp_path):
+    code = "import sys; from reproduce_d4rl import run_to_its_end as run; "
+    code += f"sys.exit(run([sys.executable, '-c', {SAVING!r}]))"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(RECIPES), os.environ.get("PYTHONPATH", "")])}
+    parent = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, start_new_session=True, env=environment)
+    while not (tmp_path / "ready").exists():
+        assert parent.poll() is None
+        time.sleep(0.05)
+    send = os.killpg if signum == signal.SIGINT else os.kill  # Ctrl-C reaches the child, too
+    send(parent.pid, signum)
+    assert parent.wait(60) == 130 and (tmp_path / "saved").exists()

@@ -206,6 +206,7 @@ def test_a_task_has_its_published_values():
     assert penalties("minari:spar/hopper/medium-v0") == (0.01, 0.01, 1e-3, 1024)
     assert penalties("data/hopper_medium_replay-v2.hdf5") == (0.05, 0.5, 1e-3, 1024)
     assert penalties("data/hopper_medium_replay-v2.hdf5", "rebrac") == (0.01, 0.01, 1e-3, 1024)
+    assert penalties("door/antmaze-umaze/hopper_medium_replay-v2.hdf5") == (0.05, 0.5, 1e-3, 1024)  # not of folders
     assert penalties("minari:D4RL/pen/human-v2") == (0.1, 0.5, 3e-4, 256)
     assert penalties("minari:D4RL/antmaze/umaze-diverse-v1") == (0.003, 0.001, 5e-5, 256)
     assert penalties("minari:D4RL/antmaze/umaze-diverse-v1", "rebrac_critics") == (0.01, 0.01, 5e-4, None)

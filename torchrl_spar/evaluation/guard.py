@@ -73,7 +73,8 @@ class SupportDetector(nn.Module):
 class GuardedActor(TensorDictModuleBase):
     """A policy that leaves the action to the anchor where the observation is unlike the data.
 
-    Writes what the actor writes, and ``"fallback"`` ``[*B]``: whether the action is the anchor's.
+    Writes what the actor writes, and ``"fallback"`` ``[*B]``: whether the action is the anchor's. With a
+    :class:`SupportDetector` the anchor reads the data's mean in place of NaN and infinity.
 
     Args:
         actor: the policy.
@@ -114,7 +115,11 @@ class GuardedActor(TensorDictModuleBase):
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Writes the action, per observation the actor's or the anchor's, and ``"fallback"``."""
         fallback = self.detector(tensordict["observation"])
-        safe = self.anchor(tensordict.select(*self.anchor.in_keys))[self.action_key]
+        state = tensordict.select(*self.anchor.in_keys)
+        if isinstance(self.detector, SupportDetector) and "observation" in state.keys():
+            seen = state["observation"]  # a broken sensor's NaN would be the anchor's, too
+            state.set("observation", torch.where(seen.isfinite(), seen, self.detector.norm.loc))
+        safe = self.anchor(state)[self.action_key]
         if isinstance(self.actor, SPARActor):  # which clamps an anchor that leaves the bounds
             safe = safe.clamp(self.actor.low, self.actor.high)
         tensordict = self.actor(tensordict)
