@@ -103,7 +103,7 @@ def test_what_does_not_fit_is_named(own, recipe, options, message):
 
 
 def test_a_log_of_other_sizes_is_named(own):
-    with pytest.raises(InputError, match=r"actor=my_networks\.make: fails on dataset=embedded's observations of size 11"):
+    with pytest.raises(InputError, match="fails on dataset=embedded's observations of size 11"):
         start("evaluate", "actor=my_networks.make", "env=none", "dataset=embedded")
 
 
