@@ -81,12 +81,13 @@ def train(
             samplers = [run.make_sampler() for run in runs]
             update = make_update(cfg, stack or runs[0].loss, cudagraph=runs[0].device.type == "cuda")
             checkpoints.add("update", update)
-            phase = MainPhase(runs, "spar", stack.copy_back if stack else lambda: None)
+            phase = MainPhase(runs, "spar")
             for step in phase.steps():
-                if stack:
-                    stack.copy_back()  # the samplers read the losses where they renew their targets
                 blocks = [next(sampler) for sampler in samplers]
-                phase.after(step, update.run(torch.stack(blocks, 1) if stack else blocks[0]))
+                metrics = update.run(torch.stack(blocks, 1) if stack else blocks[0])
+                if stack:
+                    stack.copy_back()  # samplers, health checks, evaluations and checkpoints read the losses
+                phase.after(step, metrics)
             for run in runs:
                 run.finish(updates_per_second=phase.updates_per_second)
 

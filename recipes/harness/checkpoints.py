@@ -9,7 +9,7 @@ import shutil
 import time
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -59,7 +59,6 @@ class Checkpoints:
         self.directory, self.interval, self.options = home / NAME, seconds, options
         self.rotation = CheckpointRotation(self.directory, keep_last=2)
         self.parts: dict[str, Part] = {}
-        self.before_save: Callable[[], Any] = lambda: None
         # From the loaded checkpoint: its number, the states whose parts are not added yet, the random state.
         self.number, self.waiting, self.random = 0, dict[str, Any](), dict[str, Any]()
         self.start = time.perf_counter()
@@ -120,7 +119,6 @@ class Checkpoints:
         with named_error(self.directory, f"the checkpoint cannot be written, {self.way_back}"):
             if not self.directory.is_dir():  # TorchRL would make an empty one
                 raise FileNotFoundError("the directory is gone")
-            self.before_save()
             self.rotation.save(self._bound(), step=self.number + 1)
         self.number += 1
         self.due = time.monotonic() + self.interval

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
@@ -234,7 +234,6 @@ class MainPhase:
     Args:
         runs: with one configuration and the same checkpoints.
         name: of the phase in the logs.
-        synchronize: called before the policies are evaluated or saved.
 
     Examples::
 
@@ -243,13 +242,12 @@ class MainPhase:
             phase.after(step, make_updates(block_length(cfg)))
     """
 
-    def __init__(self, runs: Sequence[Run], name: str, synchronize: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, runs: Sequence[Run], name: str) -> None:
         self.runs, self.cfg, self.checkpoints = runs, runs[0].cfg, runs[0].checkpoints
-        self.total, self.synchronize = self.cfg.spar.updates, synchronize
+        self.total = self.cfg.spar.updates
         self.report = Phase(name, self.total, runs, self.cfg.logger.interval, runs[0].line)
         self.position = self.checkpoints.add("position", Position())
         self.start = time.perf_counter() - self.position.seconds
-        self.checkpoints.before_save = synchronize
 
     def steps(self) -> Iterator[int]:
         """Yields the number of updates at the end of each remaining block."""
@@ -267,7 +265,6 @@ class MainPhase:
         self.report(step, metrics)
         is_due = step % self.cfg.eval.interval == 0 or step == self.total
         if is_due:
-            self.synchronize()
             for run in self.runs:
                 run.evaluate(step)
         self.position.step, self.position.seconds = step, time.perf_counter() - self.start

@@ -14,6 +14,7 @@ import torch
 from helpers import RECIPES, SHARED, SMALL, TINY, assert_one_line, compose_recipe, run
 
 from torchrl_spar import InputError, evaluate, load_policy
+from torchrl_spar.training import health
 
 pytest.importorskip("hydra")
 import gymnasium
@@ -370,6 +371,18 @@ def test_seeds_at_once_are_the_single_runs(finished, tmp_path, stacked):
     assert results["seed"] == 3 and "seed: 3\n" in (out / "config.yaml").read_text()
     if not stacked:
         assert results["curve"] == json.loads((cwd / "result" / "results.json").read_text())["curve"]
+
+
+def test_health_of_a_stack_is_that_of_the_single_run_at_the_same_step(tmp_path, monkeypatch):
+    monkeypatch.setattr(health, "SHIFT_INTERVAL", 2)
+    shifts = {}
+    for name, seeds in {"one": [3], "many": [2, 3]}.items():
+        cfg = compose_recipe("spar_d4rl", *TINY, f"out={name}")
+        spar_d4rl.train(cfg, seeds, [tmp_path / name / f"seed_{seed}" for seed in seeds])
+        rows = csv.DictReader((tmp_path / name / "seed_3" / "metrics.csv").open())
+        shifts[name] = [float(row["coherent_shift"]) for row in rows if row["coherent_shift"]]
+    assert len({*shifts["one"]}) == 2  # it moves from one to the other
+    assert shifts["many"] == pytest.approx(shifts["one"], rel=1e-4)
 
 
 def test_wrong_seeds_end_in_one_line(tmp_path):
