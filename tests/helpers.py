@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import atexit
 import importlib
 import multiprocessing
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -24,15 +29,17 @@ RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "datasets"
 
 # A run of the main job in seconds.
-SMALL = ["preset=smoke", "anchor.steps=5", "vae.steps=5", "spar.updates=4", "eval.interval=2", "eval.final_episodes=2"]
-SMALL += ["spar.loss.hidden=[8]", "logger.interval=2"]
+SMALL = ["preset=smoke", "anchor.steps=5", "vae.steps=5", "critics.steps=5", "spar.updates=4"]
+SMALL += ["eval.interval=2", "eval.final_episodes=2", "spar.loss.hidden=[8]", "logger.interval=2"]
 # A second process costs seconds to start.
 TINY = [*SMALL, "eval.background=false"]
 
 # As this process found it: recipes that tests import change theirs.
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 # What every recipe loads.
-LIBRARIES = "torchrl.collectors torchrl.objectives gymnasium h5py hydra matplotlib.pyplot rich.console"
+LIBRARIES = "torchrl.checkpoint torchrl.collectors torchrl.objectives torchrl.record gymnasium.envs.mujoco minari"
+LIBRARIES += " pandas matplotlib.backends.backend_agg matplotlib.pyplot rich.console"
+LIBRARIES += " hydra._internal.core_plugins.basic_sweeper hydra_plugins.hydra_joblib_launcher.joblib_launcher"
 
 torch.set_num_threads(1)
 
@@ -91,31 +98,57 @@ def compose_recipe(name: str, *overrides: str) -> Any:
         return checked(compose(name, list(overrides)), name)
 
 
-def run(script: str, *overrides: Any, cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    """A recipe as a user runs it, in a process of its own.
+class Started:
+    """A recipe as a user starts it, in a process and a session of its own.
 
-    It is forked from one that has loaded the libraries, which takes seconds. With variables, which libraries may read
-    as they are loaded, it is a fresh one.
+    It is forked from one that has loaded the libraries, which takes seconds.
     """
-    command = [str(RECIPES / f"{script}.py"), *map(str, overrides)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MINARI_DATASETS_PATH": str(cwd / "minari"), **variables}
-    if variables:
-        command = [sys.executable, *command]
-        return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=600, env=environment)
-    with tempfile.TemporaryDirectory() as scratch:
-        outputs = [Path(scratch, name) for name in ("stdout", "stderr")]
+
+    def __init__(self, script: str, *overrides: Any, cwd: Path) -> None:
+        self.command = [str(RECIPES / f"{script}.py"), *map(str, overrides)]
+        self.scratch = tempfile.TemporaryDirectory()
+        self.outputs = [Path(self.scratch.name, name) for name in ("stdout", "stderr")]
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(LIBRARIES.split())
-        process = context.Process(target=_become, args=(command, cwd, environment, outputs))
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "MINARI_DATASETS_PATH": str(cwd / "minari")}
+        self.process = context.Process(target=_become, args=(self.command, cwd, environment, self.outputs))
         with patch.dict(os.environ, ENVIRONMENT, clear=True):
-            process.start()
-        process.join(600)
-        process.kill()
-        process.join()
-        return subprocess.CompletedProcess(command, process.exitcode, *(path.read_text() for path in outputs))
+            self.process.start()
+
+    def wait(self, seconds: float = 600) -> subprocess.CompletedProcess[str]:
+        """Its exit code and what it said; it is killed if it takes longer."""
+        self.process.join(seconds)
+        self.kill()
+        return subprocess.CompletedProcess(
+            self.command, self.process.exitcode, *(path.read_text() for path in self.outputs)
+        )
+
+    def kill(self) -> None:
+        """Kills it and all that it started."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.kill()
+        self.process.join()
+
+    def until(self, condition: Callable[[], object]) -> None:
+        """Waits until the condition holds; fails if the recipe ends before."""
+        end = time.monotonic() + 120
+        while not condition():
+            assert self.process.exitcode is None and time.monotonic() < end, self.wait(0)
+            time.sleep(0.01)
+
+
+def run(script: str, *overrides: Any, cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    """A recipe from its start to its end: forked, or fresh with variables, which libraries may read as they load."""
+    if not variables:
+        return Started(script, *overrides, cwd=cwd).wait()
+    command = [sys.executable, str(RECIPES / f"{script}.py"), *map(str, overrides)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MINARI_DATASETS_PATH": str(cwd / "minari"), **variables}
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=600, env=environment)
 
 
 def _become(command: list[str], cwd: Path, environment: dict[str, str], outputs: list[Path]) -> None:
+    os.setsid()
     for stream, path in zip((sys.stdout, sys.stderr), outputs):
         os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND), stream.fileno())
     os.environ.clear()
@@ -124,7 +157,14 @@ def _become(command: list[str], cwd: Path, environment: dict[str, str], outputs:
     sys.argv = command
     tests = Path(__file__).parent
     sys.path[:] = [str(RECIPES), *(path for path in sys.path if not Path(path).is_relative_to(tests))]
-    runpy.run_path(command[0], run_name="__main__")
+    try:
+        runpy.run_path(command[0], run_name="__main__")
+    except SystemExit as end:
+        # As an interpreter ends: what its frames still hold is not destroyed, such as progress bars, which then print.
+        atexit._run_exitfuncs()
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(end.code or 0)
 
 
 def assert_one_line(done: subprocess.CompletedProcess[str], *words: str) -> None:

@@ -30,6 +30,7 @@ REFERENCE = "spar"
 MARGIN = 3.0
 REPETITIONS = 2_000
 PROFILE_REPETITIONS = 500
+LEAD_REPETITIONS = 20_000
 
 
 @dataclass
@@ -126,7 +127,7 @@ class Comparison:
         for method in self.methods:
             differences = self.differences(method)
             if method != REFERENCE and all(map(len, differences)):
-                bounds = lead_interval(differences, repetitions=REPETITIONS)
+                bounds = lead_interval(differences, repetitions=LEAD_REPETITIONS)
                 if min(map(len, differences)) < 2:  # the noise of a seed is not known
                     bounds = float("nan"), float("nan")
                 lead = Interval(mean_lead(differences), *bounds)
@@ -209,12 +210,14 @@ class Comparison:
         return list(self.runs[method, dataset].values()) if (method, dataset) in self.runs else []
 
 
-def _estimate(samples: Mapping[str, tuple[np.ndarray, ...]], statistic: Callable[..., float]) -> dict[str, Interval]:
+def _estimate(
+    samples: Mapping[str, tuple[np.ndarray, ...]], statistic: Callable[..., np.ndarray]
+) -> dict[str, Interval]:
     bounds = intervals(samples, statistic, repetitions=REPETITIONS)
     for name, arrays in samples.items():
         if min(map(len, arrays)) < 2:
             bounds[name][:] = np.nan
-    return {name: Interval(statistic(*arrays), *map(float, bounds[name])) for name, arrays in samples.items()}
+    return {name: Interval(float(statistic(*arrays)), *map(float, bounds[name])) for name, arrays in samples.items()}
 
 
 def _spread(scores: list[float]) -> str:

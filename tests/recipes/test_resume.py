@@ -18,7 +18,7 @@ from harness import checkpoints, scores
 from harness import directory as sweep
 from harness.checkpoints import Checkpoints
 from harness.stopping import Stopped, stop
-from helpers import run
+from helpers import Started, run
 from kill_test import DATA, TINY, outcome, start_run
 
 from torchrl_spar import InputError
@@ -129,46 +129,31 @@ def test_two_fresh_processes_give_the_same_bits(tmp_path):
     assert outcome(tmp_path / "1") == outcome(tmp_path / "2")
 
 
-def launch(cwd, *options, script="spar_d4rl"):
-    command = [sys.executable, str(RECIPES / f"{script}.py"), *TINY, *options]
-    streams = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, cwd=cwd, env=environment, start_new_session=True, **streams)
-
-
 def rows(out, phase):
     path = out / "metrics.csv"
     return sum(row["phase"] == phase for row in csv.DictReader(path.open())) if path.exists() else 0
 
 
-def wait_for(condition, process):
-    end = time.monotonic() + 120
-    while not condition():
-        assert process.poll() is None and time.monotonic() < end, process.communicate()[0]
-        time.sleep(0.01)
-
-
-def end_by(signum, process, condition):
+def end_by(signum, started, condition):
     """What a run says that ends by a signal once the condition holds."""
     try:
-        wait_for(condition, process)
+        started.until(condition)
         # From a terminal every process gets Ctrl-C, from a scheduler the first alone its signal.
-        (os.killpg if signum == signal.SIGINT else os.kill)(process.pid, signum)
-        output, _ = process.communicate(timeout=60)
+        (os.killpg if signum == signal.SIGINT else os.kill)(started.process.pid, signum)
     finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == 128 + signum, output
+        done = started.wait(60)
+    output = done.stdout + done.stderr
+    assert done.returncode == 128 + signum, output
     assert "Traceback" not in output and output.count("stopped by") == 1
     hint = f"stopped by {signum.name}: the same command with resume=true out=stopped goes on"
-    assert output.rstrip().endswith(hint)
+    assert done.stderr.rstrip().endswith(hint)
 
 
 def test_sigterm_ends_a_run_in_one_line_and_it_goes_on(tmp_path):
     options = ["seed=3", "anchor.steps=500", "eval.background=true", "out=stopped"]
     start_run("spar", tmp_path / "undisturbed", "anchor.steps=500")
-    process = launch(tmp_path, *options)
-    end_by(signal.SIGTERM, process, lambda: rows(tmp_path / "stopped", "anchor") > 2)
+    started = Started("spar_d4rl", *TINY, *options, cwd=tmp_path)
+    end_by(signal.SIGTERM, started, lambda: rows(tmp_path / "stopped", "anchor") > 2)
     done = run("spar_d4rl", *TINY, *options, "resume=true", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert outcome(tmp_path / "stopped") == outcome(tmp_path / "undisturbed")
@@ -176,8 +161,8 @@ def test_sigterm_ends_a_run_in_one_line_and_it_goes_on(tmp_path):
 
 def test_ctrl_c_ends_several_seeds_in_one_line_and_they_go_on(tmp_path):
     outs = {seed: tmp_path / "stopped" / f"seed_{seed}" for seed in (3, 4)}
-    process = launch(tmp_path, "seeds=[3,4]", "vae.steps=500", "out=stopped")
-    end_by(signal.SIGINT, process, lambda: all(rows(out, "vae") > 2 for out in outs.values()))
+    started = Started("spar_d4rl", *TINY, "seeds=[3,4]", "vae.steps=500", "out=stopped", cwd=tmp_path)
+    end_by(signal.SIGINT, started, lambda: all(rows(out, "vae") > 2 for out in outs.values()))
     for seed, out in outs.items():
         assert checkpoints.all_checkpoints(out)
         start_run("spar", out, "vae.steps=500", seed=seed)
@@ -287,12 +272,11 @@ def test_killed_runs_of_compare_go_on(tmp_path):
     ]
     start_run("iql", tmp_path / "undisturbed", "spar.updates=400")
     out = sweep.run_directory(tmp_path / "runs", str(DATA), "iql", 3)
-    process = launch(tmp_path, *options, script="compare")
+    started = Started("compare", *TINY, *options, cwd=tmp_path)
     try:
-        wait_for(lambda: list(out.glob("checkpoints/checkpoint-*")), process)
+        started.until(lambda: list(out.glob("checkpoints/checkpoint-*")))
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+        started.kill()
     assert checkpoints.all_checkpoints(out) and not (out / "results.json").exists()
     start_run("iql", out, "spar.updates=400")
     assert outcome(out) == outcome(tmp_path / "undisturbed")

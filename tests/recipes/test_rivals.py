@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
 import threading
-import time
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import SHARED, compose_recipe
+from helpers import SHARED, Started, assert_one_line, compose_recipe, run
 from tensordict import TensorDict
 
 from torchrl_spar import InputError, load_offline_dataset
@@ -221,19 +216,6 @@ TINY = ["preset=smoke", "spar.loss.hidden=[8]", "anchor.steps=5", "vae.steps=5",
 TINY += ["eval.episodes=1", "eval.final_episodes=2", "eval.background=false"]
 
 
-def start(cwd, *overrides, script="compare", **environment):
-    where = ["runs=runs"] if script == "compare" else []
-    command = [sys.executable, str(RECIPES / f"{script}.py"), *TINY, *where, *overrides]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    streams = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    return subprocess.Popen(command, cwd=cwd, env=environment, start_new_session=True, **streams)
-
-
-def kill(process):
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
-
-
 def without_times(out):
     results = json.loads((out / "results.json").read_text())
     return {key: value for key, value in results.items() if key not in ("updates_per_second", "wall_seconds")}
@@ -243,32 +225,24 @@ def runs_of(cwd, method):
     return sorted((cwd / "runs").glob(f"*/{method}/seed*"))
 
 
-def wait_for(condition, process, seconds=120):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < end, "nothing happened"
-        time.sleep(0.01)
-
-
 def test_a_killed_sweep_goes_on(tmp_path):
-    options = ["spar.updates=60", "eval.interval=20"]
-    sweep_of = ["method=spar,spar_latent,spar_iql", "seed=0", "hydra.launcher.n_jobs=1", *options]
-    process = start(tmp_path, *sweep_of)
+    options = [*TINY, "spar.updates=60", "eval.interval=20"]
+    sweep_of = [*options, "runs=runs", "method=spar,spar_latent,spar_iql", "seed=0", "hydra.launcher.n_jobs=1"]
+    started = Started("compare", *sweep_of, cwd=tmp_path)
     first, second, third = (
         tmp_path / "runs" / "torchrl-spar-hopper-medium-v0" / method / "seed0"
         for method in ("spar", "spar_latent", "spar_iql")
     )
     try:
-        wait_for(lambda: (second / "metrics.csv").exists(), process)
+        started.until((second / "metrics.csv").exists)
     finally:
-        kill(process)
+        started.kill()
     assert not (second / "results.json").exists()
     before = {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in first.iterdir()}
 
-    output, _ = (process := start(tmp_path, *sweep_of)).communicate()
-    assert process.returncode == 0, output
-    assert f"{first.relative_to(tmp_path)}: finished before" in output
+    done = run("compare", *sweep_of, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert f"{first.relative_to(tmp_path)}: finished before" in done.stdout
     assert before == {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in first.iterdir()}
     one, other, extracted = (json.loads((out / "results.json").read_text()) for out in (first, second, third))
     assert [run["method"] for run in (one, other, extracted)] == ["spar", "spar_latent", "spar_iql"]
@@ -277,17 +251,16 @@ def test_a_killed_sweep_goes_on(tmp_path):
     assert [row["step"] for row in other["curve"]] == [0, 20, 40, 60]
 
     # A wrong option ends in one line, after the other runs, and leaves nothing.
-    output, _ = (process := start(tmp_path, *sweep_of, "dataset=nowhere.npz,embedded", "method=bc")).communicate()
-    assert process.returncode != 0 and "Traceback" not in output
-    assert [line for line in output.splitlines() if line.startswith("error:")] == ["error: nowhere.npz: no such file"]
+    done = run("compare", *sweep_of, "dataset=nowhere.npz,embedded", "method=bc", cwd=tmp_path)
+    assert_one_line(done, "error: nowhere.npz: no such file")
     (out,) = runs_of(tmp_path, "bc")
     found = json.loads((out / "results.json").read_text())
     assert set(found) == set(one) - {"anchor", "spar"} | {"policy"}
     assert found["data"] == one["data"] and found["updates"] == 60
 
     # The main job is the same run, to the bit.
-    output, _ = (process := start(tmp_path, *options, "seed=0", "out=alone", script="spar_d4rl")).communicate()
-    assert process.returncode == 0, output
+    done = run("spar_d4rl", *options, "seed=0", "out=alone", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
     assert without_times(tmp_path / "alone") == without_times(first)
     assert (tmp_path / "alone" / "metrics.csv").read_text() == (first / "metrics.csv").read_text()
 
@@ -338,10 +311,9 @@ def test_the_same_sweep_on_ray(tmp_path):
     home = tmp_path / "home"
     home.mkdir()
     options = ["hydra/launcher=ray", "+hydra.launcher.ray.init={num_cpus: 2, include_dashboard: false}"]
-    process = start(tmp_path, "method=bc,iql", "seed=0", "spar.updates=4", *options, HOME=str(home))
-    output, _ = process.communicate()
-    assert process.returncode == 0, output
-    assert "_run_job" in output  # Ray's name of its worker, before what the run prints
+    done = run("compare", *TINY, "runs=runs", "method=bc,iql", "seed=0", *options, cwd=tmp_path, HOME=str(home))
+    assert done.returncode == 0, done.stderr
+    assert "_run_job" in done.stdout + done.stderr  # Ray's name of its worker, before what the run prints
     for method in ("bc", "iql"):
         (out,) = runs_of(tmp_path, method)
         assert json.loads((out / "results.json").read_text())["method"] == method
