@@ -161,10 +161,12 @@ def _become(command: list[str], cwd: Path, environment: dict[str, str], outputs:
         runpy.run_path(command[0], run_name="__main__")
     except SystemExit as end:
         # As an interpreter ends: what its frames still hold is not destroyed, such as progress bars, which then print.
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
         atexit._run_exitfuncs()
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
-        os._exit(end.code or 0)
+        os._exit(1 if isinstance(end.code, str) else end.code or 0)
 
 
 def assert_one_line(done: subprocess.CompletedProcess[str], *words: str) -> None:
