@@ -1,7 +1,9 @@
-"""The policy that a recipe is given: a file of the default networks, or networks of your own."""
+"""The policy that a recipe is given: the file of a method of compare.py, or networks of your own."""
 
 from __future__ import annotations
 
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +22,28 @@ ACTOR = (
 )
 
 
+def read_actor(
+    path: str | Path, device: torch.device | None = None
+) -> tuple[TensorDictModuleBase, dict[str, Any]]:
+    """`load_policy` that also knows the networks of rivals and ablations."""
+
+    def build(facts: dict[str, Any]) -> TensorDictModuleBase | None:
+        if "network" not in facts:
+            return None
+        # Not earlier: they load every method.
+        from ablations import no_anchor
+        from rivals import models
+
+        builders = {"no_anchor": no_anchor.rebuild} | {kind: partial(models.rebuild, kind) for kind in models.ACTORS}
+        sizes = dict(facts["network"])
+        if (kind := sizes.pop("kind")) not in builders:
+            raise InputError(f"{path}: of networks {kind!r}; this version knows {', '.join(builders)}")
+        with torch.random.fork_rng(devices=[]):
+            return builders[kind](**sizes)
+
+    return load_policy(path, policy=build, device=device)
+
+
 def load_actor(cfg: DictConfig, device: torch.device | None = None) -> tuple[TensorDictModuleBase, dict[str, Any], str]:
     """The policy, the facts that were saved with it, and what to call it in a message.
 
@@ -30,7 +54,7 @@ def load_actor(cfg: DictConfig, device: torch.device | None = None) -> tuple[Ten
     if cfg.actor is None:
         if cfg.policy is None:
             raise InputError("policy: must be given, as policy=..., or actor=module.function for your own networks")
-        return *load_policy(cfg.policy, device=device), f"policy={cfg.policy}"
+        return *read_actor(cfg.policy, device), f"policy={cfg.policy}"
     name = f"actor={cfg.actor}"
     try:
         actor = function_at(cfg.actor, "actor")()
