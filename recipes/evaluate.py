@@ -19,7 +19,7 @@ from typing import Any, cast
 import imageio.v3 as imageio
 import numpy as np
 import torch
-from harness.actors import ACTOR, POLICY, load_actor
+from harness.actors import ACTOR, FACT, POLICY, load_actor
 from harness.data_options import DataOptions
 from harness.environment import (
     LOG_OPTIONS,
@@ -130,11 +130,9 @@ class Options(DataOptions):
     threads: int = option(1, "Torch threads (one is fastest for small networks).", least=1)
 
 
-def check_actions(
-    policy: TensorDictModuleBase, facts: dict[str, Any], name: str, env: str, spec: Bounded
-) -> None:
+def check_actions(policy: TensorDictModuleBase, facts: dict[str, Any], name: str, env: str, spec: Bounded) -> None:
     """Refuses an environment whose action bounds differ from the policy's, where the policy or its file has bounds."""
-    network = facts.get("network", {})
+    network = facts.get(FACT, {})
     low, high = (
         torch.tensor(network[side]) if side in network else getattr(policy, side, None) for side in ("low", "high")
     )

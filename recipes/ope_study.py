@@ -84,7 +84,9 @@ def policies_of(
         else:
             policies[run] = policy
     if not anchors:
-        raise InputError(f"runs={list(methods)}: none is of {' or '.join(NAMES.values())}, with an anchor to compare with")
+        raise InputError(
+            f"runs={list(methods)}: none is of {' or '.join(NAMES.values())}, with an anchor to compare with"
+        )
     return policies, anchors[0]
 
 

@@ -46,7 +46,9 @@ class UnanchoredRun(SPARRun):
 
     @property
     def network(self) -> dict[str, Any]:
-        return {"kind": "no_anchor", **self.loss.actor.architecture}
+        sizes = self.loss.actor.architecture
+        assert sizes is not None  # its other networks are the default ones
+        return {"kind": "no_anchor", **sizes}
 
     def save(self, results: dict[str, Any]) -> None:
         # Wrapped: nobody is to take it for a policy with an anchor to compare with or to fall back to.

@@ -14,6 +14,8 @@ from harness.environment import function_at
 from torchrl_spar import InputError, load_policy
 from torchrl_spar.errors import first_line
 
+# What a policy file says of networks that are not SPAR's default ones: their kind and sizes.
+FACT = "compare_network"
 # The options `policy` and `actor`.
 POLICY = "File written by save_policy, e.g. policy.pt of a run; with actor=... the weights of those networks, or null."
 ACTOR = (
@@ -22,20 +24,18 @@ ACTOR = (
 )
 
 
-def read_actor(
-    path: str | Path, device: torch.device | None = None
-) -> tuple[TensorDictModuleBase, dict[str, Any]]:
+def read_actor(path: str | Path, device: torch.device | None = None) -> tuple[TensorDictModuleBase, dict[str, Any]]:
     """`load_policy` that also knows the networks of rivals and ablations."""
 
     def build(facts: dict[str, Any]) -> TensorDictModuleBase | None:
-        if "network" not in facts:
+        if FACT not in facts:
             return None
         # Not earlier: they load every method.
         from ablations import no_anchor
         from rivals import models
 
         builders = {"no_anchor": no_anchor.rebuild} | {kind: partial(models.rebuild, kind) for kind in models.ACTORS}
-        sizes = dict(facts["network"])
+        sizes = {**facts[FACT]}
         if (kind := sizes.pop("kind")) not in builders:
             raise InputError(f"{path}: of networks {kind!r}; this version knows {', '.join(builders)}")
         with torch.random.fork_rng(devices=[]):

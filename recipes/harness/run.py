@@ -18,6 +18,7 @@ from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 from tqdm import tqdm
 
+from harness.actors import FACT
 from harness.checkpoints import Checkpoints, P
 from harness.environment import dataset_name, load, load_any, log_options, longest_episode, step_limit_of
 from harness.estimates import Support, estimate_any, fqe_options
@@ -94,7 +95,7 @@ class Run:
 
     @property
     def network(self) -> dict[str, Any] | None:
-        """What policy.pt says of networks that are not SPAR's default ones, see `harness.actors.read_actor`."""
+        """Kind and sizes of networks that are not SPAR's default ones, for `harness.actors.read_actor`."""
         return None
 
     def open(self, columns: Iterable[str]) -> None:
@@ -191,7 +192,7 @@ class Run:
         facts = {key: results[key] for key in ("env", "env_kwargs", "dataset", "seed")}
         facts["log"] = log_options(self.cfg) | {"gamma": self.cfg.spar.loss.gamma}
         if self.network is not None:
-            facts["network"] = self.network
+            facts[FACT] = self.network
         if self.cfg.select and "choice" in results["estimates"]:
             facts["choice"] = results["estimates"]["choice"]
         save_policy(self.deployed, self.out / "policy.pt", **facts)

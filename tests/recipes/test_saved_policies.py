@@ -45,7 +45,7 @@ def make_actor(kind, low=LOW, high=HIGH):
 @pytest.mark.parametrize("kind", ACTORS)
 def test_a_loaded_actor_acts_as_the_saved_one_to_the_bit(kind, tmp_path):
     actor = make_actor(kind)
-    save_policy(actor, tmp_path / "policy.pt", network=actor.network)
+    save_policy(actor, tmp_path / "policy.pt", compare_network=actor.network)
     state = torch.random.get_rng_state()
     policy, _ = read_actor(tmp_path / "policy.pt")
     assert torch.equal(torch.random.get_rng_state(), state)
@@ -94,6 +94,7 @@ def test_a_run_leaves_its_last_policy(finished, capsys):
     assert f"return {row['return_mean']:.1f} " in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("finished", ["cql", "iql", "ablation/no_anchor"], indirect=True)
 def test_it_is_judged_from_its_log_and_exported(finished, tmp_path, capsys):
     out, trained = finished
     few = ["ope.steps=2", "ope.warm_steps=2", "ope.num_qvalue_nets=2"]
@@ -126,7 +127,7 @@ def test_a_run_that_is_killed_before_its_results_goes_on(tmp_path, monkeypatch):
 
 def test_other_action_bounds_are_refused(tmp_path):
     actor = make_actor("squashed", LOW[:1], -LOW[:1])
-    save_policy(actor, tmp_path / "policy.pt", env="Mine-v0", network=actor.network)
+    save_policy(actor, tmp_path / "policy.pt", env="Mine-v0", compare_network=actor.network)
     with pytest.raises(InputError, match="its actions are -1 to 1, those of env=Pendulum-v1 are -2 to 2"):
         evaluate.main(compose_recipe("evaluate", f"policy={tmp_path / 'policy.pt'}", "env=Pendulum-v1"))
 
@@ -142,7 +143,7 @@ def test_other_action_bounds_are_refused(tmp_path):
 )
 def test_a_file_of_unknown_networks_is_named(tmp_path, change, message):
     actor = make_actor("gaussian")
-    save_policy(actor, tmp_path / "policy.pt", network=actor.network | change)
+    save_policy(actor, tmp_path / "policy.pt", compare_network=actor.network | change)
     with pytest.raises(InputError, match=message):
         read_actor(tmp_path / "policy.pt")
     save_policy(actor, tmp_path / "policy.pt")
