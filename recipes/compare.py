@@ -89,7 +89,7 @@ def start(cfg: DictConfig, seed: int, out: Path) -> None:
 
 
 class RivalRun(Timed):
-    """A rival of one seed; its files are SPAR's but for the saved policy and the figure."""
+    """A rival of one seed; its files are SPAR's but for the figure."""
 
     def __init__(self, cfg: DictConfig, checkpoints: Checkpoints) -> None:
         super().__init__(cfg, checkpoints)
@@ -108,6 +108,10 @@ class RivalRun(Timed):
             raise InputError(unknown_option(f"method.{unknown[1]}", known)) from None
         self.policy = self.rival.policy
         self.open(self.rival.columns)
+
+    @property
+    def network(self) -> dict[str, Any]:
+        return vars(self.deployed)["network"]
 
 
 def train(cfg: DictConfig, seed: int, out: Path, run_class: type[RivalRun] = RivalRun) -> None:

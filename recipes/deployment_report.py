@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from harness.actors import read_actor
 from harness.checkpoints import sha256
 from harness.environment import load_any, source_of
 from harness.estimates import estimate_spar, fqe_options
@@ -25,7 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 from reporting.deployment import checksums, report_facts
 from reporting.deployment_figures import figures
 
-from torchrl_spar import InputError, SPARActor, load_policy
+from torchrl_spar import InputError, SPARActor
 
 NEEDED = ("config.yaml", "results.json", "policy.pt")
 
@@ -65,9 +66,9 @@ def main(cfg: DictConfig) -> None:
     options = cast(DictConfig, OmegaConf.merge({"ope": cfg.ope, "select": None}, options))
     device = best_device(cfg.device)
     data, _, _ = load_any(options, device)
-    policy, _ = load_policy(run / "policy.pt", device=device)
+    policy, _ = read_actor(run / "policy.pt", device)
     if not isinstance(policy, SPARActor):
-        raise InputError(f"run={run}: its policy has no anchor to be compared with")
+        raise InputError(f"run={run}: {results['method']}'s policy has no anchor to be compared with")
     estimates = results.get("estimates")
     if estimates is None:
         print(f"the run has no estimates: {cfg.ope.steps} steps of Fitted Q Evaluation each for anchor and policy")

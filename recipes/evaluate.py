@@ -19,7 +19,7 @@ from typing import Any, cast
 import imageio.v3 as imageio
 import numpy as np
 import torch
-from harness.actors import ACTOR, POLICY, load_actor
+from harness.actors import ACTOR, FACT, POLICY, load_actor
 from harness.data_options import DataOptions
 from harness.environment import (
     LOG_OPTIONS,
@@ -130,9 +130,12 @@ class Options(DataOptions):
     threads: int = option(1, "Torch threads (one is fastest for small networks).", least=1)
 
 
-def check_actions(policy: TensorDictModuleBase, name: str, env: str, spec: Bounded) -> None:
-    """Refuses an environment whose action bounds differ from the policy's, where the policy has bounds."""
-    low, high = getattr(policy, "low", None), getattr(policy, "high", None)
+def check_actions(policy: TensorDictModuleBase, facts: dict[str, Any], name: str, env: str, spec: Bounded) -> None:
+    """Refuses an environment whose action bounds differ from the policy's, where the policy or its file has bounds."""
+    network = facts.get(FACT, {})
+    low, high = (
+        torch.tensor(network[side]) if side in network else getattr(policy, side, None) for side in ("low", "high")
+    )
     if low is None or high is None or low.shape != spec.shape:
         return
     own = Bounded(low.cpu(), high.cpu(), low.shape, dtype=torch.float32)
@@ -204,7 +207,7 @@ def main(cfg: DictConfig) -> None:
     say_what_differs("the policy", facts.get("env"), facts.get("env_kwargs", {}), env, env_kwargs)
     _, action_spec = environment_sizes(env, **env_kwargs)
     if env != facts.get("env"):
-        check_actions(policy, name, env, action_spec)
+        check_actions(policy, facts, name, env, action_spec)
     returns = evaluate(policy, env, cfg.episodes, cfg.seed, **env_kwargs)
     row = summarize(env, returns, env_kwargs)
     print(f"{env}: {describe(row, cfg.episodes, step_limit_of(env, env_kwargs))}")

@@ -2,13 +2,14 @@
 
 python recipes/ope_study.py 'runs=[outputs/a,outputs/b]' 'scales=[0,0.5,1]' episodes=20
 
-All runs are of one data set, which has an environment. The truth is the mean over episodes played there: scores (or
-returns) for ranks and regrets, discounted returns for errors and intervals. DOPE: Fu et al. 2021
-(https://arxiv.org/abs/2103.16596).
+All runs are of one data set, which has an environment; they are of any methods, one at least of SPAR. The truth is the
+mean over episodes played there: scores (or returns) for ranks and regrets, discounted returns for errors and intervals.
+DOPE: Fu et al. 2021 (https://arxiv.org/abs/2103.16596).
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from harness.actors import read_actor
 from harness.environment import LOG_OPTIONS, load
 from harness.estimates import plain, slice_length
 from harness.launch import best_device, run_recipe, summarize
@@ -24,13 +26,14 @@ from harness.output import check_unused, rounded, write_json
 from harness.run import VERSIONED, commit, on_cpu
 from harness.scores import RESULT_SEED
 from harness.spar_options import OPE
+from harness.spar_run import NAMES
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 
-from torchrl_spar import InputError, SPARActor, evaluate, load_policy, residual_family, select_policy
+from torchrl_spar import InputError, SPARActor, evaluate, residual_family, select_policy
 
 NEEDED = ("config.yaml", "policy.pt", "results.json")
 
@@ -38,8 +41,14 @@ NEEDED = ("config.yaml", "policy.pt", "results.json")
 @recipe_options("ope_study")
 @dataclass
 class Options:
-    runs: list[str] = option("???", "Directories of SPAR's finished runs on one data set, or folders that hold some.")
-    scales: list[float] = option([0.0, 0.5, 1.0], "Of SPAR's runs, c in anchor + c * residual.", least=0, most=1)
+    runs: list[str] = option(
+        "???", "Directories of finished runs on one data set, or folders that hold some; one at least of SPAR."
+    )
+    scales: list[float] = option(
+        [0.0, 0.5, 1.0],
+        "Of SPAR's runs, c in anchor + c * residual; rivals and ablations have one policy a run.",
+        least=0, most=1,
+    )  # fmt: skip
     out: str = option("outputs/ope_study/${now:%Y-%m-%d_%H-%M-%S}", "Directory of ope.json; a used one is refused.")
     episodes: int = option(20, "Episodes that each policy plays.", least=2)
     seed: int = option(0, "Of evaluation and of Fitted Q Evaluation.", least=0)
@@ -57,22 +66,33 @@ def finished_runs(folders: Sequence[str]) -> list[Path]:
 
 
 def policies_of(
-    runs: Sequence[Path], scales: Sequence[float], device: torch.device
+    methods: Mapping[str, str], scales: Sequence[float], device: torch.device
 ) -> tuple[dict[str, TensorDictModuleBase], TensorDictModuleBase]:
-    """The candidates by name, and the first run's anchor."""
+    """The candidates of runs, whose methods are given, by name, and the anchor of SPAR's first run."""
     policies: dict[str, TensorDictModuleBase] = {}
-    anchor = None
-    for run in runs:
-        policy, _ = load_policy(run / "policy.pt", device=device)
-        if isinstance(policy, SPARActor):
+    anchors: list[TensorDictModuleBase] = []
+    for run, method in methods.items():
+        policy, facts = read_actor(Path(run, "policy.pt"), device)
+        if "choice" in facts:
+            raise InputError(f"runs: {run} was saved with select=ope, as FQE chose it; study runs with select=null")
+        if isinstance(policy, SPARActor) and method in NAMES.values():
             family = residual_family(policy, scales)
-            if anchor is None:
-                anchor = policy.anchor
-                family.pop("c=0", None)  # it has a row of its own
+            if not anchors or any(has_weights_of(policy.anchor, other) for other in anchors):
+                family.pop("c=0", None)  # the first has a row of its own; runs of one seed may share theirs
+            anchors.append(policy.anchor)
             policies |= {f"{run} {name}": each for name, each in family.items()}
-    if anchor is None:
-        raise InputError(f"runs={[str(run) for run in runs]}: none is of SPAR, with an anchor to compare with")
-    return policies, anchor
+        else:
+            policies[run] = policy
+    if not anchors:
+        raise InputError(
+            f"runs={list(methods)}: none is of {' or '.join(NAMES.values())}, with an anchor to compare with"
+        )
+    return policies, anchors[0]
+
+
+def has_weights_of(one: TensorDictModuleBase, other: TensorDictModuleBase) -> bool:
+    left, right = one.state_dict(), other.state_dict()
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
 def ranks(values: Tensor) -> Tensor:
@@ -123,15 +143,14 @@ def main(cfg: DictConfig) -> None:
     runs, device = finished_runs(cfg.runs), best_device(cfg.device)
     options = [cast(DictConfig, OmegaConf.load(run / "config.yaml")) for run in runs]
     for run, other in zip(runs, options):
-        if other.select:
-            raise InputError(f"runs: {run} was saved with select=ope, as FQE chose it; study runs with select=null")
         differing = [key for key in ("env", "env_kwargs", *LOG_OPTIONS) if other.get(key) != options[0].get(key)]
         if differing or other.spar.loss.gamma != options[0].spar.loss.gamma:
             what = ", ".join(differing) or "spar.loss.gamma"
             raise InputError(f"runs: {run} has another {what} than {runs[0]}; study them apart")
     first = options[0]
+    methods = {str(run): json.loads((run / "results.json").read_text())["method"] for run in runs}
+    policies, anchor = policies_of(methods, cfg.scales, device)
     data, env, env_kwargs = load(first, device)
-    policies, anchor = policies_of(runs, cfg.scales, device)
     gamma = first.spar.loss.gamma
     ope = {"gamma": gamma, "hidden": list(first.spar.loss.hidden), "seed": cfg.seed, **cfg.ope}
     print(f"{len(policies)} policies: {cfg.ope.steps} steps of Fitted Q Evaluation, {cfg.episodes} episodes each")
@@ -146,7 +165,8 @@ def main(cfg: DictConfig) -> None:
         estimate = plain(choice.values[name])
         rows.append(
             {
-                "name": name, "updates": updates.get(origin or name, 0), "c": float(scale) if origin else None,
+                "name": name, "method": methods.get(origin or name, "anchor"),
+                "updates": updates.get(origin or name, 0), "c": float(scale) if origin else None,
                 "score": score, "true_value": evaluate(*play, gamma=gamma, **env_kwargs).mean().item(),
                 "value": estimate["mean"], "low": estimate["low"], "high": estimate["high"],
             }

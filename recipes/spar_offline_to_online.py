@@ -104,6 +104,7 @@ class OnlineTD3(compare.RivalRun):
     def go_on(self, results: dict[str, Any]) -> None:
         td3 = warm_start(self.rival, self.problem, **self.options)
         results["online"] = go_online(self, td3.policy, td3)
+        self.deployed = td3.policy
 
 
 def main(cfg: DictConfig) -> None:

@@ -5,8 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from harness.spar_run import SPARRun
-from tensordict.nn import TensorDictModule, TensorDictModuleBase
+from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential
 from torch import Tensor, nn
+
+from torchrl_spar import FrozenAnchor
+from torchrl_spar.build import rebuild_actor
 
 
 class MidRange(nn.Module):
@@ -22,16 +25,35 @@ class MidRange(nn.Module):
         return self.action.expand(*observation.shape[:-1], -1)
 
 
+def mid_range(low: Tensor, high: Tensor) -> TensorDictModule:
+    return TensorDictModule(MidRange(low, high), ["observation"], ["action"])
+
+
+def rebuild(**architecture: Any) -> TensorDictSequential:
+    """The policy of the ablation from the sizes in its file, untrained."""
+    actor = rebuild_actor(**architecture)
+    actor.anchor = FrozenAnchor(mid_range(actor.low, actor.high))
+    return TensorDictSequential(actor)
+
+
 class UnanchoredRun(SPARRun):
-    """The whole action is the residual. There is no policy.pt, which holds default networks alone, and no figure."""
+    """The whole action is the residual. There is no figure."""
 
     @property
     def anchor(self) -> TensorDictModuleBase:
         space = self.data.action_spec.space
-        return TensorDictModule(MidRange(space.low, space.high), ["observation"], ["action"])
+        return mid_range(space.low, space.high)
+
+    @property
+    def network(self) -> dict[str, Any]:
+        sizes = self.loss.actor.architecture
+        assert sizes is not None  # its other networks are the default ones
+        return {"kind": "no_anchor", **sizes}
 
     def save(self, results: dict[str, Any]) -> None:
-        pass
+        # Wrapped: nobody is to take it for a policy with an anchor to compare with or to fall back to.
+        self.deployed = TensorDictSequential(self.deployed)
+        super().save(results)
 
     def draw(self, results: dict[str, Any]) -> None:
         pass

@@ -1,7 +1,9 @@
-"""The policy that a recipe is given: a file of the default networks, or networks of your own."""
+"""The policy that a recipe is given: the file of a method of compare.py, or networks of your own."""
 
 from __future__ import annotations
 
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,12 +14,34 @@ from harness.environment import function_at
 from torchrl_spar import InputError, load_policy
 from torchrl_spar.errors import first_line
 
+# What a policy file says of networks that are not SPAR's default ones: their kind and sizes.
+FACT = "compare_network"
 # The options `policy` and `actor`.
 POLICY = "File written by save_policy, e.g. policy.pt of a run; with actor=... the weights of those networks, or null."
 ACTOR = (
     "Networks of your own: module.function that returns the policy, a TensorDictModule from observation to action. The "
     "module's folder must be on PYTHONPATH."
 )
+
+
+def read_actor(path: str | Path, device: torch.device | None = None) -> tuple[TensorDictModuleBase, dict[str, Any]]:
+    """`load_policy` that also knows the networks of rivals and ablations."""
+
+    def build(facts: dict[str, Any]) -> TensorDictModuleBase | None:
+        if FACT not in facts:
+            return None
+        # Not earlier: they load every method.
+        from ablations import no_anchor
+        from rivals import models
+
+        builders = {"no_anchor": no_anchor.rebuild} | {kind: partial(models.rebuild, kind) for kind in models.ACTORS}
+        sizes = {**facts[FACT]}
+        if (kind := sizes.pop("kind")) not in builders:
+            raise InputError(f"{path}: of networks {kind!r}; this version knows {', '.join(builders)}")
+        with torch.random.fork_rng(devices=[]):
+            return builders[kind](**sizes)
+
+    return load_policy(path, policy=build, device=device)
 
 
 def load_actor(cfg: DictConfig, device: torch.device | None = None) -> tuple[TensorDictModuleBase, dict[str, Any], str]:
@@ -30,7 +54,7 @@ def load_actor(cfg: DictConfig, device: torch.device | None = None) -> tuple[Ten
     if cfg.actor is None:
         if cfg.policy is None:
             raise InputError("policy: must be given, as policy=..., or actor=module.function for your own networks")
-        return *load_policy(cfg.policy, device=device), f"policy={cfg.policy}"
+        return *read_actor(cfg.policy, device), f"policy={cfg.policy}"
     name = f"actor={cfg.actor}"
     try:
         actor = function_at(cfg.actor, "actor")()

@@ -18,15 +18,16 @@ from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 from tqdm import tqdm
 
+from harness.actors import FACT
 from harness.checkpoints import Checkpoints, P
-from harness.environment import dataset_name, load, load_any, longest_episode, step_limit_of
+from harness.environment import dataset_name, load, load_any, log_options, longest_episode, step_limit_of
 from harness.estimates import Support, estimate_any, fqe_options
 from harness.launch import RECIPES, best_device, summarize
 from harness.loggers import make_logger
 from harness.output import MetricLog, save_config, write_json
 from harness.scores import LogScores, Scores
 from harness.tables import show
-from torchrl_spar import Progress
+from torchrl_spar import Progress, save_policy
 
 VERSIONED = ("torchrl-spar", "torch", "torchrl", "tensordict", "gymnasium", "mujoco")
 # Updates that are made without a look at anything else, at most.
@@ -91,6 +92,11 @@ class Run:
     @property
     def method(self) -> str:
         return self.cfg.method.name
+
+    @property
+    def network(self) -> dict[str, Any] | None:
+        """Kind and sizes of networks that are not SPAR's default ones, for `harness.actors.read_actor`."""
+        return None
 
     def open(self, columns: Iterable[str]) -> None:
         """Makes the directory, with a log of these columns."""
@@ -182,7 +188,14 @@ class Run:
         """Adds to the results what follows the offline phase; nothing by default."""
 
     def save(self, results: dict[str, Any]) -> None:
-        """Writes the method's own files; none by default."""
+        """Writes the policy to deploy."""
+        facts = {key: results[key] for key in ("env", "env_kwargs", "dataset", "seed")}
+        facts["log"] = log_options(self.cfg) | {"gamma": self.cfg.spar.loss.gamma}
+        if self.network is not None:
+            facts[FACT] = self.network
+        if self.cfg.select and "choice" in results["estimates"]:
+            facts["choice"] = results["estimates"]["choice"]
+        save_policy(self.deployed, self.out / "policy.pt", **facts)
 
     def draw(self, results: dict[str, Any]) -> None:
         """Draws the method's figures after all other files are written; none by default."""

@@ -13,7 +13,6 @@ from torch import Tensor
 from torchrl.data import ReplayBuffer
 
 from harness.checkpoints import Checkpoints
-from harness.environment import log_options
 from harness.estimates import estimate_spar, fqe_options
 from harness.plots import plot_learning_curve, plot_log_curve
 from harness.run import Run, block_length, on_cpu
@@ -25,7 +24,6 @@ from torchrl_spar import (
     SPARUpdate,
     StackedSPARLoss,
     pretrain,
-    save_policy,
 )  # fmt: skip
 from torchrl_spar.configs import dtype_of
 from torchrl_spar.functional import call_ensemble
@@ -98,13 +96,6 @@ class SPARRun(Run):
         actor, select = self.loss.actor, self.cfg.select is not None
         checkpoints = self.earlier.policies(actor)
         return estimate_spar(actor, self.data, fqe_options(self.cfg), select=select, checkpoints=checkpoints)
-
-    def save(self, results: dict[str, Any]) -> None:
-        facts = {key: results[key] for key in ("env", "env_kwargs", "dataset", "seed")}
-        facts["log"] = log_options(self.cfg) | {"gamma": self.cfg.spar.loss.gamma}
-        if self.cfg.select:
-            facts["choice"] = results["estimates"]["choice"]
-        save_policy(self.deployed, self.out / "policy.pt", **facts)
 
     def draw(self, results: dict[str, Any]) -> None:
         plot = plot_learning_curve if self.env else plot_log_curve

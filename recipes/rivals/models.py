@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 from tensordict import TensorDictBase
 from tensordict.nn import AddStateIndependentNormalScale, TensorDictModule, TensorDictModuleBase, TensorDictSequential
 from torch import Tensor, nn
+from torchrl.data import Bounded
 from torchrl.modules import IndependentNormal, ProbabilisticActor, TanhModule, TanhNormal, ValueOperator
 
 from torchrl_spar import InputError
@@ -17,6 +20,8 @@ from torchrl_spar.networks import StateMLP
 
 # Of SAC's and CQL's code.
 LOG_SCALE = (-20.0, 2.0)
+
+A = TypeVar("A", bound=TensorDictModuleBase)
 
 
 class LocAndScale(nn.Module):
@@ -43,7 +48,7 @@ class Networks(DefaultNetworks):
         actor = self.anchor()
         if self.small_start:
             start_small(actor[0].module, 1e-3)
-        return actor
+        return self.described("deterministic", actor)
 
     def gaussian_actor(self) -> TensorDictModuleBase:
         """IQL's: the mean through a tanh to the bounds, one learned scale a dimension."""
@@ -53,7 +58,8 @@ class Networks(DefaultNetworks):
             TanhModule(in_keys=["loc"], low=self.low, high=self.high),
             TensorDictModule(scale, ["loc"], ["loc", "scale"]),
         )
-        return ProbabilisticActor(body, in_keys=["loc", "scale"], distribution_class=IndependentNormal)
+        actor = ProbabilisticActor(body, in_keys=["loc", "scale"], distribution_class=IndependentNormal)
+        return self.described("gaussian", actor)
 
     def squashed_actor(self) -> TensorDictModuleBase:
         """SAC's: a Gaussian through a tanh, mean and scale from the observation."""
@@ -62,9 +68,17 @@ class Networks(DefaultNetworks):
             TensorDictModule(LocAndScale(), ["params"], ["loc", "scale"]),
         )
         bounds = {"low": self.low, "high": self.high}
-        return ProbabilisticActor(
+        actor = ProbabilisticActor(
             body, in_keys=["loc", "scale"], distribution_class=TanhNormal, distribution_kwargs=bounds
         )
+        return self.described("squashed", actor)
+
+    def described(self, kind: str, actor: A) -> A:
+        """The actor with its `network`, from which `rebuild` makes it again."""
+        bounds = {"low": self.low.tolist(), "high": self.high.tolist()}
+        sizes = {"observation_dim": self.observation_dim, "hidden": list(self.hidden)}
+        vars(actor)["network"] = {"kind": kind, **bounds, **sizes}
+        return actor
 
     def critics(self, num: int, *, layer_norm: str | None) -> list[ValueOperator]:
         """A list, so that TorchRL keeps each one's initialisation instead of drawing all anew.
@@ -87,6 +101,24 @@ class Networks(DefaultNetworks):
     def value(self) -> ValueOperator:
         """Without SPAR's LayerNorm."""
         return ValueOperator(self.body(0, 1), in_keys=["observation"])
+
+
+# Actors by the kind in their `network`.
+ACTORS: dict[str, Callable[[Networks], TensorDictModuleBase]] = {
+    "deterministic": Networks.deterministic_actor,
+    "gaussian": Networks.gaussian_actor,
+    "squashed": Networks.squashed_actor,
+}
+
+
+def rebuild(
+    kind: str, *, observation_dim: int, low: list[float], high: list[float], hidden: list[int]
+) -> TensorDictModuleBase:
+    """An actor from its `network`, untrained; it writes the action alone."""
+    bounds = torch.tensor(low), torch.tensor(high)
+    spec = Bounded(*bounds, bounds[0].shape, dtype=bounds[0].dtype)
+    actor = ACTORS[kind](Networks.of(observation_dim, spec, hidden=hidden))
+    return actor if actor.out_keys == ["action"] else actor.select_out_keys("action")
 
 
 def squash(raw: Tensor, low: Tensor, high: Tensor) -> Tensor:

@@ -107,6 +107,12 @@ def test_the_whole_training_with_own_networks(tmp_path):
     observation = torch.randn(7, OBSERVATION)
     assert torch.equal(policy(observation=observation), loss.actor(observation=observation))
     assert facts == {"env": "Toy-v0"}
+    built = load_policy(
+        tmp_path / "policy.pt", policy=lambda facts: make_actor(make_anchor()) if facts["env"] == "Toy-v0" else None
+    )[0]
+    assert torch.equal(built(observation=observation), policy(observation=observation))
+    with pytest.raises(InputError, match=r"networks of your own.*policy="):
+        load_policy(tmp_path / "policy.pt", policy=lambda facts: None)
     with pytest.raises(InputError, match=r"does not fit .*head"):
         load_policy(tmp_path / "policy.pt", policy=make_actor(make_anchor(), outputs=2))
 

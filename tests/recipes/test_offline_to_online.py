@@ -14,10 +14,12 @@ from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torchrl.data import Bounded
 
-from torchrl_spar import InputError, load_offline_dataset, make_env
+from torchrl_spar import InputError, evaluate, load_offline_dataset, make_env
 
 pytest.importorskip("hydra")
 import gymnasium
+from harness.actors import read_actor
+from harness.scores import CURVE_SEED
 from omegaconf import OmegaConf
 from online.collecting import make_collector, make_torchrl_env, with_noise
 from online.curves import describe, start_of
@@ -335,4 +337,9 @@ def test_recipe(backend, tmp_path):
         assert content["methods"][method]["seed 0"]["step"] == [0, 20, 40]
         rows = (folder / method / "seed0" / "metrics.csv").read_text()
         assert "online,20," in rows and "online,40," in rows
+        # The saved policy is the one that has been online.
+        curve = json.loads((folder / method / "seed0" / "results.json").read_text())["online"]["curve"]
+        policy, _ = read_actor(folder / method / "seed0" / "policy.pt")
+        assert evaluate(policy, "Hopper-v5", 1, CURVE_SEED).mean().item() == curve[-1]["return_mean"]
+        assert curve[-1]["return_mean"] != curve[0]["return_mean"]
     assert (folder / "online.png").read_bytes().startswith(b"\x89PNG")

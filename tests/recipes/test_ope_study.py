@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from helpers import TINY, compose_recipe, run
 
-from torchrl_spar import InputError, evaluate, load_policy
+from torchrl_spar import InputError, evaluate, load_policy, save_policy
 
 pytest.importorskip("hydra")
+import compare
 import ope_study
 
 
@@ -42,32 +44,48 @@ def test_the_figures_of_four_policies():
     assert list(found["regret"].values()) == [10.0, 0.0, 30.0, 0.0, 15.0]
 
 
-def test_a_study_of_two_runs(tmp_path, capsys):
+def copy_run(source, target, **changed):
+    shutil.copytree(source, target)
+    results = json.loads((target / "results.json").read_text())
+    (target / "results.json").write_text(json.dumps(results | changed))
+
+
+def test_a_study_of_several_runs(tmp_path, capsys):
     for seed in (0, 1):
         done = run("spar_d4rl", *TINY, "batch_size=32", f"seed={seed}", f"out=runs/{seed}", cwd=tmp_path)
         assert done.returncode == 0, done.stderr
+    compare.start(compose_recipe("compare", *TINY, "batch_size=32", "method=iql"), 0, tmp_path / "runs" / "4")
+    # Stand for an ablation and for SPAR with another option; both have the anchor of their seed.
+    copy_run(tmp_path / "runs" / "0", tmp_path / "runs" / "2", method="no_lsi")
+    copy_run(tmp_path / "runs" / "1", tmp_path / "runs" / "3")
     few = ["scales=[0,1]", "episodes=2", "ope.steps=2", "ope.warm_steps=2", "ope.num_qvalue_nets=2"]
     cfg = compose_recipe("ope_study", f"runs=[{tmp_path / 'runs'}]", f"out={tmp_path / 'out'}", *few)
     ope_study.main(cfg)
     facts = json.loads((tmp_path / "out" / "ope.json").read_text())
-    runs = [str(tmp_path / "runs" / seed) for seed in "01"]
-    # The first run's c=0 is the anchor.
-    expected = ["anchor", f"{runs[0]} c=1", f"{runs[1]} c=0", f"{runs[1]} c=1"]
-    assert [row["name"] for row in facts["rows"]] == expected and facts["policies"] == 4
-    assert [row["updates"] for row in facts["rows"]] == [0, 4, 4, 4]
-    policy, _ = load_policy(tmp_path / "runs" / "1" / "policy.pt")
+    runs = [str(tmp_path / "runs" / seed) for seed in "01234"]
+    # The first run's c=0 is the anchor, and no anchor comes twice.
+    expected = [f"{runs[0]} c=1", f"{runs[1]} c=0", f"{runs[1]} c=1", runs[2], f"{runs[3]} c=1", runs[4]]
+    assert [row["name"] for row in facts["rows"]] == ["anchor", *expected] and facts["policies"] == 7
+    assert [row["updates"] for row in facts["rows"]] == [0, *[4] * 6]
+    assert [row["method"] for row in facts["rows"]] == ["anchor", "spar", "spar", "spar", "no_lsi", "spar", "iql"]
+    played = [{key: row[key] for key in ("score", "true_value")} for row in facts["rows"]]
+    assert played[4] == played[1] and played[5] == played[3] and played[6] not in played[:6]
+    policy, facts_of_1 = load_policy(tmp_path / "runs" / "1" / "policy.pt")
     returns = evaluate(policy, "Hopper-v5", 2, ope_study.RESULT_SEED)
-    row = facts["rows"][-1]
+    row = facts["rows"][3]
     assert row["score"] == pytest.approx(100 * (returns.mean().item() + 20.272305) / (3234.3 + 20.272305), rel=1e-4)
+    own = json.loads((tmp_path / "runs" / "4" / "results.json").read_text())["policy"]["normalized"]
+    assert facts["rows"][-1]["score"] == pytest.approx(own, rel=1e-5)
     # Each step of a hopper that stands earns about 1: discounting takes something off, not all.
     assert 0 < row["true_value"] < returns.mean()
     assert "regret of choosing by highest value" in capsys.readouterr().out
     with pytest.raises(InputError, match="exists and is not empty"):
         ope_study.main(cfg)
-    chosen = tmp_path / "runs" / "1" / "config.yaml"
-    chosen.write_text(chosen.read_text().replace("select: null", "select: ope"))
+    save_policy(policy, tmp_path / "runs" / "1" / "policy.pt", **facts_of_1, choice="anchor")
     with pytest.raises(InputError, match=r"runs: .*1 was saved with select=ope"):
         ope_study.main(compose_recipe("ope_study", f"runs=[{tmp_path / 'runs'}]", f"out={tmp_path / 'other'}"))
+    with pytest.raises(InputError, match="none is of spar or spar_latent"):
+        ope_study.main(compose_recipe("ope_study", f"runs=[{runs[2]},{runs[4]}]", f"out={tmp_path / 'other'}"))
 
 
 def test_runs_that_do_not_compare_are_named(tmp_path):

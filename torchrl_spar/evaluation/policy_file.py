@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from torchrl_spar.objective import SPARLoss
 from torchrl_spar.paths import user_path
 
 FORMAT = "torchrl_spar.evaluation.policy_file.1"
+# Builds a policy from the facts of its file; None where they name no networks that it knows.
+Build = Callable[[dict[str, Any]], TensorDictModuleBase | None]
 
 
 def save_policy(policy: SPARLoss | TensorDictModuleBase, path: str | os.PathLike[str], **facts: Any) -> None:
@@ -74,15 +77,16 @@ def save_policy(policy: SPARLoss | TensorDictModuleBase, path: str | os.PathLike
 def load_policy(
     path: str | os.PathLike[str],
     *,
-    policy: TensorDictModuleBase | None = None,
+    policy: TensorDictModuleBase | Build | None = None,
     device: torch.device | str | None = None,
 ) -> tuple[TensorDictModuleBase, dict[str, Any]]:
     """Reads a policy; never executes code from the file.
 
     Args:
         path: a file written by :func:`save_policy`.
-        policy: an actor of the same structure, whose weights are replaced; needed where the saved one has networks of
-            your own. The default networks of :func:`~torchrl_spar.make_spar_loss` are built anew.
+        policy: an actor of the same structure, whose weights are replaced, or a function of the facts that builds
+            one; needed where the saved one has networks of your own. The default networks of
+            :func:`~torchrl_spar.make_spar_loss` are built anew.
         device: where the policy lives; the CPU by default.
 
     Returns:
@@ -111,19 +115,23 @@ def load_policy(
         content = torch.load(path, map_location=device or "cpu", weights_only=True)
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise InputError(f"{path}: not a policy written by torchrl_spar ({FORMAT})")
-        architecture, weights = content["architecture"], content["state_dict"]
-        built = policy is None
-        if built and architecture is None:
+        architecture, weights, facts = content["architecture"], content["state_dict"], content["facts"]
+        built: TensorDictModuleBase | None
+        if isinstance(policy, TensorDictModuleBase):
+            built = policy
+            if misfits := _misfits(policy, weights):
+                raise InputError(f"{path}: does not fit the policy that was given: {', '.join(misfits)}")
+        elif architecture is not None:
+            built = rebuild_actor(**architecture)
+        else:
+            built = None if policy is None else policy(facts)
+        if built is None:
             raise InputError(
                 f"{path}: holds networks of your own, which only your code can build: give load_policy an actor of "
                 "the same structure as policy=..."
             )
-        if policy is None:
-            policy = rebuild_actor(**architecture)
-        elif misfits := _misfits(policy, weights):
-            raise InputError(f"{path}: does not fit the policy that was given: {', '.join(misfits)}")
-        policy.load_state_dict(weights, assign=built)  # in its own types
-        return policy.to(device or "cpu"), content["facts"]
+        built.load_state_dict(weights, assign=built is not policy)  # in its own types
+        return built.to(device or "cpu"), facts
     except (RuntimeError, TypeError, KeyError, AttributeError, EOFError, OSError, pickle.UnpicklingError) as err:
         raise InputError(f"{path}: damaged, or not a policy file: {first_line(err)}") from None
 
