@@ -62,7 +62,7 @@ def soak(updates: int, scratch: Path, *, background: bool) -> Iterator[Sample]:
             continue
         if update := last_update(out / "metrics.csv"):
             yield Sample(update, *found)
-        time.sleep(0.02)
+        time.sleep(0.1)
     assert run.exitcode == 0
 
 

@@ -41,7 +41,7 @@ from torchrl_spar import (
 
 EXAMPLES = os.environ.get("FUZZ_EXAMPLES")
 fuzz = settings(
-    max_examples=int(EXAMPLES or 100),
+    max_examples=int(EXAMPLES or 50),
     derandomize=EXAMPLES is None,
     database=None,
     deadline=None,
