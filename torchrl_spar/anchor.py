@@ -10,7 +10,7 @@ from tensordict.nn import TensorDictModuleBase, dispatch
 from torch import nn
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
-from torchrl_spar.errors import InputError
+from torchrl_spar.errors import InputError, check_built
 
 
 class FrozenAnchor(TensorDictModuleBase):
@@ -65,6 +65,7 @@ class FrozenAnchor(TensorDictModuleBase):
             raise InputError(f"the anchor must be a TensorDictModule, not {type(actor).__name__}: wrap it in one")
         if action_key not in actor.out_keys:
             raise InputError(f"the anchor must write {action_key!r}; its out_keys are {actor.out_keys}")
+        check_built("the anchor", actor)
         self.in_keys = list(actor.in_keys)
         # Recurrent state, read again at the next step.
         self.state_keys = [("next", *_path(key)) for key in actor.in_keys if ("next", *_path(key)) in actor.out_keys]
@@ -108,8 +109,6 @@ def _freeze(module: nn.Module) -> nn.Module:
         for name, parameter in list(layer._parameters.items()):
             if parameter is None:
                 continue
-            if isinstance(parameter, nn.parameter.UninitializedParameter):
-                raise InputError(f"the anchor's parameter {name!r} is lazy: call the actor once before freezing it")
             del layer._parameters[name]
             layer.register_buffer(name, frozen.setdefault(id(parameter), parameter.detach().clone()))
         if hasattr(layer, "reset_parameters"):

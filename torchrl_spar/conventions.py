@@ -15,7 +15,8 @@ from torchrl.objectives.common import LossModule
 from torchrl.objectives.utils import ValueEstimators, dispatch_value_estimator, distance_loss
 from torchrl.objectives.value import ValueEstimatorBase
 
-from torchrl_spar.errors import InputError, check_options, first_line
+from torchrl_spar.data.rows import MASK_KEYS
+from torchrl_spar.errors import InputError, check_built, check_options, first_line
 from torchrl_spar.functional import call, call_ensemble
 from torchrl_spar.residual import ResidualVAE, SPARActor
 
@@ -44,7 +45,12 @@ class Conventions(LossModule):
         Args:
             value_type: TD0 (default) or another that the loss supports; TD1 and TDLambda take ``[B, T]`` batches.
             **hyperparams: ``gamma`` (0.99 by default), ``lmbda``, and what else TorchRL's estimator takes.
+
+        Raises:
+            InputError: if ``gamma`` is not within 0 to 1.
         """
+        gamma = hyperparams.get("gamma", 0.99)
+        check_options((0 <= gamma <= 1, "gamma", gamma, "between 0 and 1"))
         value_type = value_type or self.default_value_estimator
         if isinstance(value_type, (ValueEstimatorBase, type)):
             return super().make_value_estimator(value_type, **hyperparams)
@@ -70,9 +76,13 @@ class Conventions(LossModule):
     def in_keys(self, values: list[NestedKey]) -> None:
         self._in_keys = values
 
-    def check_entries(self, tensordict: TensorDictBase) -> None:
-        """Raises an :class:`~torchrl_spar.InputError` that names the entries of a batch that the loss lacks."""
+    def check_entries(self, tensordict: TensorDictBase, *, following: bool = True) -> None:
+        """Raises an :class:`~torchrl_spar.InputError` for an empty batch; for a lack of entries, which it names."""
+        if 0 in tensordict.shape:
+            raise InputError(f"the batch is empty: its shape is {tuple(tensordict.shape)}")
         missing = [key for key in self._needed_keys(tensordict) if tensordict.get(key, None) is None]
+        if not following:
+            missing = [key for key in missing if not isinstance(key, tuple) or key[0] != "next"]
         if missing:
             raise InputError(f"the batch lacks {missing}; if they have other names, tell the loss by set_keys")
 
@@ -116,13 +126,31 @@ class Conventions(LossModule):
         super()._forward_value_estimator_keys(**kwargs)
         self._in_keys = None
 
+    def _outcome(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """What the value estimator reads of a batch, rewards times ``reward_scale``."""
+        keys = self.tensor_keys
+        reward, *flags = (under_next(key) for key in (keys.reward, keys.done, keys.terminated))
+        outcome = tensordict.select(reward, *flags)
+        for key in (reward, *flags):
+            check_shape(outcome[key], (*tensordict.batch_size, 1), key)
+        for key in flags:
+            check_bool(outcome[key], key)  # TorchRL's ~terminated is -1 or 255 for other types
+        # Written by TorchRL's MultiStep and by chunk_actions: gamma to the power of it.
+        outcome.update(tensordict.select(self.value_estimator.tensor_keys.steps_to_next_obs, strict=False))
+        return outcome.set(reward, self.reward_scale * outcome[reward])
+
+    def _loss_mask_keys(self) -> tuple[NestedKey, ...]:
+        # TorchRL's own, and what the functions of data sets take for a mask, too.
+        keys = super()._loss_mask_keys()
+        return tuple(dict.fromkeys((*keys, *MASK_KEYS))) if self._loss_mask_key == "auto" else keys
+
     def _valid(self, tensordict: TensorDictBase, like: Tensor) -> Tensor | None:
         """The padding mask in the shape of a per-position tensor, or None."""
         valid = None
         for key in self._loss_mask_keys():
             mask = tensordict.get(key, None)
             if mask is not None:
-                mask = self._expand_loss_mask(mask, like)
+                mask = _per_position(check_bool(mask, key), like, key)
                 valid = mask if valid is None else valid & mask
         return valid
 
@@ -130,6 +158,8 @@ class Conventions(LossModule):
         # Not TorchRL's _maybe_get_priority_weight, which fails on a nested key.
         use, key = self.use_prioritized_weights in (True, "auto"), self.tensor_keys.priority_weight
         weights = tensordict.get(key, None) if use else None
+        if weights is not None:
+            weights = _per_position(weights, loss, key)
         return self._reduce_loss(loss, tensordict=tensordict, weights=weights)
 
 
@@ -244,11 +274,16 @@ class SPARLossBase(Conventions):
             raise InputError(
                 f"qvalue_network: a list of {len(qvalue_network)} critics, but num_qvalue_nets={num_qvalue_nets}"
             )
+        critics = qvalue_network if isinstance(qvalue_network, list) else [qvalue_network]
+        check_built("actor_network", actor_network)
+        check_built("residual_vae", residual_vae)
+        check_built("qvalue_network", *critics)
         self.convert_to_functional(residual_vae, "residual_vae")
         # Head B shares the decoder's parameters with the VAE; the target is then their common average.
         self.convert_to_functional(actor_network, "actor_network", create_target_params=True)
         self.has_value = value_network is not None
         if value_network is not None:
+            check_built("value_network", value_network)
             self.convert_to_functional(value_network, "value_network")
         self.convert_to_functional(qvalue_network, "qvalue_network", num_qvalue_nets, create_target_params=True)
         self.num_qvalue_nets = num_qvalue_nets
@@ -314,7 +349,7 @@ class SPARLossBase(Conventions):
         out = call(actor.head, params.get("head"), state, {})
         if not actor.is_latent:
             return None, self._sized(out, self.tensor_keys.residual, "the head")
-        latent = out[self.tensor_keys.latent]
+        latent = _written(out, self.tensor_keys.latent, "the head")
         # The decoder is the VAE's own: the head's gradient passes through it and leaves it as it is.
         decoder = params if target else self.residual_vae_params
         return latent, self._decode(state, latent, decoder, frozen=True)
@@ -327,7 +362,7 @@ class SPARLossBase(Conventions):
     def _encode(self, state: TensorDictBase, residual: Tensor) -> tuple[Tensor, Tensor]:
         keys, entries = self.tensor_keys, {self.tensor_keys.residual: residual}
         out = call(self.residual_vae.encoder, self.residual_vae_params.get("encoder"), state, entries)
-        loc = out[keys.latent_loc]
+        loc = _written(out, keys.latent_loc, "the encoder")
         return loc, self._sized(out, keys.latent_log_std, "the encoder", loc.shape[-1])
 
     def _decode(
@@ -354,10 +389,10 @@ class SPARLossBase(Conventions):
 
     def _sized(self, out: Mapping[NestedKey, Tensor], key: NestedKey, writer: str, size: int | None = None) -> Tensor:
         """An output of the action's size by default; another size is refused, as it would be broadcast silently."""
-        size = self.residual_scale.shape[-1] if size is None else size
-        if out[key].shape[-1] != size:
-            raise InputError(f"{writer} writes {key!r} of size {out[key].shape[-1]}; it must be {size}")
-        return out[key]
+        size, entry = self.residual_scale.shape[-1] if size is None else size, _written(out, key, writer)
+        if entry.shape[-1] != size:
+            raise InputError(f"{writer} writes {key!r} of size {entry.shape[-1]}; it must be {size}")
+        return entry
 
     # ------------------------------------------------------------------ TorchRL's conventions
 
@@ -417,21 +452,28 @@ class SPARLossBase(Conventions):
         return [self.value_network] if self.has_value else []
 
     @torch.no_grad()
-    def explain(self, tensordict: TensorDictBase) -> None:
-        """After a failure: raises an :class:`~torchrl_spar.InputError` if a network cannot take a row of this batch."""
-        self.check_entries(tensordict)
-        keys, row = self.tensor_keys, tensordict.reshape(-1)[:1]
-        action = self.residual_scale.shape[-1]
-        if row[keys.action].shape[-1] != action:
-            raise InputError(f"{keys.action!r} has size {row[keys.action].shape[-1]}; the policy's has {action}")
+    def explain(self, tensordict: TensorDictBase, *, following: bool = True) -> None:
+        """After a failure: raises an :class:`~torchrl_spar.InputError` if a network cannot take a row of this batch.
 
-        def attempt(name: str, module: TensorDictModuleBase, run: Callable[[], Any]) -> Any:
+        Args:
+            tensordict: the batch.
+            following: whether it should hold the outcome of its actions, which pre-training does not read.
+        """
+        self.check_entries(tensordict, following=following)
+        keys, row = self.tensor_keys, tensordict.reshape(-1)[:1]
+        self._valid(tensordict, torch.empty(tensordict.batch_size))
+        action, like = tensordict[keys.action], self.residual_scale
+        check_shape(action, (*tensordict.batch_size, *like.shape), keys.action)
+
+        def attempt(name: str, module: TensorDictModuleBase, run: Callable[[], Any], at: TensorDictBase = row) -> Any:
             try:
                 return run()
             except RuntimeError as err:
-                present = {key: row[key] for key in module.in_keys if row.get(key, None) is not None}
+                read = dict.fromkeys((*module.in_keys, keys.action))  # residuals have the action's type
+                present = {key: at[key] for key in read if at.get(key, None) is not None}
                 kinds = {key: f"{list(x.shape[1:])} {x.dtype} {x.device}" for key, x in present.items()}
-                raise InputError(f"{name} cannot take this batch, which holds {kinds}: {first_line(err)}") from err
+                batch = "this batch" if at is row else "the next states of this batch"
+                raise InputError(f"{name} cannot take {batch}, which holds {kinds}: {first_line(err)}") from err
 
         vae, head = self.residual_vae, self.actor_network.head
         state = attempt("the anchor", self.actor_network.anchor, lambda: self._anchored(row))
@@ -443,6 +485,11 @@ class SPARLossBase(Conventions):
         attempt("a critic", critics, lambda: self._qvalue(state, row[keys.action], params))
         for network in self._values:
             attempt("the value network", network, lambda: self._value(row))
+        if following and row.get(keys.value_target, None) is None:
+            later, networks = row["next"], "the policy, a critic or the value network"
+            attempt(networks, self.actor_network, lambda: self._policy_value(later), later)
+        if action.dtype != like.dtype:
+            raise InputError(f"{keys.action!r} is of type {action.dtype}; the policy's is of type {like.dtype}")
 
     def _needed_keys(self, tensordict: TensorDictBase) -> list[NestedKey]:
         """The in_keys, without the anchor's if its action is given and without the outcome if a target is."""
@@ -474,8 +521,8 @@ def under_next(key: NestedKey) -> NestedKey:
     return ("next", *key) if isinstance(key, tuple) else ("next", key)
 
 
-def check_shape(noise: Tensor, shape: Sequence[int], key: NestedKey) -> Tensor:
-    """The noise itself; an :class:`~torchrl_spar.InputError` where it is not of this shape.
+def check_shape(entry: Tensor, shape: Sequence[int], key: NestedKey) -> Tensor:
+    """The entry itself; an :class:`~torchrl_spar.InputError` where it is not of this shape.
 
     Examples:
         >>> check_shape(torch.zeros(5, 2), (5, 3), "action_noise")
@@ -483,9 +530,32 @@ def check_shape(noise: Tensor, shape: Sequence[int], key: NestedKey) -> Tensor:
             ...
         torchrl_spar.errors.InputError: 'action_noise' has shape (5, 2); this loss needs (5, 3)
     """
-    if noise.shape != torch.Size(shape):
-        raise InputError(f"{key!r} has shape {tuple(noise.shape)}; this loss needs {tuple(shape)}")
-    return noise
+    if entry.shape != torch.Size(shape):
+        raise InputError(f"{key!r} has shape {tuple(entry.shape)}; this loss needs {tuple(shape)}")
+    return entry
+
+
+def check_bool(entry: Tensor, key: NestedKey) -> Tensor:
+    """The entry itself; an :class:`~torchrl_spar.InputError` where it is not of type bool.
+
+    Examples:
+        >>> check_bool(torch.zeros(5, 1), "done")
+        Traceback (most recent call last):
+            ...
+        torchrl_spar.errors.InputError: 'done' is of type torch.float32; it must be torch.bool: ...
+    """
+    if entry.dtype != torch.bool:
+        raise InputError(f"{key!r} is of type {entry.dtype}; it must be torch.bool: convert the data's by .bool()")
+    return entry
+
+
+def _per_position(values: Tensor, like: Tensor, key: NestedKey) -> Tensor:
+    """Values ``[*B]`` or ``[*B, 1]``, or one for each sequence, in the shape ``[*B]`` of `like`."""
+    if values.shape == (*like.shape, 1):
+        values = values.squeeze(-1)
+    if values.shape != like.shape[: values.ndim]:
+        raise InputError(f"{key!r} has shape {tuple(values.shape)}; this loss needs {tuple(like.shape)}")
+    return values.reshape(*values.shape, *(1,) * (like.ndim - values.ndim)).expand_as(like)
 
 
 def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
@@ -498,6 +568,12 @@ def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
     if mask is None:
         return values.mean()
     return torch.where(mask, values, 0).sum() / mask.sum().clamp_min(1)
+
+
+def _written(out: Mapping[NestedKey, Tensor], key: NestedKey, writer: str) -> Tensor:
+    if key not in out:
+        raise InputError(f"{writer} writes {list(out)}, not {key!r}: tell the loss its keys by set_keys")
+    return out[key]
 
 
 def _stateful(module: SPARActor, params: TensorDictBase) -> SPARActor:

@@ -63,6 +63,21 @@ def check_bounds(name: str, low: Any, high: Any) -> None:
         )
 
 
+def check_built(name: str, *modules: torch.nn.Module) -> None:
+    """Refuses modules with lazy parameters, which have no shape yet.
+
+    Examples:
+        >>> check_built("qvalue_network", torch.nn.LazyLinear(1))
+        Traceback (most recent call last):
+            ...
+        torchrl_spar.errors.InputError: qvalue_network: parameter 'weight' is lazy: ...
+    """
+    for module in modules:
+        for key, parameter in module.named_parameters():
+            if torch.nn.parameter.is_lazy(parameter):
+                raise InputError(f"{name}: parameter {key!r} is lazy: call the network once before")
+
+
 def check_device(device: Any) -> None:
     """Refuses a device that is not here; None is torch's default.
 

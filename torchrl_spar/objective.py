@@ -210,6 +210,13 @@ class SPARLoss(SPARLossBase):
         # Built now: a state dict loads into a fresh loss only if nothing is lazy.
         self.make_value_estimator(self.default_value_estimator)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Schedules a coefficient; an :class:`~torchrl_spar.InputError` below 0, or above it for a term left out."""
+        if name in ("lsi_coeff", "trust_coeff") and isinstance(value, (int, float)):
+            check_options((value >= 0, name, value, "at least 0"))
+            _check_term(self, name, value, f"set to {value}")
+        super().__setattr__(name, value)
+
     # ------------------------------------------------------------------ the method
 
     def vae_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
@@ -251,9 +258,12 @@ class SPARLoss(SPARLossBase):
 
         Source: conservative values are the paper's; bound, noise (TD3), targets and weights are ours.
         """
-        target = tensordict.get(self.tensor_keys.value_target, None)
+        key = self.tensor_keys.value_target
+        target = tensordict.get(key, None)
         if target is None:
             target = self._one_step_target(tensordict)
+        else:
+            check_shape(target, (*tensordict.batch_size, 1), key)
         return self.qvalue_regression(tensordict, target.squeeze(-1))
 
     @torch.no_grad()
@@ -287,11 +297,11 @@ class SPARLoss(SPARLossBase):
             data, policy = self._qvalue(state, actions, self.target_params("qvalue_network")).unbind(1)
             values.append(self._mixed_value(part, self._lower_bound(policy)))
             traces.append((((data - policy).mean(0) + self.cut_margin) / self.cut_temperature).exp().clamp(max=1.0))
-        ends, terminated = ends.squeeze(-1), rows[under_next(keys.terminated)].squeeze(-1)
+        outcome, ends = self._outcome(rows), ends.squeeze(-1)
         following = torch.cat(values).roll(-1)  # of all rows but the last of each episode
         following[ends] = torch.cat([self._policy_value(part) for part in rows["next"][ends].split(ROWS_PER_CALL)])
         trace = (self.lmbda * torch.cat(traces).roll(-1)).masked_fill(ends, 0.0)
-        reward = self.reward_scale * rows[under_next(keys.reward)].squeeze(-1)
+        reward, terminated = (outcome[under_next(key)].squeeze(-1) for key in (keys.reward, keys.terminated))
         gamma = float(self.value_estimator.gamma) * (~terminated).to(reward)
         return discounted_sums(reward + gamma * (1 - trace) * following, gamma * trace).unsqueeze(-1)
 
@@ -300,12 +310,7 @@ class SPARLoss(SPARLossBase):
         keys = self.tensor_keys
         noise = self._noise(tensordict, keys.action_noise, tensordict[keys.action])
         next_value = self._policy_value(tensordict["next"], noise)
-        outcome = tensordict.select(*(under_next(key) for key in (keys.reward, keys.done, keys.terminated)))
-        outcome.set(under_next(keys.reward), self.reward_scale * outcome[under_next(keys.reward)])
-        outcome.set(under_next(keys.value), next_value.unsqueeze(-1))
-        # Written by TorchRL's MultiStep and by chunk_actions: gamma to the power of it.
-        steps = self.value_estimator.tensor_keys.steps_to_next_obs
-        outcome.update(tensordict.select(steps, strict=False))
+        outcome = self._outcome(tensordict).set(under_next(keys.value), next_value.unsqueeze(-1))
         return self.value_estimator.value_estimate(outcome)
 
     def _policy_value(self, tensordict: TensorDictBase, noise: Tensor | None = None) -> Tensor:
@@ -503,7 +508,8 @@ class SPARLoss(SPARLossBase):
             "trust_advantage": mean,
             "data_value_std": masked_mean(spread(qvalue[:, 0]), mask),
         }
-        return weight / masked_mean(weight, mask), metadata
+        # Of a batch of padding alone the mean is 0.
+        return weight / masked_mean(weight, mask).clamp_min(TINY), metadata
 
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
@@ -525,7 +531,7 @@ class SPARLoss(SPARLossBase):
             for name, term in terms.items():
                 out[f"loss_{name}"], metadata = term(batch)
                 out |= metadata
-        except RuntimeError:
+        except (RuntimeError, KeyError):
             self.explain(batch)
             raise
         td_error = out.pop("td_error")
@@ -563,9 +569,14 @@ class SPARLoss(SPARLossBase):
 
 
 def _check_terms(loss: SPARLoss, _: Any) -> None:
-    for term, name in ((loss.has_lsi, "lsi_coeff"), (loss.has_trust, "trust_coeff")):
-        if not term and getattr(loss, name) > 0:
-            raise InputError(f"{name}: positive in the state dict, but this loss was built with {name}=0")
+    for name in ("lsi_coeff", "trust_coeff"):
+        _check_term(loss, name, getattr(loss, name), "positive in the state dict")
+
+
+def _check_term(loss: SPARLoss, name: str, value: float | Tensor, what: str) -> None:
+    has = {"lsi_coeff": loss.has_lsi, "trust_coeff": loss.has_trust}
+    if value > 0 and not has[name]:
+        raise InputError(f"{name}: {what}, but this loss was built with {name}=0")
 
 
 def _check_options(loss: SPARLoss, scale: float, lsi: float, trust: float) -> None:

@@ -18,7 +18,7 @@ from torch import nn
 from torchrl.data import Bounded, Composite, TensorSpec, Unbounded
 
 from torchrl_spar.anchor import FrozenAnchor
-from torchrl_spar.errors import InputError, check_bounds
+from torchrl_spar.errors import InputError, check_bounds, check_built
 from torchrl_spar.networks import functional_of
 
 LOG_STD_RANGE = (-4.0, 4.0)
@@ -124,6 +124,9 @@ class ResidualHead(TensorDictModule):
         out_keys: one key: ``["residual"]`` (A) or ``["latent"]`` (B).
         init_scale: factor on the last linear layer, at construction and at every reset.
 
+    Raises:
+        InputError: for lazy parameters.
+
     Source: the residual on the anchor is the paper's; heads A and B and the small start are ours.
 
     Examples:
@@ -144,6 +147,7 @@ class ResidualHead(TensorDictModule):
         init_scale: float = 0.01,
     ) -> None:
         super().__init__(network, in_keys or ["observation", "anchor_action"], out_keys or ["residual"])
+        check_built("the head", network)
         self.init_scale = init_scale
         self._shrink()
 
@@ -292,13 +296,13 @@ def action_bounds(action_spec: TensorSpec, action_key: NestedKey = "action") -> 
             "give a torchrl.data.Bounded with the least and the largest action of the data"
         )
     if not isinstance(action_spec, Bounded) or action_spec.ndim < 1:
-        raise InputError(f"action_spec must be a torchrl.data.Bounded of shape [action_dim], got {action_spec}")
+        shape = f" of shape {tuple(action_spec.shape)}" if isinstance(action_spec, Bounded) else ""
+        raise InputError(f"action_spec must be a torchrl.data.Bounded of shape [action_dim], not a {kind}{shape}")
     # Batched environments repeat the bounds along leading dimensions.
-    lead = (0,) * (action_spec.ndim - 1)
+    bounds = [bound.flatten(0, -2) if bound.ndim > 1 else bound[None] for bound in action_spec.space]
+    if not all((bound == bound[0]).all() for bound in bounds):
+        raise InputError(f"action_spec: bounds differ along its leading dimensions, {tuple(action_spec.shape[:-1])}")
     # The networks' type, which Gymnasium's float64 spaces do not have.
-    low, high = (
-        bound[lead].to(torch.get_default_dtype(), copy=True)
-        for bound in (action_spec.space.low, action_spec.space.high)
-    )
+    low, high = (bound[0].to(torch.get_default_dtype(), copy=True) for bound in bounds)
     check_bounds("action_spec", low, high)
     return low, high

@@ -20,9 +20,10 @@ from torchrl_spar import (
     select_policy,
     support_distance,
 )
+from torchrl_spar.objective import ROWS_PER_CALL
 from torchrl_spar.ope.estimate import ValueEstimate
 from torchrl_spar.ope.fit import FQEFit, episodes_of, split_episodes
-from torchrl_spar.training.sampling import ROWS_PER_CALL, batch_size_of
+from torchrl_spar.training.sampling import batch_size_of
 
 # Held-out rows whose distance is taken, the rows of the other episodes it is taken to, and how many of the nearest.
 PROBES, REFERENCE, NEIGHBOURS = 1_000, 20_000, 5

@@ -252,7 +252,7 @@ def test_a_batch_of_other_sizes_is_named():
     with pytest.raises(InputError, match=r"anchor cannot take this batch, .*'observation': '\[6\] torch.float32 cpu'"):
         loss(batch)
     batch = make_batch(12).set("action", torch.rand(12, ACTION + 1))
-    with pytest.raises(InputError, match=r"'action' has size 4; the policy's has 3"):
+    with pytest.raises(InputError, match=r"'action' has shape \(12, 4\); this loss needs \(12, 3\)"):
         loss(batch)
     with pytest.raises(InputError, match=r"lacks \[\('next', 'reward'\)\]"):
         loss(make_batch(12).exclude(("next", "reward")))

@@ -217,6 +217,11 @@ def load_offline_dataset(
     in_memory = is_tensor_collection(source) or isinstance(source, (list, tuple, ReplayBuffer))
     name = "TensorDict" if is_tensor_collection(source) else type(source).__name__ if in_memory else str(source)
     try:
+        if isinstance(source, OfflineReplayBuffer):
+            raise InputError(
+                "it is loaded already: use it as it is; for another device or batch_size, load its source again; for "
+                "a part of its rows, see OfflineReplayBuffer"
+            )
         given = None if action_spec is None else _bounds(action_spec)
         if in_memory:
             if columns or encoder:

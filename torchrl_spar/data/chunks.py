@@ -33,7 +33,7 @@ def chunk_actions(replay_buffer: ReplayBuffer, length: int, *, gamma: float = 0.
         its last action; one that the end of the recording cuts short is left out.
 
     Raises:
-        InputError: for a length below 1, or data with no whole chunk.
+        InputError: for a length below 1, data with no whole chunk, or rows of several steps already.
 
     Source: ours; critics on chunks with rewards of several steps are those of Q-chunking
     (https://arxiv.org/abs/2507.07969). TorchRL's ``ActionChunkTransform`` and ``MultiStep`` do the same on
@@ -58,6 +58,7 @@ def chunk_actions(replay_buffer: ReplayBuffer, length: int, *, gamma: float = 0.
     if length < 1:
         raise InputError(f"length={length}: a chunk has at least 1 action")
     data = rows_of(replay_buffer)
+    returns = returns_to_go(data, gamma)
     row = torch.arange(len(data), device=data.device)
     ends = episode_ends(data).squeeze(-1).nonzero().squeeze(-1)
     last = ends[torch.searchsorted(ends, row)]
@@ -68,7 +69,7 @@ def chunk_actions(replay_buffer: ReplayBuffer, length: int, *, gamma: float = 0.
     rows = data.clone(False)
     rows["action"] = data["action"][chunks].flatten(-2)
     rows["steps_to_next_obs"] = steps
-    rows["return_to_go"] = returns_to_go(data, gamma)
+    rows["return_to_go"] = returns
     rows["next"] = data["next"][final]
     rewards = data["next", "reward"].squeeze(-1)[chunks]
     rows["next", "reward"] = (rewards * gamma**offset * (offset < steps)).sum(-1, keepdim=True)

@@ -43,7 +43,8 @@ def returns_to_go(
         Returns in the rewards' units and type, summed in float64.
 
     Raises:
-        InputError: if ``gamma`` is not within 0 to 1, or the rows are out of order.
+        InputError: if ``gamma`` is not within 0 to 1, or the rows are out of order or of several steps
+            (``"steps_to_next_obs"``).
 
     Source: ours.
 
@@ -58,6 +59,11 @@ def returns_to_go(
     """
     if not 0 <= gamma <= 1:
         raise InputError(f"gamma={gamma}: must be between 0 and 1")
+    if "steps_to_next_obs" in data.keys():
+        raise InputError(
+            "the data's rewards are sums of several steps ('steps_to_next_obs'): give the data of single steps, or "
+            "their returns (returns_to_go) as 'return_to_go'"
+        )
     reward = data["next"][reward_key]
     terminated = data["next"][terminated_key].reshape(-1)
     end = episode_ends(data, done_key=done_key, observation_key=observation_key).reshape(-1)

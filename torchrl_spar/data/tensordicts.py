@@ -63,6 +63,12 @@ def _read_part(part: TensorDictBase) -> tuple[dict[str, tuple[str, np.ndarray]],
         raise InputError("the batch size is empty; it must be [n] or [B, T]")
     with readable():
         part = _time_last(part)
+    steps = part.get("steps_to_next_obs", None)
+    if steps is not None and (steps != 1).any():
+        raise InputError(
+            "its rewards are sums of several steps ('steps_to_next_obs'), as of MultiStep or chunk_actions: load the "
+            "single steps, and put these together from what is loaded"
+        )
     valid = valid_mask(part)
     keep = None if valid is None else valid.cpu().numpy()
     raw = {}

@@ -33,7 +33,7 @@ def save_policy(policy: SPARLoss | TensorDictModuleBase, path: str | os.PathLike
         **facts: plain values kept beside the weights, e.g. ``env="Hopper-v5"``.
 
     Raises:
-        InputError: if a fact is no plain value, or the file cannot be written.
+        InputError: if the policy is none, a fact is no plain value, or the file cannot be written.
 
     Source: ours.
 
@@ -50,6 +50,8 @@ def save_policy(policy: SPARLoss | TensorDictModuleBase, path: str | os.PathLike
         (True, {'env': 'Toy-v0'})
     """
     policy = policy.actor if isinstance(policy, SPARLoss) else policy
+    if not isinstance(policy, TensorDictModuleBase):
+        raise InputError(f"policy: a {type(policy).__name__}; give an actor (a TensorDictModule) or a SPARLoss")
     content = {
         "format": FORMAT,
         "architecture": policy.architecture if _is_default(policy) else None,

@@ -12,8 +12,8 @@ from torchrl.data import ReplayBuffer
 from torchrl.envs.utils import ExplorationType
 
 from torchrl_spar.errors import InputError, check_options
+from torchrl_spar.objective import ROWS_PER_CALL
 from torchrl_spar.ope.fit import FQEFit, episodes_of, fit_fqe, split_episodes
-from torchrl_spar.training.sampling import ROWS_PER_CALL
 
 # Draws of a stochastic policy's action in each state.
 ACTION_DRAWS = 8
@@ -92,7 +92,7 @@ def estimate_value(
         :class:`ValueEstimate`: ``mean, (low, high)``.
 
     Raises:
-        InputError: as :func:`fit_fqe`, or if a density is missing.
+        InputError: as :func:`fit_fqe`, or if a density is missing, or zero for actions of the data.
         NonFiniteError: as :func:`fit_fqe`.
 
     Source: FQE, Le et al. 2019; weighted doubly robust, Thomas and Brunskill 2016 (https://arxiv.org/abs/1604.00923);
@@ -116,6 +116,7 @@ def estimate_value(
         terms = behaviour_terms(split_episodes(episodes_of(data, gamma), held_out, seed)[1])
     else:
         if behaviour is not None:
+            check_densities(policy, behaviour)
             options.setdefault("exploration_type", ExplorationType.RANDOM)
         fit = fit_fqe(policy, data, gamma=gamma, held_out=held_out, seed=seed, **options)
         terms = episode_terms(fit, policy, behaviour)
@@ -145,12 +146,21 @@ def episode_terms(
     if behaviour is None:
         log_ratio = torch.cat([loss.trace(chunk) for chunk in chunks]).double().log()
     else:
-        log_ratio = torch.cat([log_density(policy, chunk) - log_density(behaviour, chunk) for chunk in chunks])
+        log_policy, log_behaviour = (
+            torch.cat([log_density(each, chunk) for chunk in chunks]) for each in (policy, behaviour)
+        )
+        if not (log_behaviour.isfinite().all() and (log_policy < torch.inf).all()):
+            raise InputError(
+                "behaviour: it gives actions of the data a density of zero, or a density is NaN or infinite, so there "
+                "are no importance weights: give the policy that collected the data, or leave behaviour out"
+            )
+        log_ratio = log_policy - log_behaviour
     at, valid = _grid(rows)
     # After its end an episode keeps its weight.
     log_weight = torch.where(valid, log_ratio[at], 0).cumsum(1)
     if behaviour is not None:
-        log_weight = log_weight - log_weight.amax(0)  # it cancels, and nothing overflows
+        # It cancels, and nothing overflows; where no episode acts as the policy may, all weights are 0.
+        log_weight = log_weight - log_weight.amax(0).clamp_min(torch.finfo(torch.float64).min)
     steps = torch.arange(valid.shape[1], device=valid.device, dtype=torch.float64)
     gamma = loss.value_estimator.gamma.double()
     residual = torch.where(valid, residual[:, at], 0) * gamma**steps
@@ -164,13 +174,18 @@ def behaviour_terms(rows: TensorDictBase) -> EpisodeTerms:
     return EpisodeTerms(initial, none, none[0], False)
 
 
+def check_densities(*policies: TensorDictModuleBase) -> None:
+    """Refuses policies without a density, before anything is fitted."""
+    for policy in policies:
+        if not hasattr(policy, "get_dist"):
+            raise InputError(
+                f"{type(policy).__name__} has no density (get_dist), which importance weights need: give a "
+                "ProbabilisticActor, or leave behaviour out"
+            )
+
+
 def log_density(policy: TensorDictModuleBase, rows: TensorDictBase) -> Tensor:
     """Log density ``[N]``, in float64, of the data's actions."""
-    if not hasattr(policy, "get_dist"):
-        raise InputError(
-            f"{type(policy).__name__} has no density (get_dist), which importance weights need: give a "
-            "ProbabilisticActor, or leave behaviour out"
-        )
     log_prob = policy.get_dist(rows.select(*policy.in_keys)).log_prob(rows["action"])
     return log_prob.reshape(len(rows), -1).sum(-1).double()
 

@@ -22,9 +22,10 @@ from torchrl_spar.data.rows import rows_of
 from torchrl_spar.errors import InputError, check_options
 from torchrl_spar.ope.objective import FQELoss
 from torchrl_spar.ope.stacked import StackedFQELoss
-from torchrl_spar.training.pretrain import Report, _fit
+from torchrl_spar.training.asking import actions_of
+from torchrl_spar.training.pretrain import Report, _fit, varies
 from torchrl_spar.training.progress import Progress
-from torchrl_spar.training.sampling import ROWS_PER_CALL, Batches, batch_size_of
+from torchrl_spar.training.sampling import Batches, batch_size_of
 
 MASK = ("collector", "mask")
 
@@ -119,7 +120,8 @@ def fit_fqe_each(
         By name, :class:`FQEFit`: the loss and the held-out rows.
 
     Raises:
-        InputError: without a policy, for an option out of range, data of fewer than four episodes or out of order.
+        InputError: without a policy, for an option out of range, data of fewer than four episodes or out of order,
+            or a policy that cannot take the data or writes actions of another shape, NaN or infinity.
         NonFiniteError: within 100 steps of a loss or parameter that is NaN or infinite.
 
     Source: Le et al. 2019 (https://arxiv.org/abs/1903.08738); the warm start, traces and ensemble are ours.
@@ -134,6 +136,8 @@ def fit_fqe_each(
         torch.Size([5, 10])
     """
     batch_size = batch_size_of(data)
+    if isinstance(qvalue_network, TensorDictModuleBase):
+        raise InputError("qvalue_network: one critic; give a list, whose length is the number of critics")
     is_fixed = exploration_type is ExplorationType.DETERMINISTIC
     check_options(
         (len(policies) > 0, "policies", policies, "one at least"),
@@ -157,9 +161,8 @@ def fit_fqe_each(
         loss.make_value_estimator(gamma=gamma)
         keep = list(dict.fromkeys([*loss.in_keys, "return_to_go", "episode", "steps_to_next_obs"]))
         train, held = (part.select(*keep, strict=False) for part in parts)
-        if is_fixed:
-            for part in (train, held):
-                _add_policy_actions(loss, part)
+        for part in (train, held):
+            _add_policy_actions(loss, part, is_fixed)
         trains.append(train)
         fits[name] = FQEFit(loss, held)
     losses, train = [fit.loss for fit in fits.values()], trains[0]
@@ -192,8 +195,7 @@ def fit_fqe_each(
 
 def _warm_start(loss: FQELoss, returns: Tensor, batches: Batches, steps: int, lr: float) -> None:
     """Regression on the returns-to-go, which also give the scale of the rewards."""
-    spread = returns.std()
-    loss.reward_scale.copy_(1 / spread if spread > 0 else torch.ones(()))
+    loss.reward_scale.copy_(1 / returns.std() if varies(returns) else torch.ones(()))
 
     def regression(batch: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
         return loss.qvalue_regression(batch, batch["return_to_go"].squeeze(-1) * loss.reward_scale)
@@ -212,8 +214,6 @@ def episodes_of(data: ReplayBuffer, gamma: float) -> TensorDictBase:
     """The rows ``[N]`` in order, with their ``"episode"`` ``[N]`` 0, 1, ... and ``"return_to_go"`` ``[N, 1]``."""
     rows = rows_of(data).copy()
     if "return_to_go" not in rows.keys():
-        if "steps_to_next_obs" in rows.keys():
-            raise InputError("rewards of several steps ('steps_to_next_obs'): give 'return_to_go' of the single steps")
         rows.set("return_to_go", returns_to_go(rows, gamma))
     end = episode_ends(rows).reshape(-1)
     return rows.set("episode", end.cumsum(0) - end.long())
@@ -247,17 +247,15 @@ def _critics(data: ReplayBuffer, count: int, hidden: Sequence[int], seed: int) -
         return [make.qvalue() for _ in range(count)]
 
 
-def _add_policy_actions(loss: FQELoss, rows: TensorDictBase) -> None:
-    """Asks a deterministic policy once for each state."""
-    policy = loss.actor_network
+def _add_policy_actions(loss: FQELoss, rows: TensorDictBase, is_fixed: bool) -> None:
+    """Asks a deterministic policy once for each state; of another, tries the first row alone."""
+    if_random = ", even its mode; give exploration_type=ExplorationType.RANDOM" if is_fixed else None
+    rows = rows if is_fixed else rows[:1]
     for state in (rows, rows["next"]):
-        if missing := [key for key in policy.in_keys if key not in state.keys(True)]:
-            raise InputError(f"the data lacks {missing}, which the policy reads")
-        actions = torch.cat([loss.policy_action(chunk) for chunk in state.select(*policy.in_keys).split(ROWS_PER_CALL)])
-        state.set("policy_action", actions)
-    first = rows[:1].select(*policy.in_keys)
-    if not torch.allclose(loss.policy_action(first), rows[:1]["policy_action"], atol=1e-4):
-        raise InputError("the policy's action is random, even its mode: give exploration_type=ExplorationType.RANDOM")
+        policy = "the policy", loss.policy_action, loss.actor_network.in_keys
+        actions = actions_of(*policy, state, rows["action"], if_random=if_random)
+        if is_fixed:
+            state.set("policy_action", actions)
 
 
 def _bootstrap_weights(episode: Tensor, members: int, generator: torch.Generator) -> Tensor:

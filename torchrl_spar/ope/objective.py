@@ -20,7 +20,7 @@ from torchrl.envs.utils import ExplorationType
 
 from torchrl_spar.anchor import FrozenAnchor
 from torchrl_spar.conventions import Conventions, masked_mean, under_next
-from torchrl_spar.errors import InputError, check_options
+from torchrl_spar.errors import InputError, check_built, check_options
 from torchrl_spar.functional import call, call_ensemble
 
 
@@ -148,6 +148,7 @@ class FQELoss(Conventions):
         action_key = next((key for key in written if key in read), None)
         if action_key is None:
             raise InputError(f"the critic reads {read}, none of what the actor writes: {written}")
+        check_built("qvalue_network", *critics)
         frozen = FrozenAnchor(actor_network, action_key=action_key, exploration_type=exploration_type)
         self.convert_to_functional(frozen, "actor_network")
         # A list of one is converted without the dimension E: with it, tensordict calls its parameters buffers.
@@ -234,11 +235,8 @@ class FQELoss(Conventions):
         """One-step targets and next values, ``[E, *B]``, scaled."""
         keys, following = self.tensor_keys, tensordict["next"]
         next_value = self._qvalue(following, self.policy_action(following), params)
-        names = [under_next(key) for key in (keys.reward, keys.done, keys.terminated)]
-        # Written by TorchRL's MultiStep and by chunk_actions: gamma to the power of it.
-        outcome = tensordict.select(*names, self.value_estimator.tensor_keys.steps_to_next_obs, strict=False)
+        outcome = self._outcome(tensordict)
         outcome = outcome.expand(len(next_value), *outcome.batch_size).clone(False)
-        outcome.set(under_next(keys.reward), self.reward_scale * outcome[under_next(keys.reward)])
         outcome.set(under_next(keys.value), next_value.unsqueeze(-1))
         return self.value_estimator.value_estimate(outcome).squeeze(-1), next_value
 

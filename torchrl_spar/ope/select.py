@@ -16,6 +16,7 @@ from torchrl_spar.errors import InputError, check_options
 from torchrl_spar.ope.estimate import (
     ValueEstimate,
     bootstrap,
+    check_densities,
     episode_terms,
     estimates_of_critics,
     with_interval,
@@ -132,8 +133,12 @@ def select_policy(
         raise InputError("select_policy needs at least one candidate, and with a mapping anchor=... to fall back to")
     if "anchor" in candidates:
         raise InputError("candidates: 'anchor' is the name of the policy to fall back to; name the candidate otherwise")
-    check_options((0 < confidence < 1, "confidence", confidence, "between 0 and 1, exclusive"))
+    check_options(
+        (0 < confidence < 1, "confidence", confidence, "between 0 and 1, exclusive"),
+        (draws >= 2, "draws", draws, "at least 2"),
+    )
     if behaviour is not None:
+        check_densities(anchor, *candidates.values(), behaviour)
         options.setdefault("exploration_type", ExplorationType.RANDOM)
     start = fit_fqe(anchor, data, seed=seed, **{**options, "steps": 0})
     options = {**options, "seed": seed, "start": start.loss}

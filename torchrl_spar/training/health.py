@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 from torchrl.data import ReplayBuffer
 
+from torchrl_spar.data.rows import whole_of
 from torchrl_spar.errors import NonFiniteError
 from torchrl_spar.objective import SPARLoss
 from torchrl_spar.training.shift import CoherentShift
@@ -100,7 +101,7 @@ class HealthCheck:
     """
 
     def __init__(self, loss: SPARLoss, replay_buffer: ReplayBuffer) -> None:
-        reward = loss.reward_scale * replay_buffer[:]["next", loss.tensor_keys.reward]
+        reward = loss.reward_scale * whole_of(replay_buffer)["next", loss.tensor_keys.reward]
         horizon = 1 / max(1 - float(loss.value_estimator.gamma), torch.finfo(torch.float32).tiny)
         low, high = min(0.0, float(reward.min())) * horizon, max(0.0, float(reward.max())) * horizon
         #: Of a value, in the loss's units.

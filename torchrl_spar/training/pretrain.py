@@ -99,6 +99,8 @@ def pretrain(
         return {"compile": compile, **phase, "progress": progress, "report": report and report(name)}
 
     if not isinstance(anchor, TensorDictModuleBase):
+        if not isinstance(anchor, Mapping):
+            raise InputError(f"anchor: a {type(anchor).__name__}; give a TensorDictModule, or options of fit_anchor")
         sizes = {name: options[name] for name in ("hidden", "device") if name in options}
         anchor = fit_anchor(keep("anchor", make_anchor(data, **sizes)), data, **part("anchor", anchor))
     loss = keep("loss", make_spar_loss(data, anchor=anchor, **{"joint_vae": False, **options}))
@@ -164,7 +166,13 @@ def fit_anchor(
 
     def cloning(batch: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
         if writes_action_alone:  # the same number, without what passing the parameters to the loss costs
-            return mse_loss(actor(batch.select(*actor.in_keys))[key], batch[key]), {}
+            action = actor(batch.select(*actor.in_keys))[key]
+            if action.shape != batch[key].shape:  # would be repeated along the data's
+                raise InputError(
+                    f"the actor writes actions of shape {tuple(action.shape)}, the data's are of shape "
+                    f"{tuple(batch[key].shape)}"
+                )
+            return mse_loss(action, batch[key]), {}
         return loss(batch)["loss_bc"], {}
 
     batches = batches_of(replay_buffer)
@@ -213,7 +221,8 @@ def fit_vae(
     loss.residual_scale = measure_residual_scale(loss, replay_buffer)
     params, batches = loss.residual_vae_params, batches_of(replay_buffer)
     # Head B's target holds the decoder, too.
-    options: dict[str, Any] = {"finish": loss.sync_targets, "explain": loss.explain, "compile": compile}
+    explain = partial(loss.explain, following=False)
+    options: dict[str, Any] = {"finish": loss.sync_targets, "explain": explain, "compile": compile}
     _fit("loss_vae", loss.vae_loss, params, batches, steps, lr, progress or Progress(), report, **options)
     return loss
 
@@ -267,15 +276,10 @@ def fit_critics(
     data = rows_of(replay_buffer)
     returns = data.get("return_to_go", None)
     if returns is None:
-        if "steps_to_next_obs" in data.keys():
-            raise InputError(
-                "the data's rewards are sums of several steps ('steps_to_next_obs'): give the returns of the single "
-                "steps (returns_to_go) as 'return_to_go'"
-            )
         keys = {f"{name}_key": getattr(loss.tensor_keys, name) for name in ("reward", "done", "terminated")}
         returns = returns_to_go(data, float(loss.value_estimator.gamma), **keys)
-    varies = _varies(data["next"][loss.tensor_keys.reward]) and _varies(returns)
-    loss.reward_scale.copy_(1 / returns.std() if varies else torch.ones(()))
+    has_scale = varies(data["next"][loss.tensor_keys.reward]) and varies(returns)
+    loss.reward_scale.copy_(1 / returns.std() if has_scale else torch.ones(()))
     # Not strict: the anchor is not asked here.
     rows = data.select(*loss.in_keys, strict=False).exclude("next").set("return", returns * loss.reward_scale)
 
@@ -286,7 +290,8 @@ def fit_critics(
 
     progress = progress or Progress()
     params = loss.qvalue_network_params
-    options: dict[str, Any] = {"explain": getattr(loss, "explain", None), "compile": compile}
+    explain = partial(loss.explain, following=False) if isinstance(loss, SPARLoss) else None
+    options: dict[str, Any] = {"explain": explain, "compile": compile}
     finish = partial(loss.sync_targets, "qvalue_network")
     _fit("loss_qvalue", regression, params, batches, steps, lr, progress, report, finish=finish, **options)
     if loss.value_mix > 0:
@@ -295,7 +300,7 @@ def fit_critics(
     return loss
 
 
-def _varies(values: Tensor) -> bool:
+def varies(values: Tensor) -> bool:
     """Whether the values vary by more than rounding: constant rewards have no scale."""
     values = values.double()
     return bool(values.max() - values.min() > 1e-6 * values.abs().mean())
@@ -368,7 +373,7 @@ def _fit(
         set_lr(optimizer, lr * cosine(step - 1, steps))
         try:
             metrics = descend(batch)
-        except RuntimeError:
+        except (RuntimeError, KeyError):
             if explain is not None:
                 explain(batch)
             raise

@@ -7,8 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from tensordict import NestedKey, TensorDictBase
-from tensordict.nn import TensorDictModuleBase
+from tensordict import TensorDictBase
 from torchrl.data import ImmutableDatasetWriter, RandomSampler, ReplayBuffer, TensorDictReplayBuffer, TensorStorage
 
 from torchrl_spar.conventions import under_next
@@ -16,7 +15,8 @@ from torchrl_spar.data.buffer import OfflineReplayBuffer
 from torchrl_spar.data.returns import episode_ends
 from torchrl_spar.data.rows import MASK_KEYS, valid_mask, whole_of
 from torchrl_spar.errors import InputError, check_options
-from torchrl_spar.objective import ROWS_PER_CALL, SPARLoss
+from torchrl_spar.objective import SPARLoss
+from torchrl_spar.training.asking import actions_of
 
 # What the data holds beside the loss's in_keys: see fit_critics and chunk_actions.
 BESIDE = ("episode", "return_to_go", "steps_to_next_obs", *MASK_KEYS)
@@ -42,7 +42,8 @@ def with_anchor_actions(loss: SPARLoss, replay_buffer: ReplayBuffer) -> TensorDi
         ``anchor_action`` ``[N, action_dim]`` at the root and under ``"next"``.
 
     Raises:
-        InputError: if the data lacks what the anchor reads, or the anchor's action is random.
+        InputError: if the data lacks what the anchor reads, or the anchor cannot take it, writes actions of another
+            shape, NaN or infinity, or draws its actions.
 
     Source: ours.
 
@@ -55,9 +56,12 @@ def with_anchor_actions(loss: SPARLoss, replay_buffer: ReplayBuffer) -> TensorDi
     rows = whole_of(replay_buffer).select(*loss.in_keys, *BESIDE, strict=False)
     anchor, key = loss.anchor, loss.tensor_keys.action
     for state in (rows, rows["next"]):
-        _check_anchor(anchor, state, key)
-        chunks = state.select(*anchor.in_keys).split(ROWS_PER_CALL)
-        actions = torch.cat([anchor(chunk)[key] for chunk in chunks])
+        actions = actions_of(
+            "the anchor", lambda part: anchor(part)[key], anchor.in_keys, state, rows[key],
+            if_missing=": put its actions into the data as 'anchor_action' and ('next', 'anchor_action'); a recurrent "
+            "one is to be run along each episode, see FrozenAnchor",
+            if_random=", even under ExplorationType.DETERMINISTIC; fix its noise, see FrozenAnchor",
+        )  # fmt: skip
         state.set(loss.tensor_keys.anchor_action, actions)
     return _fixed_buffer(rows, replay_buffer.batch_size)
 
@@ -73,8 +77,9 @@ def with_value_targets(loss: SPARLoss, replay_buffer: ReplayBuffer) -> TensorDic
         replay_buffer: the data in order, with the anchor's actions (:func:`with_anchor_actions`).
 
     Returns:
-        The same buffer where it holds ``value_target`` already, which is overwritten; else one that shares its memory
-        and holds ``value_target`` ``[N, 1]`` beside.
+        The same buffer where it holds ``value_target`` already, which is overwritten; else one with uniform sampling
+        that shares its memory and holds ``value_target`` ``[N, 1]`` beside. So it is, too, where what is read of a
+        buffer is a copy (lists, ensembles, transforms).
 
     Raises:
         InputError: if the rows are out of order, or steps of several (``"steps_to_next_obs"``).
@@ -90,14 +95,15 @@ def with_value_targets(loss: SPARLoss, replay_buffer: ReplayBuffer) -> TensorDic
         ...         rows = with_value_targets(loss, rows)
         ...     losses = loss(rows.sample())
     """
-    rows, keys = replay_buffer[:], loss.tensor_keys
+    rows, key = whole_of(replay_buffer), loss.tensor_keys.value_target
     if not has_trajectories(loss, replay_buffer):
         raise InputError("targets along trajectories need lmbda > 0 and rows [N] of single steps, without a mask")
-    targets = loss.value_targets(rows, episode_ends(rows, done_key=keys.done))
-    if keys.value_target in rows.keys(True):
-        rows[keys.value_target].copy_(targets)
+    targets = loss.value_targets(rows, episode_ends(rows, done_key=loss.tensor_keys.done))
+    # A list stacks its rows anew whenever it is read, so that what is written there is lost.
+    if key in rows.keys(True) and rows[key].data_ptr() == whole_of(replay_buffer)[key].data_ptr():
+        rows[key].copy_(targets)
         return replay_buffer
-    rows = rows.copy().set(keys.value_target, targets)
+    rows = rows.copy().set(key, targets)
     return _fixed_buffer(rows, replay_buffer.batch_size)
 
 
@@ -133,7 +139,7 @@ def with_member_weights(
         (torch.Size([32, 4]), tensor([4.]))
     """
     check_options((0 < share <= 1, "share", share, "above 0, at most 1"))
-    rows, members = replay_buffer[:], loss.num_qvalue_nets
+    rows, members = whole_of(replay_buffer), loss.num_qvalue_nets
     count = max(1, round(share * members))
     if count == members or rows.ndim > 1:
         return replay_buffer
@@ -149,7 +155,7 @@ def with_member_weights(
 
 def has_trajectories(loss: SPARLoss, replay_buffer: ReplayBuffer) -> bool:
     """Whether targets can follow the data: rows ``[N]`` of single steps, and a loss that asks for them."""
-    rows = replay_buffer[:]
+    rows = whole_of(replay_buffer)
     return loss.lmbda > 0 and rows.ndim == 1 and valid_mask(rows) is None and "steps_to_next_obs" not in rows.keys()
 
 
@@ -163,20 +169,6 @@ def batch_size_of(replay_buffer: ReplayBuffer) -> int:
     if replay_buffer.batch_size is None:
         raise InputError("the replay buffer has no batch_size: build it with batch_size=...")
     return replay_buffer.batch_size
-
-
-def _check_anchor(anchor: TensorDictModuleBase, state: TensorDictBase, action_key: NestedKey) -> None:
-    if missing := [key for key in anchor.in_keys if key not in state.keys(True)]:
-        raise InputError(
-            f"the data lacks {missing}, which the anchor reads: put its actions into the data as 'anchor_action' and "
-            "('next', 'anchor_action'); a recurrent one is to be run along each episode, see FrozenAnchor"
-        )
-    first, again = (anchor(state[:1].select(*anchor.in_keys))[action_key] for _ in range(2))
-    if not torch.equal(first, again):
-        raise InputError(
-            "the anchor's action is random: asked again, it gives another one to the same state, even under "
-            "ExplorationType.DETERMINISTIC; fix its noise, see FrozenAnchor"
-        )
 
 
 def batches_of(replay_buffer: ReplayBuffer) -> Batches:
@@ -253,9 +245,9 @@ class BatchSampler(Iterator[TensorDictBase]):
         check_options(
             (target_interval is None or target_interval >= 1, "target_interval", target_interval, "at least 1, or None")
         )
-        if keys.anchor_action not in replay_buffer[:1].keys(True):
+        if keys.anchor_action not in whole_of(replay_buffer).keys(True):
             replay_buffer = with_anchor_actions(loss, replay_buffer)
-        self.loss, self.data = loss, replay_buffer[:]
+        self.loss, self.data = loss, whole_of(replay_buffer)
         self.shape = (length, batch_size_of(replay_buffer))
         self.generator = torch.Generator(self.data[keys.action].device).manual_seed(seed)
         self.rows = self.data.exclude("episode", "return_to_go", keys.value_target)

@@ -8,7 +8,7 @@ from torch import Tensor
 from torchrl.data import ReplayBuffer
 
 from torchrl_spar.data.returns import OrderError, episode_ends
-from torchrl_spar.data.rows import valid_mask
+from torchrl_spar.data.rows import valid_mask, whole_of
 from torchrl_spar.objective import SPARLoss
 
 # Rows in a window; ages that are looked at; windows of an age that tell what is usual, and the most that are kept.
@@ -49,7 +49,7 @@ class CoherentShift:
     def __init__(self, loss: SPARLoss, replay_buffer: ReplayBuffer) -> None:
         self.loss = loss
         self.windows: list[tuple[TensorDictBase, Tensor, Tensor]] = []
-        rows, key = replay_buffer[:], loss.tensor_keys.action
+        rows, key = whole_of(replay_buffer), loss.tensor_keys.action
         for index in _windows(rows, loss):
             state = rows[index].select(*loss.actor.in_keys)
             anchor = loss.anchor(state.clone(False))[key]

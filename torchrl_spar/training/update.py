@@ -178,7 +178,7 @@ class SPARUpdate:
         """One update on a batch ``[*B]`` (``[S, B]`` for S seeds); see :meth:`run`."""
         try:
             return self.run(batch.unsqueeze(0))
-        except RuntimeError:
+        except (RuntimeError, KeyError):
             if isinstance(self.loss, SPARLoss):
                 self.loss.explain(batch)
             raise
