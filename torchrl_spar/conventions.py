@@ -15,8 +15,8 @@ from torchrl.objectives.common import LossModule
 from torchrl.objectives.utils import ValueEstimators, dispatch_value_estimator, distance_loss
 from torchrl.objectives.value import ValueEstimatorBase
 
-from torchrl_spar.data.rows import MASK_KEYS
-from torchrl_spar.errors import InputError, check_built, check_options, first_line
+from torchrl_spar.data.rows import MASK_KEYS, under_next
+from torchrl_spar.errors import InputError, check_bool, check_built, check_options, first_line
 from torchrl_spar.functional import call, call_ensemble
 from torchrl_spar.residual import ResidualVAE, SPARActor
 
@@ -134,7 +134,7 @@ class Conventions(LossModule):
         for key in (reward, *flags):
             check_shape(outcome[key], (*tensordict.batch_size, 1), key)
         for key in flags:
-            check_bool(outcome[key], key)  # TorchRL's ~terminated is -1 or 255 for other types
+            check_bool(outcome[key], key)
         # Written by TorchRL's MultiStep and by chunk_actions: gamma to the power of it.
         outcome.update(tensordict.select(self.value_estimator.tensor_keys.steps_to_next_obs, strict=False))
         return outcome.set(reward, self.reward_scale * outcome[reward])
@@ -511,16 +511,6 @@ class SPARLossBase(Conventions):
         return torch.randn_like(like) if noise is None else check_shape(noise, like.shape, key)
 
 
-def under_next(key: NestedKey) -> NestedKey:
-    """The key of the following state.
-
-    Examples:
-        >>> under_next("reward"), under_next(("robot", "reward"))
-        (('next', 'reward'), ('next', 'robot', 'reward'))
-    """
-    return ("next", *key) if isinstance(key, tuple) else ("next", key)
-
-
 def check_shape(entry: Tensor, shape: Sequence[int], key: NestedKey) -> Tensor:
     """The entry itself; an :class:`~torchrl_spar.InputError` where it is not of this shape.
 
@@ -532,20 +522,6 @@ def check_shape(entry: Tensor, shape: Sequence[int], key: NestedKey) -> Tensor:
     """
     if entry.shape != torch.Size(shape):
         raise InputError(f"{key!r} has shape {tuple(entry.shape)}; this loss needs {tuple(shape)}")
-    return entry
-
-
-def check_bool(entry: Tensor, key: NestedKey) -> Tensor:
-    """The entry itself; an :class:`~torchrl_spar.InputError` where it is not of type bool.
-
-    Examples:
-        >>> check_bool(torch.zeros(5, 1), "done")
-        Traceback (most recent call last):
-            ...
-        torchrl_spar.errors.InputError: 'done' is of type torch.float32; it must be torch.bool: ...
-    """
-    if entry.dtype != torch.bool:
-        raise InputError(f"{key!r} is of type {entry.dtype}; it must be torch.bool: convert the data's by .bool()")
     return entry
 
 

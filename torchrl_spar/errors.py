@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
+from tensordict import NestedKey, TensorDictBase
 
 
 class InputError(ValueError):
@@ -76,6 +78,34 @@ def check_built(name: str, *modules: torch.nn.Module) -> None:
         for key, parameter in module.named_parameters():
             if torch.nn.parameter.is_lazy(parameter):
                 raise InputError(f"{name}: parameter {key!r} is lazy: call the network once before")
+
+
+def check_bool(entry: torch.Tensor, key: NestedKey) -> torch.Tensor:
+    """The entry itself, refused where it is not of type bool: the ``~`` of other types is no "not".
+
+    Examples:
+        >>> check_bool(torch.zeros(5, 1), "done")
+        Traceback (most recent call last):
+            ...
+        torchrl_spar.errors.InputError: 'done' is of type torch.float32; it must be torch.bool: ...
+    """
+    if entry.dtype != torch.bool:
+        raise InputError(f"{key!r} is of type {entry.dtype}; it must be torch.bool: convert the data's by .bool()")
+    return entry
+
+
+def check_present(rows: TensorDictBase, keys: Iterable[NestedKey]) -> None:
+    """Refuses data that lacks one of the entries.
+
+    Examples:
+        >>> from tensordict import TensorDict
+        >>> check_present(TensorDict({"action": torch.zeros(5, 2)}, [5]), ["action", ("next", "reward")])
+        Traceback (most recent call last):
+            ...
+        torchrl_spar.errors.InputError: the data lacks [('next', 'reward')]
+    """
+    if missing := [key for key in keys if rows.get(key, None) is None]:
+        raise InputError(f"the data lacks {missing}")
 
 
 def check_device(device: Any) -> None:

@@ -29,8 +29,9 @@ from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase, dispatch
 from torch import Tensor
 
-from torchrl_spar.conventions import SPARLossBase, check_shape, masked_mean, under_next
+from torchrl_spar.conventions import SPARLossBase, check_shape, masked_mean
 from torchrl_spar.data.returns import discounted_sums
+from torchrl_spar.data.rows import under_next
 from torchrl_spar.ensemble import Bound, lower_bound, spread
 from torchrl_spar.errors import InputError, check_options
 from torchrl_spar.residual import ResidualVAE, SPARActor

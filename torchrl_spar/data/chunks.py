@@ -7,7 +7,7 @@ from torchrl.data import ImmutableDatasetWriter, ReplayBuffer, TensorDictReplayB
 
 from torchrl_spar.data.returns import episode_ends, returns_to_go
 from torchrl_spar.data.rows import rows_of
-from torchrl_spar.errors import InputError
+from torchrl_spar.errors import InputError, check_present
 
 
 def chunk_actions(replay_buffer: ReplayBuffer, length: int, *, gamma: float = 0.99) -> TensorDictReplayBuffer:
@@ -59,6 +59,9 @@ def chunk_actions(replay_buffer: ReplayBuffer, length: int, *, gamma: float = 0.
         raise InputError(f"length={length}: a chunk has at least 1 action")
     data = rows_of(replay_buffer)
     returns = returns_to_go(data, gamma)
+    check_present(data, ["action"])
+    if data["action"].ndim != 2:
+        raise InputError(f"'action' has shape {tuple(data['action'].shape)}; it must be [N, action_dim]")
     row = torch.arange(len(data), device=data.device)
     ends = episode_ends(data).squeeze(-1).nonzero().squeeze(-1)
     last = ends[torch.searchsorted(ends, row)]

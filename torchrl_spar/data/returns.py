@@ -9,7 +9,8 @@ from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
 
 from torchrl_spar.data.order import find_links, is_cut
-from torchrl_spar.errors import InputError
+from torchrl_spar.data.rows import under_next
+from torchrl_spar.errors import InputError, check_bool, check_present
 
 
 class OrderError(InputError):
@@ -64,8 +65,13 @@ def returns_to_go(
             "the data's rewards are sums of several steps ('steps_to_next_obs'): give the data of single steps, or "
             "their returns (returns_to_go) as 'return_to_go'"
         )
+    check_present(data, [under_next(key) for key in (reward_key, done_key, terminated_key)])
     reward = data["next"][reward_key]
-    terminated = data["next"][terminated_key].reshape(-1)
+    if reward.numel() != len(data):
+        raise InputError(
+            f"{reward_key!r} has shape {tuple(reward.shape)}; there must be one for each of {len(data)} rows"
+        )
+    terminated = check_bool(data["next"][terminated_key], terminated_key).reshape(-1)
     end = episode_ends(data, done_key=done_key, observation_key=observation_key).reshape(-1)
     returns = discounted_sums(reward.reshape(-1).double(), gamma * (~end).double())
     cut = end & ~terminated
@@ -95,7 +101,8 @@ def episode_ends(
         observation_key: at the root and under ``"next"``; where it is missing, the flags alone decide.
 
     Raises:
-        InputError: if the next observations are those of other rows, so that the rows are shuffled or interleaved.
+        InputError: if the next observations are those of other rows, so that the rows are shuffled or interleaved, or
+            of another shape; if there is no ``done`` of type bool, or the rows are sequences ``[B, T]``.
 
     Examples:
         >>> from tensordict import TensorDict
@@ -103,13 +110,19 @@ def episode_ends(
         >>> episode_ends(TensorDict({"next": {"done": done}, "episode": torch.tensor([0, 1, 2])}, [3])).flatten()
         tensor([True, True, True])
     """
-    done = data["next"][done_key]
+    if data.ndim != 1:
+        raise InputError(f"episodes are those of rows [N] in order, not of {tuple(data.shape)}")
+    check_present(data, [under_next(done_key)])
+    done = check_bool(data["next"][done_key], done_key)
     end = done.reshape(-1).clone()
     if "episode" in data.keys():
         episode = data["episode"].reshape(len(end), -1)[:, 0]
         end[:-1] |= episode[1:] != episode[:-1]
     observation, following = data.get(observation_key, None), data["next"].get(observation_key, None)
     if isinstance(observation, Tensor) and isinstance(following, Tensor):
+        if observation.shape != following.shape:
+            shapes = f"{tuple(observation.shape)} and {tuple(following.shape)}"
+            raise InputError(f"{observation_key!r} and the next ones are of different shapes, {shapes}")
         links = find_links(observation, following, end)
         if links.continued.any():
             raise OrderError(

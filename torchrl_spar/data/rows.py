@@ -17,6 +17,16 @@ MASK_KEYS: tuple[NestedKey, ...] = ("mask", ("collector", "mask"))
 ID_KEYS: tuple[NestedKey, ...] = ("episode", ("collector", "traj_ids"), "traj_ids")
 
 
+def under_next(key: NestedKey) -> NestedKey:
+    """The key of the following state.
+
+    Examples:
+        >>> under_next("reward"), under_next(("robot", "reward"))
+        (('next', 'reward'), ('next', 'robot', 'reward'))
+    """
+    return ("next", *key) if isinstance(key, tuple) else ("next", key)
+
+
 def parts_of(source: Any) -> Iterator[TensorDictBase]:
     """The TensorDicts ``[n]`` or ``[..., T]`` that a source is made of.
 

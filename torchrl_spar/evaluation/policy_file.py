@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 from tensordict.nn import TensorDictModuleBase
+from torchrl.objectives.common import LossModule
 
 from torchrl_spar.build import rebuild_actor
-from torchrl_spar.errors import InputError, first_line
+from torchrl_spar.errors import InputError, check_device, first_line
 from torchrl_spar.objective import SPARLoss
 from torchrl_spar.paths import user_path
 
@@ -50,8 +51,7 @@ def save_policy(policy: SPARLoss | TensorDictModuleBase, path: str | os.PathLike
         (True, {'env': 'Toy-v0'})
     """
     policy = policy.actor if isinstance(policy, SPARLoss) else policy
-    if not isinstance(policy, TensorDictModuleBase):
-        raise InputError(f"policy: a {type(policy).__name__}; give an actor (a TensorDictModule) or a SPARLoss")
+    _check_actor(policy)
     content = {
         "format": FORMAT,
         "architecture": policy.architecture if _is_default(policy) else None,
@@ -95,7 +95,8 @@ def load_policy(
         The policy, raw ``observation -> action``, and the facts saved with it.
 
     Raises:
-        InputError: if the file is missing, damaged or something else, or needs a ``policy`` of another structure.
+        InputError: if the file is missing, damaged or something else, or needs a ``policy`` of another structure; if
+            the device is not here.
 
     Source: ours.
 
@@ -111,6 +112,9 @@ def load_policy(
         (torch.Size([4, 2]), 'Toy-v0')
     """
     path = user_path(path)
+    check_device(device)
+    if isinstance(policy, torch.nn.Module) or not (policy is None or callable(policy)):
+        _check_actor(policy)
     if not path.is_file():
         raise InputError(f"{path}: no such policy file")
     try:
@@ -122,7 +126,8 @@ def load_policy(
         if isinstance(policy, TensorDictModuleBase):
             built = policy
             if misfits := _misfits(policy, weights):
-                raise InputError(f"{path}: does not fit the policy that was given: {', '.join(misfits)}")
+                more = f", ... ({len(misfits)} in all)" if len(misfits) > 6 else ""
+                raise InputError(f"{path}: does not fit the policy that was given: {', '.join(misfits[:6])}{more}")
         elif architecture is not None:
             built = rebuild_actor(**architecture)
         else:
@@ -136,6 +141,11 @@ def load_policy(
         return built.to(device or "cpu"), facts
     except (RuntimeError, TypeError, KeyError, AttributeError, EOFError, OSError, pickle.UnpicklingError) as err:
         raise InputError(f"{path}: damaged, or not a policy file: {first_line(err)}") from None
+
+
+def _check_actor(policy: Any) -> None:
+    if not isinstance(policy, TensorDictModuleBase) or isinstance(policy, LossModule):
+        raise InputError(f"policy: a {type(policy).__name__}; give an actor (a TensorDictModule), or save a SPARLoss")
 
 
 def _is_default(policy: TensorDictModuleBase) -> bool:

@@ -19,7 +19,8 @@ from torch import Tensor
 from torchrl.envs.utils import ExplorationType
 
 from torchrl_spar.anchor import FrozenAnchor
-from torchrl_spar.conventions import Conventions, masked_mean, under_next
+from torchrl_spar.conventions import Conventions, masked_mean
+from torchrl_spar.data.rows import under_next
 from torchrl_spar.errors import InputError, check_built, check_options
 from torchrl_spar.functional import call, call_ensemble
 

@@ -58,7 +58,7 @@ def residual_family(
         scales: c, between 0 and 1; 0 gives the anchor itself.
 
     Raises:
-        InputError: for a scale out of range.
+        InputError: for a scale out of range, or another actor.
 
     Source: ours.
 
@@ -68,6 +68,8 @@ def residual_family(
         >>> sorted(residual_family(make_spar_loss(3, Bounded(-1, 1, (2,))).actor, [0.5, 1]))
         ['c=0.5', 'c=1']
     """
+    if not isinstance(actor, (SPARActor, Mapping)):
+        raise InputError(f"actor: a {type(actor).__name__} has no residual; give a SPARActor, or several by name")
     family: dict[str, TensorDictModuleBase] = {}
     actors = {"": actor} if isinstance(actor, SPARActor) else {f" of {name}": each for name, each in actor.items()}
     for scale in scales:
@@ -129,6 +131,8 @@ def select_policy(
     if isinstance(candidates, SPARActor):
         anchor = candidates.anchor if anchor is None else anchor
         candidates = residual_family(candidates)
+    if not isinstance(candidates, Mapping):
+        raise InputError(f"candidates: a {type(candidates).__name__}; give a SPARActor, or policies by name")
     if anchor is None or not candidates:
         raise InputError("select_policy needs at least one candidate, and with a mapping anchor=... to fall back to")
     if "anchor" in candidates:

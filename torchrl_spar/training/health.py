@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 from torchrl.data import ReplayBuffer
 
-from torchrl_spar.data.rows import whole_of
-from torchrl_spar.errors import NonFiniteError
+from torchrl_spar.data.rows import under_next, whole_of
+from torchrl_spar.errors import NonFiniteError, check_present
 from torchrl_spar.objective import SPARLoss
 from torchrl_spar.training.shift import CoherentShift
 
@@ -101,7 +101,9 @@ class HealthCheck:
     """
 
     def __init__(self, loss: SPARLoss, replay_buffer: ReplayBuffer) -> None:
-        reward = loss.reward_scale * whole_of(replay_buffer)["next", loss.tensor_keys.reward]
+        rows, key = whole_of(replay_buffer), under_next(loss.tensor_keys.reward)
+        check_present(rows, [key])
+        reward = loss.reward_scale * rows[key]
         horizon = 1 / max(1 - float(loss.value_estimator.gamma), torch.finfo(torch.float32).tiny)
         low, high = min(0.0, float(reward.min())) * horizon, max(0.0, float(reward.max())) * horizon
         #: Of a value, in the loss's units.

@@ -20,8 +20,9 @@ from torchrl_spar.build import make_anchor, make_spar_loss
 from torchrl_spar.data.buffer import OfflineReplayBuffer
 from torchrl_spar.data.returns import returns_to_go
 from torchrl_spar.data.rows import rows_of
-from torchrl_spar.errors import InputError, check_options
+from torchrl_spar.errors import InputError, check_options, check_present
 from torchrl_spar.objective import SPARLoss
+from torchrl_spar.training.asking import actions_of
 from torchrl_spar.training.compiling import check_compiler
 from torchrl_spar.training.health import CHECK_INTERVAL, check_finite
 from torchrl_spar.training.optimization import Term, adam, cosine, descent, set_lr
@@ -168,15 +169,17 @@ def fit_anchor(
         if writes_action_alone:  # the same number, without what passing the parameters to the loss costs
             action = actor(batch.select(*actor.in_keys))[key]
             if action.shape != batch[key].shape:  # would be repeated along the data's
-                raise InputError(
-                    f"the actor writes actions of shape {tuple(action.shape)}, the data's are of shape "
-                    f"{tuple(batch[key].shape)}"
-                )
+                explain(batch)
             return mse_loss(action, batch[key]), {}
         return loss(batch)["loss_bc"], {}
 
+    def explain(batch: TensorDictBase) -> None:
+        check_present(batch, [key])
+        actions_of("the actor", lambda part: actor(part)[key], actor.in_keys, batch, batch[key])
+
     batches = batches_of(replay_buffer)
-    _fit("loss_bc", cloning, actor, batches, steps, lr, progress or Progress(), report, compile=compile)
+    progress = progress or Progress()
+    _fit("loss_bc", cloning, actor, batches, steps, lr, progress, report, explain=explain, compile=compile)
     return actor
 
 
@@ -330,6 +333,7 @@ def measure_residual_scale(loss: SPARLoss, replay_buffer: ReplayBuffer) -> Tenso
     """
     action_key, anchor_key = loss.tensor_keys.action, loss.tensor_keys.anchor_action
     data = rows_of(replay_buffer)
+    check_present(data, [action_key])
     if anchor_key not in data.keys(True):
         storage = TensorStorage(data, device=data.device)
         data = with_anchor_actions(loss, TensorDictReplayBuffer(storage=storage, writer=ImmutableDatasetWriter()))[:]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -10,11 +11,10 @@ import torch
 from tensordict import TensorDictBase
 from torchrl.data import ImmutableDatasetWriter, RandomSampler, ReplayBuffer, TensorDictReplayBuffer, TensorStorage
 
-from torchrl_spar.conventions import under_next
 from torchrl_spar.data.buffer import OfflineReplayBuffer
 from torchrl_spar.data.returns import episode_ends
-from torchrl_spar.data.rows import MASK_KEYS, valid_mask, whole_of
-from torchrl_spar.errors import InputError, check_options
+from torchrl_spar.data.rows import MASK_KEYS, under_next, valid_mask, whole_of
+from torchrl_spar.errors import InputError, check_options, check_present
 from torchrl_spar.objective import SPARLoss
 from torchrl_spar.training.asking import actions_of
 
@@ -55,6 +55,7 @@ def with_anchor_actions(loss: SPARLoss, replay_buffer: ReplayBuffer) -> TensorDi
     """
     rows = whole_of(replay_buffer).select(*loss.in_keys, *BESIDE, strict=False)
     anchor, key = loss.anchor, loss.tensor_keys.action
+    check_present(rows, [key, "next"])
     for state in (rows, rows["next"]):
         actions = actions_of(
             "the anchor", lambda part: anchor(part)[key], anchor.in_keys, state, rows[key],
@@ -98,7 +99,9 @@ def with_value_targets(loss: SPARLoss, replay_buffer: ReplayBuffer) -> TensorDic
     rows, key = whole_of(replay_buffer), loss.tensor_keys.value_target
     if not has_trajectories(loss, replay_buffer):
         raise InputError("targets along trajectories need lmbda > 0 and rows [N] of single steps, without a mask")
-    targets = loss.value_targets(rows, episode_ends(rows, done_key=loss.tensor_keys.done))
+    ends = episode_ends(rows, done_key=loss.tensor_keys.done)
+    with _explained(loss, rows):
+        targets = loss.value_targets(rows, ends)
     # A list stacks its rows anew whenever it is read, so that what is written there is lost.
     if key in rows.keys(True) and rows[key].data_ptr() == whole_of(replay_buffer)[key].data_ptr():
         rows[key].copy_(targets)
@@ -157,6 +160,16 @@ def has_trajectories(loss: SPARLoss, replay_buffer: ReplayBuffer) -> bool:
     """Whether targets can follow the data: rows ``[N]`` of single steps, and a loss that asks for them."""
     rows = whole_of(replay_buffer)
     return loss.lmbda > 0 and rows.ndim == 1 and valid_mask(rows) is None and "steps_to_next_obs" not in rows.keys()
+
+
+@contextmanager
+def _explained(loss: SPARLoss, rows: TensorDictBase) -> Iterator[None]:
+    """Names what a network cannot take, or what the data lacks."""
+    try:
+        yield
+    except (RuntimeError, KeyError):
+        loss.explain(rows.exclude(loss.tensor_keys.value_target))
+        raise
 
 
 def _fixed_buffer(rows: TensorDictBase, batch_size: int | None) -> TensorDictReplayBuffer:
@@ -255,8 +268,10 @@ class BatchSampler(Iterator[TensorDictBase]):
         self.target_interval = target_interval if has_trajectories(loss, replay_buffer) else None
         if self.target_interval is not None:
             self.ends = episode_ends(self.data, done_key=keys.done)
+            check_present(self.data, [under_next(keys.reward)])
             self.rows.set(keys.value_target, torch.zeros_like(self.data[under_next(keys.reward)]))
-        self.noise = loss.noise_shapes(self.rows[:1])
+        with _explained(loss, self.data):
+            self.noise = loss.noise_shapes(self.rows[:1])
 
     def __next__(self) -> TensorDictBase:
         if self.target_interval is not None and self.drawn >= self.due:

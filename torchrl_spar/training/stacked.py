@@ -25,7 +25,7 @@ class StackedSPARLoss:
         losses: the losses; not changed until :meth:`copy_back`.
 
     Raises:
-        InputError: if the losses differ in their options, or train head B's decoder jointly.
+        InputError: if there are none, or they differ in their options, or train head B's decoder jointly.
 
     Source: ours.
 
@@ -48,6 +48,8 @@ class StackedSPARLoss:
     """
 
     def __init__(self, losses: Sequence[SPARLoss]) -> None:
+        if not losses:
+            raise InputError("losses: give at least one to stack")
         if len({repr(sorted(_options(loss).items())) for loss in losses}) != 1:
             raise InputError("the losses to stack differ in their options")
         first = losses[0]
@@ -83,6 +85,13 @@ class StackedSPARLoss:
     def target_params(self, name: str) -> TensorDictBase:
         """:meth:`SPARLoss.target_params`, stacked."""
         return self.params.get(f"target_{name}_params")
+
+    def explain(self, batch: TensorDictBase) -> None:
+        """After a failure: :meth:`SPARLoss.explain` for the first run; an error, too, where noise is not given."""
+        loss, own = self.losses[0], batch[0]
+        loss.explain(own)
+        if missing := [key for key in loss.noise_shapes(own) if own.get(key, None) is None]:
+            raise InputError(f"the batch lacks {missing}: a stack draws no noise, BatchSampler does")
 
     @torch.no_grad()
     def copy_back(self) -> None:

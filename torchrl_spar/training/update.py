@@ -179,8 +179,7 @@ class SPARUpdate:
         try:
             return self.run(batch.unsqueeze(0))
         except (RuntimeError, KeyError):
-            if isinstance(self.loss, SPARLoss):
-                self.loss.explain(batch)
+            self.loss.explain(batch)
             raise
 
 
