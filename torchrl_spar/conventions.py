@@ -158,6 +158,7 @@ class Conventions(LossModule):
         # Not TorchRL's _maybe_get_priority_weight, which fails on a nested key.
         use, key = self.use_prioritized_weights in (True, "auto"), self.tensor_keys.priority_weight
         weights = tensordict.get(key, None) if use else None
+        self._valid(tensordict, loss)  # which names a mask that does not fit
         if weights is not None:
             weights = _per_position(weights, loss, key)
         return self._reduce_loss(loss, tensordict=tensordict, weights=weights)
@@ -526,12 +527,8 @@ def check_shape(entry: Tensor, shape: Sequence[int], key: NestedKey) -> Tensor:
 
 
 def _per_position(values: Tensor, like: Tensor, key: NestedKey) -> Tensor:
-    """Values ``[*B]`` or ``[*B, 1]``, or one for each sequence, in the shape ``[*B]`` of `like`."""
-    if values.shape == (*like.shape, 1):
-        values = values.squeeze(-1)
-    if values.shape != like.shape[: values.ndim]:
-        raise InputError(f"{key!r} has shape {tuple(values.shape)}; this loss needs {tuple(like.shape)}")
-    return values.reshape(*values.shape, *(1,) * (like.ndim - values.ndim)).expand_as(like)
+    """Values ``[*B]`` or ``[*B, 1]`` in the shape ``[*B]`` of `like`."""
+    return check_shape(values.squeeze(-1) if values.shape == (*like.shape, 1) else values, like.shape, key)
 
 
 def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:

@@ -66,13 +66,12 @@ def returns_to_go(
             "their returns (returns_to_go) as 'return_to_go'"
         )
     check_present(data, [under_next(key) for key in (reward_key, done_key, terminated_key)])
-    reward = data["next"][reward_key]
-    if reward.numel() != len(data):
-        raise InputError(
-            f"{reward_key!r} has shape {tuple(reward.shape)}; there must be one for each of {len(data)} rows"
-        )
-    terminated = check_bool(data["next"][terminated_key], terminated_key).reshape(-1)
     end = episode_ends(data, done_key=done_key, observation_key=observation_key).reshape(-1)
+    reward, terminated = data["next"][reward_key], check_bool(data["next"][terminated_key], terminated_key)
+    if not reward.numel() == terminated.numel() == len(end) == len(data):
+        shapes = f"{tuple(reward.shape)} and {tuple(terminated.shape)}"
+        raise InputError(f"{reward_key!r} and {terminated_key!r} have shapes {shapes}; both must be [{len(data)}, 1]")
+    terminated = terminated.reshape(-1)
     returns = discounted_sums(reward.reshape(-1).double(), gamma * (~end).double())
     cut = end & ~terminated
     if cut.any():

@@ -1,0 +1,464 @@
+"""What does not fit is named before it is wrong silently; its neighbours that do fit have the same numbers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import ACTION, OBSERVATION, build_loss, make_batch, total
+from tensordict import TensorDict
+from tensordict.nn import TensorDictModule
+from torch import nn
+from torchrl.data import (
+    Bounded,
+    LazyMemmapStorage,
+    LazyStackStorage,
+    LazyTensorStorage,
+    ListStorage,
+    MultiStep,
+    ReplayBufferEnsemble,
+    TensorDictReplayBuffer,
+)
+from torchrl.envs.utils import ExplorationType
+from torchrl.modules import MLP, ProbabilisticActor, ValueOperator
+from torchrl.objectives import BCLoss
+
+from torchrl_spar import (
+    BatchSampler,
+    FQELoss,
+    HealthCheck,
+    InputError,
+    ResidualHead,
+    SPARLoss,
+    SPARUpdate,
+    StackedSPARLoss,
+    chunk_actions,
+    estimate_value,
+    fit_anchor,
+    fit_critics,
+    fit_fqe,
+    fit_vae,
+    load_offline_dataset,
+    load_policy,
+    make_anchor,
+    make_spar_loss,
+    measure_residual_scale,
+    pretrain,
+    residual_family,
+    returns_to_go,
+    save_policy,
+    select_policy,
+    with_anchor_actions,
+    with_member_weights,
+    with_value_targets,
+)
+from torchrl_spar.data.returns import episode_ends
+from torchrl_spar.ope.estimate import episode_terms, estimates_of_critics
+
+SPEC = Bounded(-1, 1, (ACTION,))
+SMALL = {"warm_steps": 1, "steps": 1, "slice_len": 4, "hidden": [8]}
+DONE, REWARD, TERMINATED = (("next", name) for name in ("done", "reward", "terminated"))
+
+
+def critic(inputs: int | None = OBSERVATION + ACTION) -> ValueOperator:
+    return ValueOperator(MLP(inputs, 1, num_cells=[8]), in_keys=["observation", "action"])
+
+
+def linear(inputs: int, outputs: int, **options) -> TensorDictModule:
+    return TensorDictModule(nn.Linear(inputs, outputs, **options), ["observation"], ["action"])
+
+
+def episodes(count: int = 8, steps: int = 10) -> TensorDict:
+    """Episodes in order that end in a terminal state, except every third, which is cut off."""
+    torch.manual_seed(0)
+    states = torch.randn(count, steps + 1, OBSERVATION).cumsum(1)
+    last = torch.zeros(count, steps, 1, dtype=torch.bool)
+    last[:, -1] = True
+    cut = (torch.arange(count) % 3 == 0).view(-1, 1, 1) & last
+    outcome = {
+        "observation": states[:, 1:], "reward": torch.randn(count, steps, 1),
+        "terminated": last & ~cut, "truncated": cut, "done": last,
+    }  # fmt: skip
+    action = torch.rand(count, steps, ACTION) * 2 - 1
+    return TensorDict({"observation": states[:, :-1], "action": action, "next": outcome}, [count, steps]).reshape(-1)
+
+
+def filled(rows: TensorDict, storage=None, **options) -> TensorDictReplayBuffer:
+    buffer = TensorDictReplayBuffer(
+        storage=LazyTensorStorage(len(rows)) if storage is None else storage, batch_size=8, **options
+    )
+    buffer.extend(rows)
+    return buffer
+
+
+def losses(loss, batch):
+    torch.manual_seed(0)
+    out = loss(batch.clone())
+    return {key: out[key] for key in out.keys()}
+
+
+# ---------------------------------------------------------------- batches
+
+
+@pytest.mark.parametrize("key, change", [
+    (REWARD, lambda x: x[..., 0]), (DONE, lambda x: x[..., 0]), (TERMINATED, lambda x: x[..., 0]),
+    (DONE, torch.Tensor.int), (TERMINATED, torch.Tensor.byte), (TERMINATED, torch.Tensor.long),
+    (TERMINATED, torch.Tensor.float),
+])  # fmt: skip
+def test_outcomes_of_another_shape_or_type(key, change):
+    """TorchRL's estimators take ``~1`` and ``~0`` of whole numbers for flags, -2 and -1."""
+    data, loss = episodes(), build_loss(hidden=[8])
+    data.set(key, change(data[key]).clone())
+    calls = {
+        "loss": lambda: loss(data[:8].clone()),
+        "update": lambda: SPARUpdate(loss)(data[:8]),
+        "fqe": lambda: FQELoss(linear(OBSERVATION, ACTION), critic())(data[:8].clone()),
+        "targets": lambda: loss.value_targets(data, episode_ends(episodes())),
+    }
+    for call in calls.values():
+        with pytest.raises(InputError, match=f"'{key[-1]}'.* (has shape|is of type)"):
+            call()
+
+
+@pytest.mark.parametrize("shape", [(4,), (4, 2), (4, 4)])  # the last one would be one a critic
+def test_value_targets_of_another_shape(shape):
+    with pytest.raises(InputError, match=r"'value_target' has shape .*this loss needs \(4, 1\)"):
+        build_loss(hidden=[8])(make_batch(4).set("value_target", torch.zeros(shape)))
+
+
+def test_padding_is_masked_under_each_name_that_the_data_functions_know():
+    batch, loss = make_batch(4, 3), build_loss(hidden=[8])
+    mask = torch.arange(12).view(4, 3) % 4 != 1
+    expected = losses(loss, batch.clone().set(("collector", "mask"), mask.unsqueeze(-1)))
+    for key, value in ((("collector", "mask"), mask), ("mask", mask), ("mask", mask.unsqueeze(-1))):
+        torch.testing.assert_close(losses(loss, batch.clone().set(key, value)), expected)
+    loss.loss_mask_key = ("collector", "mask")  # TorchRL's: this one alone
+    torch.testing.assert_close(losses(loss, batch.clone().set("mask", mask)), losses(loss, batch))
+
+
+@pytest.mark.parametrize("mask, message", [
+    (torch.ones(12, 1, dtype=torch.int64), "is of type torch.int64"), (torch.ones(12), "is of type torch.float32"),
+    (torch.ones(12, 2, dtype=torch.bool), r"has shape \(12, 2\)"),
+])  # fmt: skip
+def test_masks_of_another_type_or_shape(mask, message):
+    for loss in (build_loss(hidden=[8], joint_vae=False), FQELoss(linear(OBSERVATION, ACTION), critic())):
+        with pytest.raises(InputError, match=f"'mask'.*{message}"):
+            loss(make_batch(12).set(("collector", "mask"), mask))
+
+
+def test_a_batch_of_padding_alone_moves_nothing():
+    loss = build_loss(hidden=[8])
+    total(loss(make_batch(12).set("mask", torch.zeros(12, dtype=torch.bool)))).backward()
+    grads = [parameter.grad for parameter in loss.parameters() if parameter.grad is not None]
+    assert grads and not any(grad.isnan().any() or grad.any() for grad in grads)
+
+
+def test_priority_weights_fit_the_batch():
+    batch, loss, weight = make_batch(4, 3), build_loss(hidden=[8]), torch.rand(4, 3)
+    expected = losses(loss, batch.clone().set("priority_weight", weight))
+    torch.testing.assert_close(losses(loss, batch.clone().set("priority_weight", weight.unsqueeze(-1))), expected)
+    with pytest.raises(InputError, match=r"'priority_weight' has shape \(4, 3, 2\)"):
+        loss(batch.clone().set("priority_weight", torch.rand(4, 3, 2)))
+
+
+def test_an_empty_batch():
+    for loss in (build_loss(hidden=[8]), FQELoss(linear(OBSERVATION, ACTION), critic())):
+        with pytest.raises(InputError, match=r"the batch is empty: its shape is \(0,\)"):
+            loss(make_batch(12)[:0].clone())
+
+
+@pytest.mark.parametrize("key", ["observation", "action", *(("next", k) for k in ("observation", "reward", "done"))])
+def test_an_update_names_what_its_batch_lacks(key):
+    stack = StackedSPARLoss([make_spar_loss(OBSERVATION, SPEC, hidden=[8], joint_vae=False) for _ in range(2)])
+    for loss, batch in ((build_loss(hidden=[8]), make_batch(4)), (stack, make_batch(2, 4))):
+        with pytest.raises(InputError, match=f"the batch lacks .*'{key if isinstance(key, str) else key[-1]}'"):
+            SPARUpdate(loss)(batch.exclude(key))
+
+
+def test_a_stack_names_the_noise_that_it_does_not_draw():
+    stack = StackedSPARLoss([make_spar_loss(OBSERVATION, SPEC, hidden=[8], joint_vae=False) for _ in range(2)])
+    with pytest.raises(InputError, match=r"lacks \['action_noise', 'candidate_noise'\]: a stack draws no noise"):
+        SPARUpdate(stack)(make_batch(2, 4))
+    with pytest.raises(InputError, match="give at least one to stack"):
+        StackedSPARLoss([])
+
+
+def test_next_states_that_do_not_fit():
+    batch = make_batch(12).set(("next", "anchor_action"), torch.zeros(12, 1))
+    with pytest.raises(InputError, match="cannot take the next states of this batch"):
+        build_loss(hidden=[8])(batch)
+
+
+def test_whole_numbers_are_no_actions():
+    with pytest.raises(InputError, match=r"'action' is of type torch.int64; the policy's is of type torch.float32"):
+        build_loss(hidden=[8])(make_batch(12).set("action", torch.zeros(12, ACTION, dtype=torch.int64)))
+
+
+# ---------------------------------------------------------------- the losses themselves
+
+
+@pytest.mark.parametrize("name, writer", [
+    ("latent_loc", "the encoder"), ("latent_log_std", "the encoder"), ("value", "the value network"),
+])  # fmt: skip
+def test_keys_that_a_network_does_not_write(name, writer):
+    loss = build_loss(hidden=[8])
+    loss.set_keys(**{name: ("inner", "key")})
+    with pytest.raises(InputError, match=rf"{writer} writes .*, not \('inner', 'key'\): tell the loss its keys"):
+        loss(make_batch(12))
+
+
+@pytest.mark.parametrize("gamma", [-0.1, 1.5, float("nan")])
+def test_a_gamma_outside_its_range(gamma):
+    for loss in (build_loss(hidden=[8]), FQELoss(linear(OBSERVATION, ACTION), critic())):
+        with pytest.raises(InputError, match=r"gamma=.*between 0 and 1"):
+            loss.make_value_estimator(gamma=gamma)
+
+
+@pytest.mark.parametrize("name", ["lsi_coeff", "trust_coeff"])
+def test_a_schedule_does_not_revive_a_term(name):
+    loss = build_loss(hidden=[8], **{name: 0.0})
+    setattr(loss, name, 0.0)
+    with pytest.raises(InputError, match=f"{name}: set to 0.5, but this loss was built with {name}=0"):
+        setattr(loss, name, 0.5)
+    with pytest.raises(InputError, match=f"{name}=-1: must be at least 0"):
+        setattr(build_loss(hidden=[8]), name, -1)
+
+
+def test_lazy_networks():
+    parts = [build_loss(hidden=[8]).get_stateful_net(name) for name in ("actor_network", "residual_vae")]
+    lazy = [
+        ("qvalue_network", lambda: SPARLoss(parts[0], critic(None), parts[1])),
+        ("qvalue_network", lambda: SPARLoss(parts[0], [critic(None) for _ in range(4)], parts[1])),
+        ("value_network", lambda: SPARLoss(parts[0], critic(), parts[1], ValueOperator(MLP(out_features=1)))),
+        ("qvalue_network", lambda: FQELoss(linear(OBSERVATION, ACTION), critic(None))),
+        ("the head", lambda: ResidualHead(MLP(out_features=ACTION))),
+    ]
+    for name, build in lazy:
+        with pytest.raises(InputError, match=f"{name}: parameter .* is lazy: call the network once"):
+            build()
+    called = critic(None)
+    called(observation=torch.zeros(1, OBSERVATION), action=torch.zeros(1, ACTION))
+    assert SPARLoss(parts[0], called, parts[1])(make_batch(12))["loss_qvalue"].isfinite()
+
+
+def test_bounds_along_leading_dimensions():
+    low, high = torch.tensor([-1.0, -2.0]), torch.tensor([1.0, 3.0])
+    actor = make_spar_loss(3, Bounded(low.expand(4, 2), high.expand(4, 2), (4, 2)), hidden=[8]).actor
+    assert torch.equal(actor.low, low) and torch.equal(actor.high, high)
+    with pytest.raises(InputError, match=r"bounds differ along its leading dimensions, \(2,\)"):
+        make_spar_loss(3, Bounded(torch.stack([low, 2 * low]), torch.stack([high, high]), (2, 2)))
+    with pytest.raises(InputError, match=r"not a BoundedContinuous of shape \(\)$"):
+        make_spar_loss(3, Bounded(-1, 1, ()))
+
+
+# ---------------------------------------------------------------- buffers
+
+
+FUNCTIONS = {
+    "fit_anchor": lambda loss, buffer: fit_anchor(linear(OBSERVATION, ACTION), buffer, steps=1),
+    "with_anchor_actions": with_anchor_actions,
+    "measure_residual_scale": measure_residual_scale,
+    "fit_vae": lambda loss, buffer: fit_vae(loss, buffer, steps=1),
+    "fit_critics": lambda loss, buffer: fit_critics(loss, buffer, steps=1),
+    "with_value_targets": with_value_targets,
+    "with_member_weights": with_member_weights,
+    "BatchSampler": lambda loss, buffer: next(BatchSampler(loss, buffer, length=1, seed=0)),
+    "HealthCheck": HealthCheck,
+    "chunk_actions": lambda loss, buffer: chunk_actions(buffer, 2),
+}
+READS = {
+    "action": set(FUNCTIONS) - {"with_member_weights", "HealthCheck"},
+    "observation": set(FUNCTIONS) - {"with_member_weights", "HealthCheck", "chunk_actions", "measure_residual_scale"},
+    REWARD: {"fit_critics", "with_value_targets", "BatchSampler", "HealthCheck", "chunk_actions"},
+    "next": set(FUNCTIONS) - {"fit_anchor"},
+}
+
+
+@pytest.mark.parametrize("key", READS)
+def test_a_function_names_what_a_buffer_lacks(key):
+    for name in READS[key]:
+        with pytest.raises(InputError, match=f"lacks .*'{key if isinstance(key, str) else key[-1]}'"):
+            FUNCTIONS[name](build_loss(hidden=[8]), filled(episodes().exclude(key)))
+
+
+def test_a_fit_names_the_entry_that_does_not_fit_and_not_the_outcome_that_it_does_not_read():
+    rows = episodes()
+    buffer = filled(rows.set("action", rows["action"].double()))
+    for name in ("fit_vae", "fit_critics", "with_value_targets", "BatchSampler"):
+        with pytest.raises(InputError, match=r"cannot take this batch, which holds .*'action': '\[3\] torch.float64"):
+            FUNCTIONS[name](build_loss(hidden=[8]), buffer)
+
+
+@pytest.mark.parametrize("key", [DONE, TERMINATED])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.float32])
+def test_returns_take_flags_alone(key, dtype):
+    rows = episodes()
+    with pytest.raises(InputError, match=f"'{key[-1]}' is of type {dtype}; it must be torch.bool"):
+        returns_to_go(rows.set(key, rows[key].to(dtype)), 0.9)
+
+
+def test_returns_are_of_rows():
+    rows = episodes()
+    with pytest.raises(InputError, match=r"of rows \[N\] in order, not of \(8, 10\)"):
+        returns_to_go(rows.reshape(8, 10), 0.9)
+    with pytest.raises(InputError, match=r"have shapes \(80, 2\) and \(80, 1\); both must be \[80, 1\]"):
+        returns_to_go(rows.clone().set(REWARD, torch.zeros(80, 2)), 0.9)
+    with pytest.raises(InputError, match=r"of different shapes, \(80, 6\) and \(80, 5\)"):
+        returns_to_go(rows.clone().set("observation", torch.zeros(80, 6)), 0.9)
+
+
+@pytest.mark.parametrize("kind", ["tensor", "memmap", "list", "stack", "transform", "ensemble"])
+def test_targets_are_read_where_they_were_written(kind, tmp_path):
+    """A list stacks its rows whenever it is read: what is written to the stack is lost."""
+    loss, rows = build_loss(hidden=[8]), episodes()
+    rows = with_value_targets(loss, with_anchor_actions(loss, filled(rows)))[:].exclude("index")
+    buffer = {
+        "tensor": lambda: filled(rows), "memmap": lambda: filled(rows, LazyMemmapStorage(80, scratch_dir=tmp_path)),
+        "list": lambda: filled(rows, ListStorage(80)), "stack": lambda: filled(rows, LazyStackStorage(80)),
+        "transform": lambda: filled(rows, transform=lambda rows: rows.clone()),
+        "ensemble": lambda: ReplayBufferEnsemble(filled(rows[:40]), filled(rows[40:]), batch_size=8),
+    }[kind]()  # fmt: skip
+    with torch.no_grad():
+        for parameter in loss.target_params("qvalue_network").values(True, True):
+            parameter.data += 0.1
+    expected = loss.value_targets(rows, episode_ends(rows))
+    assert not torch.allclose(expected, rows["value_target"])
+    found = with_value_targets(loss, buffer)
+    torch.testing.assert_close(found[:]["value_target"], expected)
+    assert (found is buffer) == (kind in ("tensor", "memmap"))
+
+
+def test_functions_take_ensembles_as_their_rows():
+    rows, loss = episodes(), build_loss(hidden=[8])
+    ensemble, whole = ReplayBufferEnsemble(filled(rows[:40]), filled(rows[40:]), batch_size=8), filled(rows)
+    assert HealthCheck(loss, ensemble).value_range == HealthCheck(loss, whole).value_range
+    for function in (FUNCTIONS["BatchSampler"], lambda loss, buffer: with_member_weights(loss, buffer)[:]):
+        found, expected = function(loss, ensemble), function(loss, whole)
+        for key in expected.exclude("index").keys(True, True):
+            torch.testing.assert_close(found[key], expected[key])
+
+
+def test_rewards_of_several_steps_are_not_taken_for_those_of_one():
+    data = load_offline_dataset(episodes(), batch_size=8)
+    chunks, multi = chunk_actions(data, 2), MultiStep(0.9, 3)(episodes().reshape(8, 10))
+    for source in (chunks, chunks[:], multi):
+        with pytest.raises(InputError, match=r"sums of several steps .*load the single steps"):
+            load_offline_dataset(source)
+    for call in (lambda: chunk_actions(chunks, 2), lambda: returns_to_go(chunks[:], 0.9)):
+        with pytest.raises(InputError, match=r"sums of several steps .*give the data of single steps"):
+            call()
+    ones = episodes().set("steps_to_next_obs", torch.ones(80, 1, dtype=torch.int64))
+    assert torch.equal(load_offline_dataset(ones).episode_returns, data.episode_returns)
+
+
+def test_a_loaded_set_is_not_loaded_again():
+    """Its bounds, environment and returns would be lost without a word."""
+    data = load_offline_dataset(episodes(), action_spec=Bounded(-2, 2, (ACTION,)))
+    with pytest.raises(InputError, match="OfflineReplayBuffer: it is loaded already"):
+        load_offline_dataset(data)
+
+
+# ---------------------------------------------------------------- actors
+
+
+WRONG = {
+    "another size": (lambda: linear(OBSERVATION, 1), r"writes actions of shape \(1,\) a row; the data's"),
+    "another observation": (lambda: linear(4, ACTION), r"cannot take the data, .*'\[5\] torch.float32 cpu'"),
+    "another type": (lambda: linear(OBSERVATION, ACTION, dtype=torch.float64), "cannot take the data, .*dtype"),
+    "another entry": (
+        lambda: TensorDictModule(nn.Linear(2, ACTION), ["goal"], ["action"]), r"the data lacks \['goal'\], which",
+    ),
+    "NaN": (lambda: TensorDictModule(lambda x: x[..., :3] * torch.nan, ["observation"], ["action"]),
+            "writes NaN or infinity for"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_an_actor_that_does_not_fit_the_data(kind):
+    make, message = WRONG[kind]
+    data = load_offline_dataset(episodes(), batch_size=8)
+    few = {"steps": 1}
+    calls = {
+        "the anchor": lambda: pretrain(data, anchor=make(), vae=few, critics=few, hidden=[8]),
+        "the policy": lambda: estimate_value(make(), data, **SMALL),
+        "the policy's": lambda: estimate_value(make(), data, exploration_type=ExplorationType.RANDOM, **SMALL),
+    }
+    for call in calls.values():
+        with pytest.raises(InputError, match=message):
+            call()
+
+
+def test_cloning_names_an_actor_of_another_size():
+    """Its one action would be compared with each of the data's."""
+    with pytest.raises(InputError, match=r"the actor writes actions of shape \(1,\) a row"):
+        fit_anchor(linear(OBSERVATION, 1), filled(episodes()), steps=1)
+    with pytest.raises(InputError, match="the actor cannot take the data"):
+        fit_anchor(linear(4, ACTION), filled(episodes()), steps=1)
+
+
+def test_what_is_no_policy():
+    data, loss = load_offline_dataset(episodes(), batch_size=8), build_loss(hidden=[8])
+    for call in (
+        lambda: pretrain(data, anchor=nn.Linear(OBSERVATION, ACTION)),
+        lambda: residual_family(make_anchor(data)),
+        lambda: select_policy(make_anchor(data), data, anchor=make_anchor(data)),
+        lambda: save_policy({}, "never.pt"),
+        lambda: save_policy(BCLoss(linear(OBSERVATION, ACTION)), "never.pt"),
+        lambda: load_policy("never.pt", policy=loss),
+    ):
+        with pytest.raises(InputError, match="give a"):
+            call()
+
+
+def test_loading_a_policy_names_a_device_that_is_not_here(tmp_path):
+    save_policy(build_loss(hidden=[8]), tmp_path / "policy.pt")
+    with pytest.raises(InputError, match="device=cuda:77: not available here"):
+        load_policy(tmp_path / "policy.pt", device="cuda:77")
+
+
+# ---------------------------------------------------------------- off-policy evaluation
+
+
+def uniform(low: float, high: float) -> ProbabilisticActor:
+    class Edges(nn.Module):
+        def forward(self, observation):
+            like = torch.ones_like(observation[..., :ACTION])
+            return low * like, high * like
+
+    def box(low, high):
+        return torch.distributions.Independent(torch.distributions.Uniform(low, high, validate_args=False), 1)
+
+    edges = TensorDictModule(Edges(), ["observation"], ["low", "high"])
+    return ProbabilisticActor(edges, in_keys=["low", "high"], distribution_class=box)
+
+
+def test_importance_ratios_need_a_behaviour_that_could_have_acted_so():
+    data = load_offline_dataset(episodes(), batch_size=8)
+    with pytest.raises(InputError, match="behaviour: it gives actions of the data a density of zero"):
+        estimate_value(uniform(-1.1, 1.1), data, behaviour=uniform(0.5, 0.6), **SMALL)
+    with pytest.raises(InputError, match="TensorDictModule has no density"):  # before an hour of fitting
+        estimate_value(linear(OBSERVATION, ACTION), data, behaviour=uniform(-1.1, 1.1), warm_steps=10**9)
+
+
+def test_a_policy_that_never_acts_like_the_data_is_judged_by_its_critics_alone():
+    data, policy = load_offline_dataset(episodes(), batch_size=8), uniform(1.05, 1.1)
+    fit = fit_fqe(policy, data, exploration_type=ExplorationType.RANDOM, **SMALL)
+    terms = episode_terms(fit, policy, uniform(-1.1, 1.1))
+    assert not terms.weight.any()
+    torch.testing.assert_close(estimates_of_critics(terms), terms.initial.mean(1))
+
+
+def test_returns_that_differ_by_rounding_have_no_scale():
+    """Their spread, 1e-8, would make rewards and values a hundred million times as large."""
+    rows = episodes(16, 1)
+    rows[REWARD] = 0.1 + 7e-9 * (torch.arange(16).view(16, 1) % 2)
+    assert rows[REWARD].std() > 0
+    data = load_offline_dataset(rows.set(TERMINATED, torch.ones(16, 1, dtype=torch.bool)), batch_size=8)
+    assert fit_fqe(make_anchor(data), data, **SMALL).loss.reward_scale == 1
+
+
+def test_options_of_evaluation_that_give_no_interval():
+    data = load_offline_dataset(episodes(), batch_size=8)
+    with pytest.raises(InputError, match="draws=1: must be at least 2"):
+        select_policy({"one": make_anchor(data)}, data, anchor=make_anchor(data), draws=1)
+    with pytest.raises(InputError, match="qvalue_network: one critic; give a list"):
+        fit_fqe(make_anchor(data), data, qvalue_network=critic())
