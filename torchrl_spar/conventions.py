@@ -92,8 +92,8 @@ class Conventions(LossModule):
         Where the batch holds ``member_weight`` ``[*B, E]``, a critic's errors count by it.
 
         Returns:
-            The loss, summed over the critics, and ``td_error`` (largest squared error of the critics, ``[*B]``),
-            ``pred_value`` and ``target_value`` (means).
+            The loss, summed over the critics, and ``td_error`` (largest squared error of the critics, ``[*B]``, 0 at
+            padding), ``pred_value`` and ``target_value`` (means).
 
         Source: ours; the weights are those of a bootstrapped ensemble (https://arxiv.org/abs/1602.04621).
         """
@@ -105,8 +105,10 @@ class Conventions(LossModule):
             shape = (*tensordict.batch_size, self.num_qvalue_nets)
             error = error * check_shape(weight, shape, self.tensor_keys.member_weight).movedim(-1, 0)
         mask = self._valid(tensordict, error[0])
+        td_error = (qvalue.detach() - target).pow(2).amax(0)
         metadata = {
-            "td_error": (qvalue.detach() - target).pow(2).amax(0),
+            # Padding has no priority.
+            "td_error": td_error if mask is None else torch.where(mask, td_error, 0),
             "pred_value": masked_mean(qvalue.detach().mean(0), mask),
             "target_value": masked_mean(target.mean(0), mask),
         }
@@ -142,7 +144,7 @@ class Conventions(LossModule):
     def _loss_mask_keys(self) -> tuple[NestedKey, ...]:
         # TorchRL's own, and what the functions of data sets take for a mask, too.
         keys = super()._loss_mask_keys()
-        return tuple(dict.fromkeys((*keys, *MASK_KEYS))) if self._loss_mask_key == "auto" else keys
+        return tuple(dict.fromkeys((*keys, *MASK_KEYS))) if self.loss_mask_key == "auto" else keys
 
     def _valid(self, tensordict: TensorDictBase, like: Tensor) -> Tensor | None:
         """The padding mask in the shape of a per-position tensor, or None."""

@@ -57,6 +57,8 @@ class SPARLoss(SPARLossBase):
     and, under ``"next"``, ``observation``, ``reward``, ``done`` and ``terminated`` ``[*B, 1]``; :attr:`in_keys` lists
     them, ``set_keys`` renames them. If the batch holds the ``anchor_action`` of its states, or of the following ones
     under ``"next"``, it is used instead of calling the anchor: it is frozen, so it may be computed once for a data set.
+    Padding, which counts in no term but must be finite, is where ``"mask"`` or ``("collector", "mask")`` ``[*B]`` or
+    ``[*B, 1]`` is False; TorchRL's ``loss.loss_mask_key`` names another entry.
 
     Args:
         actor_network: the policy, with its anchor and head.

@@ -145,6 +145,16 @@ def test_masks_of_another_type_or_shape(mask, message):
             loss(make_batch(12).set(("collector", "mask"), mask))
 
 
+def test_padding_has_no_priority():
+    batch, mask = make_batch(4, 3), torch.arange(12).view(4, 3) % 4 != 1
+    priority = []
+    for one in (batch.clone(), batch.clone().set("mask", mask)):
+        torch.manual_seed(0)
+        build_loss(hidden=[8])(one)
+        priority.append(one["td_error"])
+    assert priority[0].all() and torch.equal(priority[1], priority[0] * mask)
+
+
 def test_a_batch_of_padding_alone_moves_nothing():
     loss = build_loss(hidden=[8])
     total(loss(make_batch(12).set("mask", torch.zeros(12, dtype=torch.bool)))).backward()

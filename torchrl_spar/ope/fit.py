@@ -161,8 +161,9 @@ def fit_fqe_each(
         loss.make_value_estimator(gamma=gamma)
         keep = list(dict.fromkeys([*loss.in_keys, "return_to_go", "episode", "steps_to_next_obs"]))
         train, held = (part.select(*keep, strict=False) for part in parts)
+        who = "the policy" if len(policies) == 1 else f"the policy {name!r}"
         for part in (train, held):
-            _add_policy_actions(loss, part, is_fixed)
+            _add_policy_actions(who, loss, part, is_fixed)
         trains.append(train)
         fits[name] = FQEFit(loss, held)
     losses, train = [fit.loss for fit in fits.values()], trains[0]
@@ -247,13 +248,13 @@ def _critics(data: ReplayBuffer, count: int, hidden: Sequence[int], seed: int) -
         return [make.qvalue() for _ in range(count)]
 
 
-def _add_policy_actions(loss: FQELoss, rows: TensorDictBase, is_fixed: bool) -> None:
+def _add_policy_actions(name: str, loss: FQELoss, rows: TensorDictBase, is_fixed: bool) -> None:
     """Asks a deterministic policy once for each state; of another, tries the first row alone."""
     if_random = ", even its mode; give exploration_type=ExplorationType.RANDOM" if is_fixed else None
     rows = rows if is_fixed else rows[:1]
     for state in (rows, rows["next"]):
-        policy = "the policy", loss.policy_action, loss.actor_network.in_keys
-        actions = actions_of(*policy, state, rows["action"], if_random=if_random)
+        asked = loss.actor_network.in_keys, state, rows["action"]
+        actions = actions_of(name, loss.policy_action, *asked, if_random=if_random)
         if is_fixed:
             state.set("policy_action", actions)
 

@@ -275,7 +275,8 @@ class BatchSampler(Iterator[TensorDictBase]):
 
     def __next__(self) -> TensorDictBase:
         if self.target_interval is not None and self.drawn >= self.due:
-            self.rows[self.loss.tensor_keys.value_target] = self.loss.value_targets(self.data, self.ends)
+            with _explained(self.loss, self.data):
+                self.rows[self.loss.tensor_keys.value_target] = self.loss.value_targets(self.data, self.ends)
             self.due = self.drawn + self.target_interval
         device = self.generator.device
         index = torch.randint(len(self.rows), self.shape, generator=self.generator, device=device)

@@ -29,7 +29,8 @@ class SPARUpdate:
 
     All terms are computed at the same parameters, so the numbers are those of the plain loop: sum of
     the losses, ``torch.optim.Adam``, TorchRL's ``SoftUpdate``. A value network is trained only where
-    targets bootstrap from it (``value_mix > 0``), the VAE only with ``joint_vae=True``.
+    targets bootstrap from it (``value_mix > 0``), the VAE only with ``joint_vae=True``. No ``td_error`` is written: a
+    prioritised buffer needs the plain loop.
 
     Args:
         loss: the loss, trained in place, or a :class:`~torchrl_spar.StackedSPARLoss` of several seeds.
