@@ -192,6 +192,8 @@ class DefaultNetworks:
             raise InputError("observation_stats: means must be finite, standard deviations finite and above 0")
         check_device(device)
         low, high = (bound.to(device) for bound in action_bounds(action_spec))
+        if isinstance(data, OfflineReplayBuffer) and (found := data[:1]["action"].shape[-1]) != low.numel():
+            raise InputError(f"action_spec has {low.numel()} dimensions, the data's actions have {found}")
         return cls(size, action_spec, stats, hidden, device, latent_dim or 2 * low.numel(), low, high)
 
     @property

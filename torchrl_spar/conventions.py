@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -16,7 +16,7 @@ from torchrl.objectives.utils import ValueEstimators, dispatch_value_estimator, 
 from torchrl.objectives.value import ValueEstimatorBase
 
 from torchrl_spar.data.rows import MASK_KEYS, under_next
-from torchrl_spar.errors import InputError, check_bool, check_built, check_options, first_line
+from torchrl_spar.errors import InputError, check_bool, check_built, check_module, check_options, first_line
 from torchrl_spar.functional import call, call_ensemble
 from torchrl_spar.residual import ResidualVAE, SPARActor
 
@@ -273,22 +273,21 @@ class SPARLossBase(Conventions):
             (num_qvalue_nets >= 1, "num_qvalue_nets", num_qvalue_nets, "at least 1"),
             (reduction in (None, "mean", "sum", "none"), "reduction", reduction, "'mean', 'sum' or 'none'"),
         )
-        if isinstance(qvalue_network, list) and len(qvalue_network) != num_qvalue_nets:
-            raise InputError(
-                f"qvalue_network: a list of {len(qvalue_network)} critics, but num_qvalue_nets={num_qvalue_nets}"
-            )
-        critics = qvalue_network if isinstance(qvalue_network, list) else [qvalue_network]
+        critics = critics_of(qvalue_network)
+        is_one = qvalue_network is critics[0]
+        if not is_one and len(critics) != num_qvalue_nets:
+            raise InputError(f"qvalue_network: a list of {len(critics)} critics, but num_qvalue_nets={num_qvalue_nets}")
         check_built("actor_network", actor_network)
         check_built("residual_vae", residual_vae)
-        check_built("qvalue_network", *critics)
         self.convert_to_functional(residual_vae, "residual_vae")
         # Head B shares the decoder's parameters with the VAE; the target is then their common average.
         self.convert_to_functional(actor_network, "actor_network", create_target_params=True)
         self.has_value = value_network is not None
         if value_network is not None:
-            check_built("value_network", value_network)
+            check_module("value_network", value_network)
             self.convert_to_functional(value_network, "value_network")
-        self.convert_to_functional(qvalue_network, "qvalue_network", num_qvalue_nets, create_target_params=True)
+        networks = qvalue_network if is_one else critics
+        self.convert_to_functional(networks, "qvalue_network", num_qvalue_nets, create_target_params=True)
         self.num_qvalue_nets = num_qvalue_nets
         self.reduction = reduction or "mean"
         self.use_prioritized_weights = use_prioritized_weights
@@ -342,8 +341,10 @@ class SPARLossBase(Conventions):
 
     def _data_residual(self, tensordict: TensorDictBase, state: TensorDictBase) -> Tensor:
         """``r = (a - a_b) / rho``."""
-        difference = tensordict[self.tensor_keys.action] - state.get(self.tensor_keys.anchor_action)
-        return difference / self.residual_scale
+        keys, scale = self.tensor_keys, self.residual_scale
+        shape = (*tensordict.batch_size, *scale.shape)  # of size one, either would be repeated along the other
+        action = check_shape(tensordict[keys.action], shape, keys.action)
+        return (action - check_shape(state.get(keys.anchor_action), shape, keys.anchor_action)) / scale
 
     def _rectify(self, state: TensorDictBase, *, target: bool = False) -> tuple[Tensor | None, Tensor]:
         """The head's latent (head B, else None) and residual; the moving average's with ``target``."""
@@ -512,6 +513,27 @@ class SPARLossBase(Conventions):
         """The batch's own noise, else standard normal noise of the shape of `like`."""
         noise = tensordict.get(key, None)
         return torch.randn_like(like) if noise is None else check_shape(noise, like.shape, key)
+
+
+def critics_of(network: Any) -> list[TensorDictModuleBase]:
+    """One critic, or each of several, of one architecture.
+
+    Examples:
+        >>> critics_of([torch.nn.Linear(3, 1)])
+        Traceback (most recent call last):
+            ...
+        torchrl_spar.errors.InputError: qvalue_network: a Linear; give a TensorDictModule, ...
+    """
+    several = isinstance(network, Iterable) and not isinstance(network, TensorDictModuleBase)
+    critics = list(network) if several else [network]
+    if not critics:
+        raise InputError("qvalue_network: an empty list; give one critic at least")
+    for critic in critics:
+        check_module("qvalue_network", critic)
+    shapes = [{name: parameter.shape for name, parameter in critic.named_parameters()} for critic in critics]
+    if any(each != shapes[0] for each in shapes):
+        raise InputError("qvalue_network: the critics differ in their parameters; an ensemble has one architecture")
+    return critics
 
 
 def check_shape(entry: Tensor, shape: Sequence[int], key: NestedKey) -> Tensor:

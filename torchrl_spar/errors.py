@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from tensordict import NestedKey, TensorDictBase
+from tensordict.nn import TensorDictModuleBase
 
 
 class InputError(ValueError):
@@ -78,6 +79,22 @@ def check_built(name: str, *modules: torch.nn.Module) -> None:
         for key, parameter in module.named_parameters():
             if torch.nn.parameter.is_lazy(parameter):
                 raise InputError(f"{name}: parameter {key!r} is lazy: call the network once before")
+
+
+def check_module(name: str, module: Any) -> None:
+    """Refuses what is no TensorDictModule, or has lazy parameters.
+
+    Examples:
+        >>> check_module("value_network", torch.nn.Linear(3, 1))
+        Traceback (most recent call last):
+            ...
+        torchrl_spar.errors.InputError: value_network: a Linear; give a TensorDictModule, which names its inputs ...
+    """
+    if not isinstance(module, TensorDictModuleBase):
+        raise InputError(
+            f"{name}: a {type(module).__name__}; give a TensorDictModule, which names its inputs and outputs"
+        )
+    check_built(name, module)
 
 
 def check_bool(entry: torch.Tensor, key: NestedKey) -> torch.Tensor:

@@ -18,7 +18,7 @@ from torch import nn
 from torchrl.data import Bounded, Composite, TensorSpec, Unbounded
 
 from torchrl_spar.anchor import FrozenAnchor
-from torchrl_spar.errors import InputError, check_bounds, check_built
+from torchrl_spar.errors import InputError, check_bounds, check_built, check_module
 from torchrl_spar.networks import functional_of
 
 LOG_STD_RANGE = (-4.0, 4.0)
@@ -90,6 +90,8 @@ class ResidualVAE(TensorDictModuleBase):
         self, encoder: TensorDictModuleBase, decoder: TensorDictModuleBase, *, latent_key: NestedKey = "latent"
     ) -> None:
         super().__init__()
+        check_module("encoder", encoder)
+        check_module("decoder", decoder)
         if len(encoder.out_keys) < 2:
             raise InputError(f"the encoder must write a mean and a log standard deviation, not {encoder.out_keys}")
         if scales := [type(part).__name__ for part in encoder.modules() if isinstance(part, SCALES)]:
@@ -231,6 +233,8 @@ class SPARActor(TensorDictModuleBase):
         self.anchor_action_key = anchor_action_key
         self.residual_key = residual_key
         last = head if decoder is None else decoder
+        check_module("head", head)
+        check_module("decoder", last)
         if residual_key not in last.out_keys:
             raise InputError(f"the residual head must write {residual_key!r}; out_keys are {last.out_keys}")
         low, high = action_bounds(action_spec, self.action_key)

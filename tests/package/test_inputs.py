@@ -28,6 +28,8 @@ from torchrl_spar import (
     HealthCheck,
     InputError,
     ResidualHead,
+    ResidualVAE,
+    SPARActor,
     SPARLoss,
     SPARUpdate,
     StackedSPARLoss,
@@ -248,6 +250,61 @@ def test_lazy_networks():
     called = critic(None)
     called(observation=torch.zeros(1, OBSERVATION), action=torch.zeros(1, ACTION))
     assert SPARLoss(parts[0], called, parts[1])(make_batch(12))["loss_qvalue"].isfinite()
+
+
+NO_CRITICS = [None, [], nn.Linear(8, 1), [critic(), nn.Linear(8, 1)], [critic(), critic(9)]]
+
+
+@pytest.mark.parametrize("networks", NO_CRITICS, ids=["none", "empty", "plain", "one is plain", "of two sizes"])
+def test_what_is_no_critic(networks):
+    loss = build_loss(hidden=[8])
+    actor, vae = (loss.get_stateful_net(name) for name in ("actor_network", "residual_vae"))
+    for build in (lambda: SPARLoss(actor, networks, vae, num_qvalue_nets=2),
+                  lambda: FQELoss(linear(OBSERVATION, ACTION), networks, num_qvalue_nets=2)):  # fmt: skip
+        with pytest.raises(InputError, match="qvalue_network: "):
+            build()
+    many = nn.ModuleList([critic(), critic()]), (critic(), critic())
+    for each in many:
+        assert SPARLoss(actor, each, vae, num_qvalue_nets=2)(make_batch(12))["loss_qvalue"].isfinite()
+
+
+def test_plain_modules_are_told_what_to_become():
+    loss, plain = build_loss(hidden=[8]), nn.Linear(3, 3)
+    actor, vae = (loss.get_stateful_net(name) for name in ("actor_network", "residual_vae"))
+    for name, build in {
+        "value_network": lambda: SPARLoss(actor, critic(), vae, plain),
+        "encoder": lambda: ResidualVAE(plain, vae.decoder), "decoder": lambda: ResidualVAE(vae.encoder, plain),
+        "head": lambda: SPARActor(linear(OBSERVATION, ACTION), plain, action_spec=SPEC),
+    }.items():  # fmt: skip
+        with pytest.raises(InputError, match=f"^{name}: a Linear; give a TensorDictModule"):
+            build()
+
+
+def test_an_anchors_action_is_not_repeated_along_the_datas():
+    """Networks that join what they read take any anchor; its one action would stand for all three."""
+
+    class Joined(nn.Module):
+        def __init__(self, inputs, outputs, parts=1):
+            super().__init__()
+            self.linear, self.parts = nn.Linear(inputs, outputs), parts
+
+        def forward(self, *inputs):
+            out = self.linear(torch.cat(inputs, -1))
+            return out if self.parts == 1 else out.chunk(self.parts, -1)
+
+    state = ["observation", "anchor_action"]
+    encoder = TensorDictModule(Joined(9, 8, 2), [*state, "residual"], ["latent_loc", "latent_log_std"])
+    vae = ResidualVAE(encoder, TensorDictModule(Joined(10, ACTION), [*state, "latent"], ["residual"]))
+    actor = SPARActor(linear(OBSERVATION, 1), ResidualHead(Joined(6, ACTION)), action_spec=SPEC)
+    loss = SPARLoss(actor, critic(), vae)
+    with pytest.raises(InputError, match=r"'anchor_action' has shape \(12, 1\); this loss needs \(12, 3\)"):
+        loss(make_batch(12))
+
+
+def test_bounds_of_another_size_than_the_datas_actions():
+    data = load_offline_dataset(episodes())
+    with pytest.raises(InputError, match="action_spec has 2 dimensions, the data's actions have 3"):
+        make_spar_loss(data, Bounded(-1, 1, (2,)))
 
 
 def test_bounds_along_leading_dimensions():

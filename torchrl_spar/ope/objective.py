@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase, TensorDictParams
@@ -19,9 +19,9 @@ from torch import Tensor
 from torchrl.envs.utils import ExplorationType
 
 from torchrl_spar.anchor import FrozenAnchor
-from torchrl_spar.conventions import Conventions, masked_mean
+from torchrl_spar.conventions import Conventions, critics_of, masked_mean
 from torchrl_spar.data.rows import under_next
-from torchrl_spar.errors import InputError, check_built, check_options
+from torchrl_spar.errors import InputError, check_options
 from torchrl_spar.functional import call, call_ensemble
 
 
@@ -132,11 +132,11 @@ class FQELoss(Conventions):
         use_prioritized_weights: bool | Literal["auto"] = "auto",
     ) -> None:
         super().__init__()
-        is_one, width = isinstance(qvalue_network, TensorDictModuleBase), torch.as_tensor(trace_width)
-        critics: Any = [qvalue_network] * num_qvalue_nets if is_one else qvalue_network
+        critics, width = critics_of(qvalue_network), torch.as_tensor(trace_width)
+        is_one = qvalue_network is critics[0]
         check_options(
             (num_qvalue_nets >= 1, "num_qvalue_nets", num_qvalue_nets, "at least 1"),
-            (num_qvalue_nets == len(critics), "num_qvalue_nets", num_qvalue_nets, "the number of critics in the list"),
+            (is_one or num_qvalue_nets == len(critics), "num_qvalue_nets", num_qvalue_nets, "the length of the list"),
             (0 <= lmbda <= 1, "lmbda", lmbda, "between 0 and 1"),
             (bool((width > 0).all()), "trace_width", trace_width, "positive"),
             (loss_function in ("l1", "l2", "smooth_l1"), "loss_function", loss_function, "l1, l2 or smooth_l1"),
@@ -149,12 +149,11 @@ class FQELoss(Conventions):
         action_key = next((key for key in written if key in read), None)
         if action_key is None:
             raise InputError(f"the critic reads {read}, none of what the actor writes: {written}")
-        check_built("qvalue_network", *critics)
         frozen = FrozenAnchor(actor_network, action_key=action_key, exploration_type=exploration_type)
         self.convert_to_functional(frozen, "actor_network")
         # A list of one is converted without the dimension E: with it, tensordict calls its parameters buffers.
         count = num_qvalue_nets if is_one or num_qvalue_nets > 1 else None
-        networks = critics[0] if is_one or count is None else list(critics)
+        networks = critics[0] if is_one or count is None else critics
         self.convert_to_functional(networks, "qvalue_network", count, create_target_params=True)
         self.num_qvalue_nets = num_qvalue_nets
         self.lmbda = lmbda
