@@ -175,24 +175,26 @@ def test_the_recipes_readme_names_every_script():
 @pytest.mark.slow
 def test_the_results_are_the_committed_runs(tmp_path):
     readme = (RESULTS / "README.md").read_text()
-    # With SPAR's own runs of these data sets.
-    beside = (("compare", [], 11), ("ablations", ["@spar"], 3), (f"ablations/{EMBEDDED}", ["@spar"], 17))
+    # With runs of the same data sets in compare/.
+    rivals = ["@bc10", "@td3_bc", "@iql"]
+    beside = (("defaults", rivals, 2), ("compare", [], 11), ("ablations", ["@spar"], 3))
+    beside += ((f"ablations/{EMBEDDED}", ["@spar"], 17),)
     for name, methods, count in beside:
         shown = (RESULTS / name / "report.md").read_text()
-        # The ablations without runs on every set are shown in the table of the embedded one alone.
+        # The ablations without runs on every set are shown in the table of the embedded one alone, rivals in their own.
         rows = [row for row in shown.splitlines() if row.startswith("| ") and " | - | - |" not in row]
         assert len(rows) >= count + 4 and all(row in readme for row in rows)
         # The report is of the committed runs.
         copy = tmp_path / name.replace("/", "-")
         shutil.copytree(RESULTS / name, copy)
-        spar = [f"{RESULTS / 'compare'}{method}" for method in methods]
-        done = run("report", copy, *spar, cwd=tmp_path)
+        others = [f"{RESULTS / 'compare'}{method}" for method in methods]
+        done = run("report", copy, *others, cwd=tmp_path)
         assert done.stdout == shown, done.stderr
 
 
 def test_the_first_pages_results_are_the_reports():
-    reported = tables((RESULTS / "compare" / "report.md").read_text())[0]
-    scores = {row[0]: [cell.removesuffix(" (3)") for cell in row[1:5]] for row in reported[2:]}
+    reported = tables((RESULTS / "defaults" / "report.md").read_text())[0]
+    scores = {row[0]: [re.sub(r" \(\d\)$", "", cell) for cell in row[1:7]] for row in reported[2:]}
     (shown,) = [table for table in tables((ROOT / "README.md").read_text()) if table[0][0] == "method"]
     assert len(shown) > 4
     for method, *cells in shown[2:]:
