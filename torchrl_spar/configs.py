@@ -78,7 +78,7 @@ class SPARLossConfig:
     latent_bound: float = 2.0
     candidate_dtype: str | None = None
     temperature: float = 0.3
-    evidence_scale: float | None = 0.0125
+    evidence_scale: float | None = 0.02
     lsi_coeff: float = 1.0
     trust_coeff: float = 1.0
     reduction: str | None = None

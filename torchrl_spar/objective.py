@@ -38,8 +38,8 @@ from torchrl_spar.residual import ResidualVAE, SPARActor
 
 # The weights lie between exp(-5) and exp(2.3) = 10 before they are divided by their mean.
 TRUST_LOG_WEIGHT_RANGE = (-5.0, 2.3)
-# By how much the evidence changes the weight of self-imitation, at most.
-EVIDENCE_RANGE = (0.5, 8.0)
+# By how much the evidence raises the weight of self-imitation, at most.
+EVIDENCE_CEILING = 8.0
 TINY = 1e-8
 # Of a data set, at once.
 ROWS_PER_CALL = 16_384
@@ -100,7 +100,7 @@ class SPARLoss(SPARLossBase):
             gradients are not touched.
         temperature: tau of the candidates' weights; small is greedy (ours: 0.3).
         evidence_scale: the spread of the candidates' values, in scaled units, at which self-imitation weighs
-            ``lsi_coeff``; with None it always does (ours: 0.0125 standard deviations of the returns-to-go).
+            ``lsi_coeff``; with None it always does (ours: 0.02 standard deviations of the returns-to-go).
         lsi_coeff: weight of self-imitation, a buffer that can be scheduled (ours: 1). 0 removes the term for good,
             for the ablation; a schedule must start above 0.
         trust_coeff: lambda, the weight of the advantage-weighted fit to the data's own residuals; likewise (ours: 1).
@@ -173,7 +173,7 @@ class SPARLoss(SPARLossBase):
         latent_bound: float = 2.0,
         candidate_dtype: torch.dtype | None = None,
         temperature: float = 0.3,
-        evidence_scale: float | None = 0.0125,
+        evidence_scale: float | None = 0.02,
         lsi_coeff: float = 1.0,
         trust_coeff: float = 1.0,
         reduction: Literal["mean", "sum", "none"] | None = None,
@@ -399,10 +399,11 @@ class SPARLoss(SPARLossBase):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Squared distance of the residual (head B: the latent) to :meth:`self_imitation_target`, ``[*B]``.
 
-        It counts by the evidence: times ``(S / evidence_scale)^2``, clipped to half and eight times, where S is how
-        much the candidates' values differ. Where no action makes a difference that the returns would show, the trust
-        term holds the policy to the data. Arguments as there; a mean over dimensions. This is the step that improves
-        the policy: a subclass may put another in its place, with :attr:`lsi_metrics` as the names of what it reports.
+        It counts by the evidence: times ``(S / evidence_scale)^4``, at most eight times, where S is how much the
+        candidates' values differ. Where no action makes a difference that the returns would show, the best of the
+        candidates is the critics' noise: self-imitation fades, and the trust term alone moves the policy. Arguments
+        as there; a mean over dimensions. This is the step that improves the policy: a subclass may put another in its
+        place, with :attr:`lsi_metrics` as the names of what it reports.
 
         Source: the regression onto the candidates is the paper's.
         """
@@ -410,8 +411,8 @@ class SPARLoss(SPARLossBase):
         prediction = residual if latent is None else latent
         imitation = (prediction - target).pow(2).mean(-1)
         if self.evidence_scale is not None:
-            evidence = (diagnostics["candidate_spread"] / self.evidence_scale).square()
-            imitation = imitation * evidence.clamp(*EVIDENCE_RANGE)
+            evidence = (diagnostics["candidate_spread"] / self.evidence_scale).pow(4)
+            imitation = imitation * evidence.clamp(max=EVIDENCE_CEILING)
         return imitation, diagnostics
 
     @torch.no_grad()

@@ -49,7 +49,7 @@ class Loss:
     )
     temperature: float = option(0.3, "Of the candidates' weights; small is greedy.", above=0)
     evidence_scale: float | None = option(
-        0.0125,
+        0.02,
         "Spread of the candidates' values, in scaled returns, at which self-imitation weighs lsi_coeff; null: always.",
         above=0,
     )

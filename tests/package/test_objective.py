@@ -148,7 +148,7 @@ def test_qvalue_loss_matches_reference(case, value_mix, gamma):
 
 @pytest.mark.parametrize("candidates", ["prior", "policy"])
 @pytest.mark.parametrize("bound", ["lcb", "min"])
-@pytest.mark.parametrize("evidence_scale", [0.002, 0.05, 5.0])  # beyond both ends of the weight's range, and within
+@pytest.mark.parametrize("evidence_scale", [0.002, 0.05, 5.0])  # at the weight's ceiling, within, and at nothing
 def test_residual_loss_matches_reference(case, bound, candidates, evidence_scale):
     loss, ref, batch = case
     loss.evidence_scale = evidence_scale
@@ -181,7 +181,7 @@ def test_residual_loss_matches_reference(case, bound, candidates, evidence_scale
         candidates = residuals if latent is None else latents
         target = sum(w * c[i] for w, c in zip(weights, candidates))
         prediction = residual[i] if latent is None else latent[i]
-        expected += ((scale / loss.evidence_scale) ** 2).clamp(0.5, 8) * (prediction - target).pow(2).mean()
+        expected += ((scale / loss.evidence_scale) ** 4).clamp(max=8) * (prediction - target).pow(2).mean()
         expected += u[i] / u.mean() * (residual[i] - (a[i] - a_b[i]) / ref.rho).pow(2).mean()
     torch.testing.assert_close(value, expected / 12)
     torch.testing.assert_close(metadata["effective_sample_size"], sum(sizes) / 12)
