@@ -177,7 +177,7 @@ def test_the_results_are_the_committed_runs(tmp_path):
     readme = (RESULTS / "README.md").read_text()
     # With runs of the same data sets in compare/.
     rivals = ["@bc10", "@td3_bc", "@iql"]
-    beside = (("defaults", rivals, 2), ("compare", [], 11), ("ablations", ["@spar"], 3))
+    beside = (("six_sets", rivals, 2), ("compare", [], 11), ("ablations", ["@spar"], 3))
     beside += ((f"ablations/{EMBEDDED}", ["@spar"], 17),)
     for name, methods, count in beside:
         shown = (RESULTS / name / "report.md").read_text()
@@ -193,7 +193,7 @@ def test_the_results_are_the_committed_runs(tmp_path):
 
 
 def test_the_first_pages_results_are_the_reports():
-    reported = tables((RESULTS / "defaults" / "report.md").read_text())[0]
+    reported = tables((RESULTS / "six_sets" / "report.md").read_text())[0]
     scores = {row[0]: [re.sub(r" \(\d\)$", "", cell) for cell in row[1:7]] for row in reported[2:]}
     (shown,) = [table for table in tables((ROOT / "README.md").read_text()) if table[0][0] == "method"]
     assert len(shown) > 4
