@@ -405,7 +405,7 @@ class SPARLoss(SPARLossBase):
         as there; a mean over dimensions. This is the step that improves the policy: a subclass may put another in its
         place, with :attr:`lsi_metrics` as the names of what it reports.
 
-        Source: the regression onto the candidates is the paper's.
+        Source: the regression onto the candidates is the paper's; the weight by evidence is ours.
         """
         target, diagnostics = self.self_imitation_target(state, residual, latent, mask, noise)
         prediction = residual if latent is None else latent
