@@ -10,10 +10,11 @@ DOPE: Fu et al. 2021 (https://arxiv.org/abs/2103.16596).
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from types import ModuleType
 from typing import Any, cast
 
 import torch
@@ -53,6 +54,7 @@ class Options:
     episodes: int = option(20, "Episodes that each policy plays.", least=2)
     seed: int = option(0, "Of evaluation and of Fitted Q Evaluation.", least=0)
     ope: OPE = option(OPE(), "Off-policy evaluation.")
+    d3rlpy_steps: int = option(0, "Gradient steps of d3rlpy's FQE of each policy, to compare with; 0: none.", least=0)
     device: str | None = option(None, "cpu, cuda, ...; null: cuda if there is one, else cpu.")
     threads: int = option(1, "Torch threads.", least=1)
 
@@ -107,27 +109,38 @@ def spearman(one: Tensor, other: Tensor) -> float | None:
     return torch.corrcoef(places)[0, 1].item() if (places.std(1) > 0).all() else None
 
 
+def columns(rows: Sequence[Mapping[str, Any]], *names: str) -> Iterator[Tensor]:
+    return (torch.tensor([row[name] for row in rows], dtype=torch.float64) for name in names)
+
+
+def agreement(rows: Sequence[Mapping[str, Any]], name: str) -> dict[str, Any]:
+    """How a column of values agrees with what was played."""
+    value, score, true = columns(rows, name, "score", "true_value")
+    return {
+        "spearman": spearman(value, score),
+        "spearman_of_discounted": spearman(value, true),
+        "mean_absolute_error": (value - true).abs().mean().item(),
+        "regret": {"highest value": (score.max() - score[value.argmax()]).item()},
+    }
+
+
 def figures(rows: Sequence[Mapping[str, Any]], chosen: str) -> dict[str, Any]:
     """What `ope.json` says of all policies; `chosen` is the surest one's name, perhaps "anchor"."""
-    score, true, value, low, high = (
-        torch.tensor([row[name] for row in rows], dtype=torch.float64)
-        for name in ("score", "true_value", "value", "low", "high")
-    )
+    score, true, low, high = columns(rows, "score", "true_value", "low", "high")
 
     def regret(index: int) -> float:
         return (score.max() - score[index]).item()
 
+    found = agreement(rows, "value")
     last = max(row["updates"] for row in rows)
     naive = [i for i, row in enumerate(rows) if row["updates"] == last and row["c"] in (None, 1.0)]
     surest = [i for i, row in enumerate(rows) if row["name"] == chosen]
     return {
         "policies": len(rows),
-        "spearman": spearman(value, score),
-        "spearman_of_discounted": spearman(value, true),
-        "mean_absolute_error": (value - true).abs().mean().item(),
+        **found,
         "coverage": ((low <= true) & (true <= high)).double().mean().item(),
         "regret": {
-            "highest value": regret(int(value.argmax())),
+            **found["regret"],
             "highest lower bound": regret(int(low.argmax())),
             "surest gain, else the anchor": regret(surest[0]),
             "longest training": sum(map(regret, naive)) / len(naive) if naive else None,
@@ -136,10 +149,19 @@ def figures(rows: Sequence[Mapping[str, Any]], chosen: str) -> dict[str, Any]:
     }
 
 
+def d3rlpy_peer() -> ModuleType:
+    try:
+        from benchmarks import d3rlpy_peer as peer
+    except ImportError as error:
+        raise InputError(f"d3rlpy_steps: d3rlpy cannot be imported ({error}): install it, or give 0") from error
+    return peer
+
+
 def main(cfg: DictConfig) -> None:
     torch.set_num_threads(cfg.threads)
     out = Path(cfg.out)
     check_unused(out)
+    peer = d3rlpy_peer() if cfg.d3rlpy_steps else None  # missing: said before the work, not after it
     runs, device = finished_runs(cfg.runs), best_device(cfg.device)
     options = [cast(DictConfig, OmegaConf.load(run / "config.yaml")) for run in runs]
     for run, other in zip(runs, options):
@@ -173,6 +195,13 @@ def main(cfg: DictConfig) -> None:
         )  # fmt: skip
     # Each bound holds with the confidence.
     found = {**figures(rows, choice.name), "nominal_coverage": 2 * cfg.ope.confidence - 1}
+    if peer:
+        options_of_peer = {"steps": cfg.d3rlpy_steps, "gamma": gamma, "seed": cfg.seed}
+        asked = {name: on_cpu(policy) for name, policy in {"anchor": anchor, **policies}.items()}
+        values = peer.fqe_values(asked, data, **options_of_peer)
+        for row in rows:
+            row["d3rlpy_value"] = values[row["name"]]
+        found["d3rlpy"] = agreement(rows, "d3rlpy_value")
     facts = {
         "dataset": first.dataset, "env": env, "gamma": gamma, **found, "chosen": choice.name, "rows": rows,
         "options": {name: value for name, value in OmegaConf.to_container(cfg).items() if name != "out"},  # type: ignore[union-attr]
@@ -191,10 +220,11 @@ def show(rows: Sequence[Mapping[str, Any]], found: Mapping[str, Any]) -> None:
         table.add_row(row["name"], *(f"{number:.4g}" for number in numbers))
     console = Console()
     console.print(table)
-    for name, value in {**found, **found["regret"]}.items():
-        if not isinstance(value, dict):
-            unit = "regret of choosing by " if name in found["regret"] else ""
-            console.print(f"{unit}{name}: {'-' if value is None else f'{value:.3g}'}")
+    for whose, those in {"": found, "d3rlpy's ": found.get("d3rlpy", {})}.items():
+        regrets = {f"regret of choosing by {whose}{name}": value for name, value in those.get("regret", {}).items()}
+        others = {f"{whose}{name}": value for name, value in those.items() if not isinstance(value, dict)}
+        for name, value in {**others, **regrets}.items():
+            console.print(f"{name}: {'-' if value is None else f'{value:.3g}'}")
 
 
 if __name__ == "__main__":
