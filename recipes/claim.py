@@ -1,6 +1,6 @@
 """One claim of the paper, measured: graded findings as JSON, and a figure.
 
-python recipes/claim.py drift               # also gradient_conflict, search_space, suboptimal_anchors, support
+python recipes/claim.py drift      # also bootstrapping, gradient_conflict, search_space, suboptimal_anchors, support
 python recipes/claim.py drift seed=1        # drift --help lists the options
 """
 
@@ -11,7 +11,7 @@ from importlib import import_module
 
 from claims.claim_tools import run_claim
 
-NAMES = ("drift", "gradient_conflict", "search_space", "suboptimal_anchors", "support")
+NAMES = ("bootstrapping", "drift", "gradient_conflict", "search_space", "suboptimal_anchors", "support")
 
 
 def main() -> None:

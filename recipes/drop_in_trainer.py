@@ -1,7 +1,7 @@
 """SPARLoss in TorchRL's own Trainer: replay buffer, hooks, csv logger, checkpoints and progress bar are TorchRL's.
 
 python recipes/drop_in_trainer.py                              # the embedded Hopper data
-python recipes/drop_in_trainer.py out=mine resume=true         # goes on from the last checkpoint
+python recipes/drop_in_trainer.py out=mine resume=true         # resumes from the last checkpoint
 
 One optimiser for all losses, and the head in every update: less than spar_d4rl.py does, with nothing but SPARLoss in
 the loop.

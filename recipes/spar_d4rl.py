@@ -3,7 +3,7 @@
 python recipes/spar_d4rl.py                                    # the embedded Hopper data
 python recipes/spar_d4rl.py seeds=[0,1,2]                      # several seeds at once
 python recipes/spar_d4rl.py dataset=minari:D4RL/pen/human-v2 preset=d4rl seed=1
-python recipes/spar_d4rl.py out=mine resume=true               # goes on after a kill, a full disk, a Ctrl-C
+python recipes/spar_d4rl.py out=mine resume=true               # resumes after a kill, a full disk, a Ctrl-C
 """
 
 from __future__ import annotations

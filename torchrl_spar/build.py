@@ -12,7 +12,7 @@ from torchrl.data import Bounded, TensorSpec
 from torchrl.modules import TanhModule, ValueOperator
 
 from torchrl_spar.data.buffer import OfflineReplayBuffer
-from torchrl_spar.errors import InputError, check_device, check_options
+from torchrl_spar.errors import InputError, check_device, check_names, check_options
 from torchrl_spar.networks import ObservationNorm, StateMLP
 from torchrl_spar.objective import SPARLoss
 from torchrl_spar.residual import GaussianEncoder, ResidualHead, ResidualVAE, SPARActor, action_bounds
@@ -118,6 +118,7 @@ def make_spar_loss(
         (latent_dim is None or latent_dim >= 1, "latent_dim", latent_dim, "at least 1"),
         (0 <= gamma <= 1, "gamma", gamma, "between 0 and 1"),
     )
+    check_names(options, make_spar_loss, loss_class.__init__)
     make = DefaultNetworks.of(data, action_spec, observation_stats, hidden, device, latent_dim)
     vae = ResidualVAE(make.encoder(), make.decoder())
     actor = make.actor(head, vae.decoder, anchor)
@@ -125,10 +126,7 @@ def make_spar_loss(
     # Drawn in any case, so that a seed's other numbers do not depend on whether there is one.
     value = make.value()
     options = {"num_qvalue_nets": num_qvalue_nets, "value_mix": value_mix, **options}
-    try:
-        loss = loss_class(actor, qvalue, vae, value if with_value or value_mix else None, **options)
-    except TypeError as err:
-        raise InputError(f"unknown option for SPARLoss: {err}") from None
+    loss = loss_class(actor, qvalue, vae, value if with_value or value_mix else None, **options)
     loss.make_value_estimator(gamma=gamma)
     return loss.to(make.device)
 

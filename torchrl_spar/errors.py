@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import difflib
+import inspect
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -162,3 +164,26 @@ def check_options(*checks: tuple[bool, str, Any, str]) -> None:
     for valid, name, value, expected in checks:
         if not valid:
             raise InputError(f"{name}={value!r}: must be {expected}")
+
+
+def check_names(options: Iterable[str], *functions: Callable[..., Any], prefix: str = "") -> None:
+    """Refuses options that are no keyword of the functions; suggests the one that is most like it.
+
+    Examples:
+        >>> def fit(*, steps=1, lr=1e-3): ...
+        >>> check_names({"stepz": 2}, fit, prefix="vae.")
+        Traceback (most recent call last):
+            ...
+        torchrl_spar.errors.InputError: vae.stepz: no such option, did you mean vae.steps?
+    """
+    parameters = [each for function in functions for each in inspect.signature(function).parameters.values()]
+    known = [each.name for each in parameters if each.kind is each.KEYWORD_ONLY]
+    for name in options:
+        if name not in known:
+            raise InputError(f"{prefix}{name}: no such option{suggestion(name, known, prefix)}")
+
+
+def suggestion(name: str, known: Iterable[str], prefix: str = "") -> str:
+    """The known name that is most like it, as the end of an error's text; empty where none is."""
+    found = difflib.get_close_matches(name, [*known], n=1, cutoff=0.5)
+    return f", did you mean {prefix}{found[0]}?" if found else ""

@@ -15,6 +15,7 @@ Three parts train it; ``r = (a - a_b) / rho`` is the data's residual, ``Delta`` 
 3. ``actor_loss``: Latent Self-Imitation. Candidates ``z_k`` are drawn in the latent space, weighted by their
    conservative value relative to the policy's own residual, and regressed onto:
    ``|Delta - sum_k w_k g(s, a_b, z_k)|^2``. No gradient of a critic with respect to an action is ever taken.
+   A trust term (ours) fits ``Delta`` to the data's residuals, the better ones first: ``u(A) |Delta - r|^2``.
 
 Each method's docstring says what is the paper's and what is our choice. How the networks are called, keys, masks and
 targets are in conventions.py.

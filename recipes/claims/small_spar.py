@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from harness.environment import EMBEDDED
@@ -24,6 +24,9 @@ from torchrl_spar import (
     load_offline_dataset,
     make_anchor,
     pretrain,
+    with_anchor_actions,
+    with_member_weights,
+    with_value_targets,
 )  # fmt: skip
 from torchrl_spar.functional import call_ensemble
 
@@ -35,6 +38,10 @@ class SmallSpar:
     actor_lr: float = option(1e-3, "Learning rate of the head.", least=0)
     target_rate: float = option(0.01, "Polyak rate of all targets.", least=0, most=1)
     policy_interval: int = option(2, "Updates of the critics for one of the head.", least=1)
+    target_interval: int | None = option(
+        250, "Updates after which the targets along the data's trajectories are computed anew; null: one-step targets.",
+        least=1,
+    )  # fmt: skip
     loss: Loss = option(Loss(hidden=[64, 64]), "Options of the loss.")
 
 
@@ -83,11 +90,15 @@ def make_update(cfg: DictConfig, loss: SPARLoss, **changes: float) -> SPARUpdate
 def improve(
     cfg: DictConfig, update: SPARUpdate, data: OfflineReplayBuffer, on_step: Callable[[int], None] = lambda step: None
 ) -> None:
-    """The improvement; `on_step` is called before the first update and after each."""
+    """The improvement, each critic on half of the episodes; `on_step` comes before the first update and after each."""
+    loss = cast(SPARLoss, update.loss)
+    rows = with_member_weights(loss, with_anchor_actions(loss, data), seed=torch.initial_seed())
     on_step(0)
-    for step in range(1, cfg.spar.updates + 1):
-        update(data.sample())
-        on_step(step)
+    for step in range(cfg.spar.updates):
+        if cfg.spar.target_interval and step % cfg.spar.target_interval == 0:
+            rows = with_value_targets(loss, rows)
+        update(rows.sample())
+        on_step(step + 1)
 
 
 def rectified(loss: SPARLoss, batch: TensorDictBase) -> tuple[TensorDictBase, Tensor, Tensor]:

@@ -102,7 +102,7 @@ def check_new(out: Path) -> None:
     """Refuses a directory that holds anything."""
     if contents(out):
         raise InputError(
-            f"out={out}: exists and is not empty; resume=true goes on with the run in it, "
+            f"out={out}: exists and is not empty; resume=true resumes the run in it, "
             "else give another directory or remove it"
         )
 

@@ -54,7 +54,7 @@ def run_recipe(main: Callable[[DictConfig], None], name: str) -> None:
             if "resume" not in cfg:
                 raise
             how = "the same command" if cfg.resume else f"the same command with resume=true out={cfg.out}"
-            print(f"{err}: {how} goes on", file=sys.stderr)
+            print(f"{err}: {how} resumes it", file=sys.stderr)
             sys.exit(128 + err.signum)
 
     # Each recipe owns its output: Hydra's log files are not used, and what --multirun notes lies aside.

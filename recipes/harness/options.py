@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
@@ -14,6 +13,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 from torchrl_spar import InputError
+from torchrl_spar.errors import suggestion
 
 T = TypeVar("T")
 # The dataclass of each recipe, by the recipe's name.
@@ -99,8 +99,7 @@ def explain(err: BaseException, name: str) -> str:
 
 def unknown_option(name: str, known: Iterable[str]) -> str:
     """An error's text for an option that does not exist; it suggests the one that is most like it."""
-    found = difflib.get_close_matches(name, [*known], n=1, cutoff=0.5)
-    return f"{name}: no such option, {f'did you mean {found[0]}?' if found else '--help lists all'}"
+    return f"{name}: no such option{suggestion(name, known) or ', --help lists all'}"
 
 
 def print_help(name: str, about: str) -> None:

@@ -20,6 +20,8 @@ from torchrl_spar import (
     fit_vae,
     load_offline_dataset,
     make_spar_loss,
+    make_toy_data,
+    pretrain,
 )
 
 HEADS = ("residual", "latent")
@@ -415,6 +417,17 @@ def test_schedulable_coefficients(make_loss):
 def test_wrong_options_are_named(option, value):
     with pytest.raises(InputError, match=option):
         make_spar_loss(OBSERVATION, Bounded(-1, 1, (ACTION,)), **{option: value})
+
+
+def test_an_unknown_option_is_told_from_one_of_another_kind():
+    with pytest.raises(InputError, match=r"^temprature: no such option, did you mean temperature\?$"):
+        make_spar_loss(OBSERVATION, Bounded(-1, 1, (ACTION,)), temprature=0.1)
+    with pytest.raises(InputError, match=r"^hiden: no such option, did you mean hidden\?$"):
+        make_spar_loss(OBSERVATION, Bounded(-1, 1, (ACTION,)), hiden=[8])
+    with pytest.raises(InputError, match=r"^vae\.stepz: no such option, did you mean vae\.steps\?$"):
+        pretrain(make_toy_data(), anchor={"steps": 1}, vae={"stepz": 2})
+    with pytest.raises(TypeError, match="'>=' not supported"):
+        make_spar_loss(OBSERVATION, Bounded(-1, 1, (ACTION,)), kappa="a")
 
 
 def test_wrong_specs_and_statistics_are_named():

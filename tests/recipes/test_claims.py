@@ -17,6 +17,7 @@ from torch import nn
 pytest.importorskip("hydra")
 import claim
 from claims import (
+    bootstrapping,
     drift,
     drift_methods,
     gradient_conflict,
@@ -28,12 +29,14 @@ from claims import (
 )
 from omegaconf import OmegaConf
 
+from torchrl_spar import make_toy_data, pretrain, with_value_targets
 from torchrl_spar.networks import ObservationNorm
 
 ROOT = Path(__file__).resolve().parents[2]
-NAMES = ("drift", "gradient_conflict", "search_space", "suboptimal_anchors", "support")
+NAMES = ("bootstrapping", "drift", "gradient_conflict", "search_space", "suboptimal_anchors", "support")
 SHORT = ["anchor.steps=20", "vae.steps=5", "critics.steps=5", "spar.updates=4", "spar.loss.hidden=[8]", "batch_size=32"]
 SMALL = {
+    "bootstrapping": [*SHORT, "seeds=[0]", "episodes=2", "interval=2", "rows=64"],
     "drift": [
         "closed_form.states=512", "closed_form.candidates=[8, 256]", "closed_form.temperatures=[0.3, 1.0]",
         "first_update.states=64", "train.steps=4", "train.interval=2", "noisy.draws=1",
@@ -143,7 +146,7 @@ def test_drift_draws_what_it_measured(drift_result, tmp_path):
     assert (tmp_path / "drift.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("module", [gradient_conflict, search_space, support, suboptimal_anchors])
+@pytest.mark.parametrize("module", [bootstrapping, gradient_conflict, search_space, support, suboptimal_anchors])
 def test_claims_on_data_run(module, tmp_path):
     name = module.__name__.removeprefix("claims.")
     cfg = options(name, SMALL[name])
@@ -193,6 +196,16 @@ def test_rectified_is_what_the_loss_and_the_policy_play(small):
     torch.testing.assert_close(action.detach(), loss.actor(batch.select("observation"))["action"])
     (slope,) = torch.autograd.grad(small_spar.mean_value(loss, state, action).sum(), [action])
     assert slope.abs().max() > 0
+
+
+def test_returns_alone_are_the_datas_returns():
+    data = make_toy_data()
+    loss, rows = pretrain(data, anchor={"steps": 2}, vae={"steps": 2}, critics={"steps": 2})
+    loss.cut_margin = bootstrapping.KINDS[bootstrapping.RETURNS]["loss"]["cut_margin"]
+    targets = with_value_targets(loss, rows)[:]["value_target"]
+    # Every episode terminates after rewards of 0, 1, 2, 3, 4.
+    expected = [sum(0.99 ** (k - t) * k for k in range(t, 5)) for t in range(5)] * 8
+    torch.testing.assert_close(targets.squeeze(-1), loss.reward_scale * torch.tensor(expected), rtol=1e-4, atol=1e-5)
 
 
 def test_heads_are_trained_on_critics_that_stay(small):

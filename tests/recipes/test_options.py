@@ -30,7 +30,7 @@ SCRIPTS = (
     "make_dataset",
 )
 SCRIPTS += ("mix_objectives", "ope_study", "spar_d4rl", "spar_offline_to_online")
-CLAIMS = ("drift", "gradient_conflict", "search_space", "suboptimal_anchors", "support")
+CLAIMS = ("bootstrapping", "drift", "gradient_conflict", "search_space", "suboptimal_anchors", "support")
 
 
 @dataclass

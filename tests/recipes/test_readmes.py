@@ -143,6 +143,16 @@ def test_the_example_trains_a_policy(short):
     assert not torch.equal(policy(observation=observation), anchor(observation=observation))
 
 
+def test_the_example_of_own_networks_trains_them(short, monkeypatch):
+    for name in ("fit_anchor", "fit_vae", "fit_critics"):
+        monkeypatch.setattr(torchrl_spar, name, partial(getattr(torchrl_spar, name), steps=3))
+    own = blocks((ROOT / "torchrl_spar" / "README.md").read_text(), "python")[-1]
+    names = short(own)
+    loss, batch = names["loss"], names["data"].sample()
+    assert torch.equal(loss.anchor(batch.clone())["action"], names["anchor"](batch.clone())["action"])
+    assert all(value.isfinite().all() for value in loss(batch).values())
+
+
 def test_a_log_becomes_a_policy_in_its_units(short):
     _, own = blocks((ROOT / "README.md").read_text(), "python")
     with warnings.catch_warnings():

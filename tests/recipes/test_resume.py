@@ -145,7 +145,7 @@ def end_by(signum, started, condition):
     output = done.stdout + done.stderr
     assert done.returncode == 128 + signum, output
     assert "Traceback" not in output and output.count("stopped by") == 1
-    hint = f"stopped by {signum.name}: the same command with resume=true out=stopped goes on"
+    hint = f"stopped by {signum.name}: the same command with resume=true out=stopped resumes it"
     assert done.stderr.rstrip().endswith(hint)
 
 
@@ -179,7 +179,7 @@ def test_resume_begins_goes_on_and_leaves_what_is_finished(tmp_path, capsys):
     start_run("spar", out)
     assert capsys.readouterr().out == f"{out}: finished before\n"
     assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
-    with pytest.raises(InputError, match=r"out=.*run: exists and is not empty; resume=true goes on"):
+    with pytest.raises(InputError, match=r"out=.*run: exists and is not empty; resume=true resumes"):
         start_run("spar", out, "resume=false")
     with pytest.raises(InputError, match=r"run: of a run with other options \(anchor\.lr, critics\.steps\)"):
         start_run("spar", out, "anchor.lr=1", "critics.steps=7")

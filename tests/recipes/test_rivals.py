@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 from importlib.util import find_spec
 from pathlib import Path
@@ -263,6 +264,19 @@ def test_a_killed_sweep_goes_on(tmp_path):
     assert done.returncode == 0, done.stderr
     assert without_times(tmp_path / "alone") == without_times(first)
     assert (tmp_path / "alone" / "metrics.csv").read_text() == (first / "metrics.csv").read_text()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("method=td3_bc +method.critics.nmu=7", "method.critics.nmu: no such option, did you mean method.critics.num?"),
+        ("method=iql +method.reward.scle=7", "method.reward.scle: no such option, did you mean method.reward.scale?"),
+        ("method=rebrac +method.alpa=7", "method.alpa: no such option"),
+    ],
+)
+def test_unknown_options_of_a_method_are_named(given, message, tmp_path):
+    with pytest.raises(InputError, match=re.escape(message)):
+        compare.start(compose_recipe("compare", *TINY, *given.split()), 0, tmp_path / "out")
 
 
 def test_a_finished_run_with_other_options_is_refused(tmp_path):

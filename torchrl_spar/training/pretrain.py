@@ -20,7 +20,7 @@ from torchrl_spar.build import make_anchor, make_spar_loss
 from torchrl_spar.data.buffer import OfflineReplayBuffer
 from torchrl_spar.data.returns import returns_to_go
 from torchrl_spar.data.rows import rows_of
-from torchrl_spar.errors import InputError, check_options, check_present
+from torchrl_spar.errors import InputError, check_names, check_options, check_present
 from torchrl_spar.objective import SPARLoss
 from torchrl_spar.training.asking import actions_of
 from torchrl_spar.training.compiling import check_compiler
@@ -96,19 +96,20 @@ def pretrain(
     """
     progress = progress or Progress()
 
-    def part(name: str, phase: Mapping[str, Any]) -> dict[str, Any]:
+    def part(name: str, phase: Mapping[str, Any], fit: Callable[..., Any]) -> dict[str, Any]:
+        check_names(phase, fit, prefix=f"{name}.")
         return {"compile": compile, **phase, "progress": progress, "report": report and report(name)}
 
     if not isinstance(anchor, TensorDictModuleBase):
         if not isinstance(anchor, Mapping):
             raise InputError(f"anchor: a {type(anchor).__name__}; give a TensorDictModule, or options of fit_anchor")
         sizes = {name: options[name] for name in ("hidden", "device") if name in options}
-        anchor = fit_anchor(keep("anchor", make_anchor(data, **sizes)), data, **part("anchor", anchor))
+        anchor = fit_anchor(keep("anchor", make_anchor(data, **sizes)), data, **part("anchor", anchor, fit_anchor))
     loss = keep("loss", make_spar_loss(data, anchor=anchor, **{"joint_vae": False, **options}))
     rows = with_anchor_actions(loss, data)
-    fit_vae(loss, rows, **part("vae", vae))
+    fit_vae(loss, rows, **part("vae", vae, fit_vae))
     if critics is not None:
-        fit_critics(loss, rows, **part("critics", critics))
+        fit_critics(loss, rows, **part("critics", critics, fit_critics))
         if has_trajectories(loss, rows):
             rows = with_value_targets(
                 loss, with_member_weights(loss, rows, share=episode_share, seed=torch.initial_seed())
