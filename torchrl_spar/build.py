@@ -17,7 +17,8 @@ from torchrl_spar.networks import ObservationNorm, StateMLP
 from torchrl_spar.objective import SPARLoss
 from torchrl_spar.residual import GaussianEncoder, ResidualHead, ResidualVAE, SPARActor, action_bounds
 
-HIDDEN = (256, 256)
+# Those of every committed result; the d4rl preset has (256, 256).
+HIDDEN = (128, 128)
 STATE = ["observation", "anchor_action"]
 ObservationStats = tuple[torch.Tensor, torch.Tensor]
 Device = torch.device | str | None

@@ -111,7 +111,7 @@ class OfflineReplayBuffer(TensorDictReplayBuffer):
 def load_offline_dataset(
     source: str | os.PathLike[str] | TensorDictBase | Sequence[TensorDictBase] | ReplayBuffer,
     *,
-    batch_size: int = 256,
+    batch_size: int = 128,
     device: torch.device | str | None = None,
     root: str | os.PathLike[str] | None = None,
     action_spec: TensorSpec | None = None,
