@@ -15,12 +15,12 @@ import torch
 from harness.actors import read_actor
 from harness.checkpoints import sha256
 from harness.environment import load_any, source_of
-from harness.estimates import estimate_spar, fqe_options
 from harness.launch import best_device, run_recipe
+from harness.log_values import estimate_spar, fqe_options
 from harness.options import option, recipe_options
 from harness.output import write_json, write_text
+from harness.printing import values_in
 from harness.spar_options import OPE
-from harness.tables import values_in
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from omegaconf import DictConfig, OmegaConf
 from reporting.deployment import checksums, report_facts

@@ -31,11 +31,11 @@ from harness.environment import (
     shown,
     step_limit_of,
 )
-from harness.estimates import Support, estimate_any, estimate_spar
 from harness.launch import best_device, describe, run_recipe, summarize
+from harness.log_values import Support, estimate_any, estimate_spar
 from harness.options import option, recipe_options
+from harness.printing import show_estimates
 from harness.spar_options import OPE
-from harness.tables import show_estimates
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from tensordict.nn import TensorDictModuleBase

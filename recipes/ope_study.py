@@ -20,8 +20,8 @@ from typing import Any, cast
 import torch
 from harness.actors import read_actor
 from harness.environment import LOG_OPTIONS, load
-from harness.estimates import plain, slice_length
 from harness.launch import best_device, run_recipe, summarize
+from harness.log_values import plain, slice_length
 from harness.options import option, recipe_options
 from harness.output import check_unused, rounded, write_json
 from harness.run import VERSIONED, commit, on_cpu

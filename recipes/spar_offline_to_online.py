@@ -24,7 +24,7 @@ from harness.spar_run import SPARRun
 from omegaconf import DictConfig
 from online.curves import report
 from online.phase import check, count_updates, go_online
-from online.td3 import warm_start
+from online.warm_start import warm_start
 
 from torchrl_spar import InputError, SPARUpdate
 

@@ -18,7 +18,7 @@ from torchrl_spar.evaluation.rollouts import evaluate
 from torchrl_spar.objective import SPARLoss
 from torchrl_spar.ope.estimate import estimate_value
 from torchrl_spar.ope.fit import fit_fqe, fit_fqe_each
-from torchrl_spar.ope.objective import FQELoss
+from torchrl_spar.ope.fqe_loss import FQELoss
 from torchrl_spar.ope.select import residual_family, select_policy
 from torchrl_spar.residual import GaussianEncoder, ResidualHead, ResidualVAE, SPARActor
 from torchrl_spar.sharing import share_critics

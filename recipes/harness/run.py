@@ -21,12 +21,12 @@ from tqdm import tqdm
 from harness.actors import FACT
 from harness.checkpoints import Checkpoints, P
 from harness.environment import dataset_name, load, load_any, log_options, longest_episode, step_limit_of
-from harness.estimates import Support, estimate_any, fqe_options
 from harness.launch import RECIPES, best_device, summarize
+from harness.log_values import Support, estimate_any, fqe_options
 from harness.loggers import make_logger
 from harness.output import MetricLog, save_config, write_json
+from harness.printing import show
 from harness.scores import LogScores, Scores
-from harness.tables import show
 from torchrl_spar import Progress, save_policy
 
 VERSIONED = ("torchrl-spar", "torch", "torchrl", "tensordict", "gymnasium", "mujoco")

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from tensordict.nn import TensorDictModuleBase
 
-from harness.estimates import Support
 from harness.launch import summarize
+from harness.log_values import Support
 from harness.output import MetricLog, write_text
 from harness.stopping import stop
 from torchrl_spar import BackgroundEvaluator, evaluate

@@ -13,7 +13,7 @@ from torch import Tensor
 from torchrl.data import ReplayBuffer
 
 from harness.checkpoints import Checkpoints
-from harness.estimates import estimate_spar, fqe_options
+from harness.log_values import estimate_spar, fqe_options
 from harness.plots import plot_learning_curve, plot_log_curve
 from harness.run import Run, block_length, on_cpu
 from torchrl_spar import (

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from harness.checkpoints import sha256
-from harness.estimates import Support, actions_of
+from harness.log_values import Support, actions_of
 from omegaconf import DictConfig
 from tensordict import TensorDictBase
 from torch import Tensor
@@ -33,7 +33,7 @@ def report_facts(
         cfg: of the run.
         data: its log.
         actor: the policy to deploy.
-        estimates: see `harness.estimates`.
+        estimates: see `harness.log_values`.
         rows: number of rows listed where the policy is farthest from the data.
     """
     log = data[:].cpu()

@@ -26,7 +26,7 @@ import deployment_report
 import evaluate
 import report
 import spar_offline_to_online
-from harness import estimates
+from harness import log_values
 from harness.environment import load_any
 from harness.spar_run import EarlierPolicies, check_options
 from reporting import deployment
@@ -172,9 +172,9 @@ def test_the_chosen_residual_is_what_is_saved(monkeypatch):
         def choose(*args, real=real, name=name, **kwargs):
             return real(*args, **kwargs)._replace(name=name)
 
-        monkeypatch.setattr(estimates, "select_policy", choose)
+        monkeypatch.setattr(log_values, "select_policy", choose)
         found, chosen = estimates.estimate_spar(actor, data, options, select=True)
-        monkeypatch.setattr(estimates, "select_policy", real)
+        monkeypatch.setattr(log_values, "select_policy", real)
         assert found["choice"] == name
         assert [*found["gains"]] == ["c=0.25", "c=0.5", "c=0.75", "spar"]
         torch.testing.assert_close(chosen(observation=state), anchor + share * (whole - anchor))
@@ -201,7 +201,7 @@ def test_policies_of_earlier_evaluations_are_candidates(monkeypatch):
         torch.testing.assert_close(policies[f"step {step}"](observation=state), expected[step])
     real = estimates.select_policy
     chosen_name = "c=0.5 of step 2"
-    monkeypatch.setattr(estimates, "select_policy", lambda *args, **kw: real(*args, **kw)._replace(name=chosen_name))
+    monkeypatch.setattr(log_values, "select_policy", lambda *args, **kw: real(*args, **kw)._replace(name=chosen_name))
     few = {"gamma": 0.9, "seed": 0, "hidden": [8], "steps": 1, "warm_steps": 0, "num_qvalue_nets": 2}
     few |= {"held_out": 0.5, "confidence": 0.95}
     found, chosen = estimates.estimate_spar(actor, data, few, select=True, checkpoints=policies)

@@ -25,7 +25,7 @@ from online.collecting import make_collector, make_torchrl_env, with_noise
 from online.curves import describe, start_of
 from online.phase import check, count_updates, go_online
 from online.replay import anneal, make_replay_buffer
-from online.td3 import warm_start
+from online.warm_start import warm_start
 from rivals import td3_bc
 from rivals.base import Problem
 

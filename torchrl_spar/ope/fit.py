@@ -20,8 +20,8 @@ from torchrl_spar.data.buffer import OfflineReplayBuffer
 from torchrl_spar.data.returns import episode_ends, returns_to_go
 from torchrl_spar.data.rows import rows_of
 from torchrl_spar.errors import InputError, check_options
-from torchrl_spar.ope.objective import FQELoss
-from torchrl_spar.ope.stacked import StackedFQELoss
+from torchrl_spar.ope.fqe_loss import FQELoss
+from torchrl_spar.ope.many_policies import StackedFQELoss
 from torchrl_spar.training.asking import actions_of
 from torchrl_spar.training.pretrain import Report, _fit, varies
 from torchrl_spar.training.progress import Progress

@@ -10,7 +10,7 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
 from torch.func import vmap
 
-from torchrl_spar.ope.objective import FQELoss
+from torchrl_spar.ope.fqe_loss import FQELoss
 
 PARAMS, TARGETS = "qvalue_network_params", "target_qvalue_network_params"
 
