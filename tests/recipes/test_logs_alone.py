@@ -167,13 +167,13 @@ def test_the_chosen_residual_is_what_is_saved(monkeypatch):
     anchor, whole = actor.anchor(observation=state), actor(observation=state)
     assert (whole - anchor).abs().min() > 0
     for name, share in (("c=0.5", 0.5), ("anchor", 0.0), ("spar", 1.0)):
-        real = estimates.select_policy
+        real = log_values.select_policy
 
         def choose(*args, real=real, name=name, **kwargs):
             return real(*args, **kwargs)._replace(name=name)
 
         monkeypatch.setattr(log_values, "select_policy", choose)
-        found, chosen = estimates.estimate_spar(actor, data, options, select=True)
+        found, chosen = log_values.estimate_spar(actor, data, options, select=True)
         monkeypatch.setattr(log_values, "select_policy", real)
         assert found["choice"] == name
         assert [*found["gains"]] == ["c=0.25", "c=0.5", "c=0.75", "spar"]
@@ -199,12 +199,12 @@ def test_policies_of_earlier_evaluations_are_candidates(monkeypatch):
     assert (expected[2] - expected[10]).abs().min() > 0
     for step in (2, 6):
         torch.testing.assert_close(policies[f"step {step}"](observation=state), expected[step])
-    real = estimates.select_policy
+    real = log_values.select_policy
     chosen_name = "c=0.5 of step 2"
     monkeypatch.setattr(log_values, "select_policy", lambda *args, **kw: real(*args, **kw)._replace(name=chosen_name))
     few = {"gamma": 0.9, "seed": 0, "hidden": [8], "steps": 1, "warm_steps": 0, "num_qvalue_nets": 2}
     few |= {"held_out": 0.5, "confidence": 0.95}
-    found, chosen = estimates.estimate_spar(actor, data, few, select=True, checkpoints=policies)
+    found, chosen = log_values.estimate_spar(actor, data, few, select=True, checkpoints=policies)
     assert len(found["gains"]) == 12 and found["choice"] == chosen_name
     anchor = actor.anchor(observation=state)
     torch.testing.assert_close(chosen(observation=state), (anchor + expected[2]) / 2)
@@ -237,7 +237,7 @@ def test_calibration_is_of_the_critics_predictions():
 
     critics = [ValueOperator(Linear(slope), in_keys=["observation", "action"]) for slope in (1.0, 3.0)]
     fit = fit_fqe(make_anchor(data), data, qvalue_network=critics, warm_steps=0, steps=0, slice_len=4)
-    found = estimates.calibration(fit)
+    found = log_values.calibration(fit)
     predicted = 2 * fit.held_out["observation"][:, 0].double().numpy() / fit.loss.reward_scale.item()
     true = fit.held_out["return_to_go"][:, 0].double().numpy()
     assert found["bias"] == pytest.approx((predicted - true).mean())
