@@ -54,17 +54,20 @@ def read_table(path: Path) -> list[Run]:
         raise InputError(f"{path}: not a table of report.py ({err!r})") from None
 
 
-def write_table(path: Path, folders: Sequence[Path]) -> int:
-    """Collects the finished runs below folders into a table; returns their number."""
-    runs = []
-    for results in sorted(file for folder in folders for file in folder.rglob("results.json")):
-        run = json.loads(results.read_text())
-        run["options"] = _options(results.with_name("config.yaml"), run["dataset"])
+def write_table(path: Path, sources: Sequence[Path]) -> int:
+    """Collects the finished runs below folders (``FOLDER@METHOD``: of one method) into a table; returns their number."""
+    runs: dict[Path, Run] = {}
+    for source in sources:
+        folder, _, method = str(source).partition("@")
+        files = {file: json.loads(file.read_text()) for file in Path(folder).rglob("results.json")}
+        found = {file: run for file, run in files.items() if method in ("", run.get("method", "spar"))}
+        if not found:
+            raise InputError(f"{source}: no finished run")
+        runs |= found
+    for file, run in runs.items():
+        run["options"] = _options(file.with_name("config.yaml"), run["dataset"])
         run["curve"] = _columns(run["curve"])
-        runs.append(rounded(run, 6))
-    if not runs:
-        raise InputError(f"{', '.join(map(str, folders))}: no finished run")
-    write_text(path, table_text(runs))
+    write_text(path, table_text([rounded(runs[file], 6) for file in sorted(runs)]))
     return len(runs)
 
 

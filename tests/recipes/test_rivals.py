@@ -437,6 +437,10 @@ def test_a_table_holds_the_runs_and_gives_their_report(tmp_path, capsys):
     # The options of the data set's own task, and those that all runs share.
     assert runs[2]["options"]["method.lr"] == pytest.approx(0.7)
     assert runs[2]["options"]["spar.loss.hidden"] == [8, 8] and "out" not in runs[2]["options"]
+    one = tmp_path / "one.jsonl"
+    assert write_table(one, [Path(f"{fresh}@bc")]) == 2 and {run["method"] for run in read_runs(one)} == {"bc"}
+    with pytest.raises(InputError, match=f"{fresh}@cql: no finished run"):
+        write_table(one, [fresh, Path(f"{fresh}@cql")])
     report.main(fresh)
     of_directories = capsys.readouterr().out
     report.main(table.parent)
