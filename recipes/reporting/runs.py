@@ -55,7 +55,7 @@ def read_table(path: Path) -> list[Run]:
 
 
 def write_table(path: Path, sources: Sequence[Path]) -> int:
-    """Collects the finished runs below folders (``FOLDER@METHOD``: of one method) into a table; returns their number."""
+    """Collects finished runs below folders (of one method: ``FOLDER@METHOD``) into a table; returns their number."""
     runs: dict[Path, Run] = {}
     for source in sources:
         folder, _, method = str(source).partition("@")
