@@ -186,8 +186,8 @@ def test_the_recipes_readme_names_every_script():
 def test_the_results_are_the_committed_runs(tmp_path):
     readme = (RESULTS / "README.md").read_text()
     # With runs of the same data sets in compare/.
-    rivals = ["@bc10", "@td3_bc", "@iql"]
-    beside = (("six_sets", rivals, 2), ("compare", [], 11), ("ablations", ["@spar"], 3))
+    rivals = ["@bc", "@bc10", "@td3_bc", "@iql"]
+    beside = (("six_sets", rivals, 6), ("compare", [], 11), ("ablations", ["@spar"], 3))
     beside += ((f"ablations/{EMBEDDED}", ["@spar"], 17),)
     for name, methods, count in beside:
         shown = (RESULTS / name / "report.md").read_text()
