@@ -57,7 +57,7 @@ def run(cfg: DictConfig, start: SPARLoss, data: OfflineReplayBuffer, kind: str) 
     loss = deepcopy(start)
     loss.cut_margin = cfg.spar.loss.cut_margin
     everything = data[:]
-    returns = returns_to_go(everything, loss.value_estimator.gamma).squeeze(-1)
+    returns = returns_to_go(everything, float(loss.value_estimator.gamma)).squeeze(-1)
     chosen = torch.linspace(0, len(everything) - 1, min(cfg.rows, len(everything))).long()
     rows, returns = everything[chosen], returns[chosen]
     curve: dict[str, list[float]] = {"step": [], "score": [], "value_less_returns": []}
