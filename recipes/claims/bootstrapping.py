@@ -51,6 +51,11 @@ class Options(SmallOptions):
     spar: SmallSpar = option(SmallSpar(updates=4_000, target_interval=500), "The main phase.")
 
 
+def score(played: dict[str, float | None]) -> float:
+    """The normalised score; where D4RL has no reference, the mean return."""
+    return cast(float, played["return_mean"] if played["normalized"] is None else played["normalized"])
+
+
 def run(cfg: DictConfig, start: SPARLoss, data: OfflineReplayBuffer, kind: str) -> dict[str, list[float]]:
     """One run from a copy of the loss: the policy's score, and the critics' mean value of the data less its returns."""
     cfg = cast(DictConfig, OmegaConf.merge(cfg, {"spar": KINDS[kind]}))
@@ -68,8 +73,7 @@ def run(cfg: DictConfig, start: SPARLoss, data: OfflineReplayBuffer, kind: str) 
             with torch.no_grad():
                 value = mean_value(loss, rows, rows["action"]) / loss.reward_scale
             curve["step"].append(step)
-            scored = played["normalized"] is not None
-            curve["score"].append(cast(float, played["normalized" if scored else "return_mean"]))
+            curve["score"].append(score(played))
             curve["value_less_returns"].append((value - returns).mean().item())
 
     improve(cfg, make_update(cfg, loss, decay_steps=cfg.spar.updates), data, record)
@@ -127,7 +131,7 @@ def draw(result: dict[str, Any]) -> Figure:
             panel.plot(steps, values.mean(0), color=COLOURS[kind], linewidth=2, label=kind)
             panel.fill_between(steps, values.amin(0), values.amax(0), color=COLOURS[kind], alpha=0.15, linewidth=0)
         panel.set(xlabel="updates", ylabel=label)
-    axes[0].axhline(result["data"]["normalized"], color=GREY, linestyle="--", label="data (mean return)")
+    axes[0].axhline(score(result["data"]), color=GREY, linestyle="--", label="data (mean return)")
     axes[1].axhline(0, color=GREY, linestyle="--")
     axes[0].legend()
     data, count = result["options"]["dataset"], len(result["options"]["seeds"])
