@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
@@ -119,7 +120,6 @@ def make_spar_loss(
         (latent_dim is None or latent_dim >= 1, "latent_dim", latent_dim, "at least 1"),
         (0 <= gamma <= 1, "gamma", gamma, "between 0 and 1"),
     )
-    check_names(options, make_spar_loss, loss_class.__init__)
     make = DefaultNetworks.of(data, action_spec, observation_stats, hidden, device, latent_dim)
     vae = ResidualVAE(make.encoder(), make.decoder())
     actor = make.actor(head, vae.decoder, anchor)
@@ -127,7 +127,12 @@ def make_spar_loss(
     # Drawn in any case, so that a seed's other numbers do not depend on whether there is one.
     value = make.value()
     options = {"num_qvalue_nets": num_qvalue_nets, "value_mix": value_mix, **options}
-    loss = loss_class(actor, qvalue, vae, value if with_value or value_mix else None, **options)
+    try:
+        loss = loss_class(actor, qvalue, vae, value if with_value or value_mix else None, **options)
+    except TypeError as err:  # a subclass may pass on what its own signature does not name
+        if unknown := re.search(r"unexpected keyword argument '(\w+)'", str(err)):
+            check_names([unknown[1]], make_spar_loss, SPARLoss.__init__, loss_class.__init__)
+        raise
     loss.make_value_estimator(gamma=gamma)
     return loss.to(make.device)
 

@@ -430,6 +430,20 @@ def test_an_unknown_option_is_told_from_one_of_another_kind():
         make_spar_loss(OBSERVATION, Bounded(-1, 1, (ACTION,)), kappa="a")
 
 
+def test_a_subclass_may_pass_options_on():
+    class Own(SPARLoss):
+        def __init__(self, *networks, **options):
+            self_made = options.pop("own")
+            super().__init__(*networks, **options)
+            self.own = self_made
+
+    spec = Bounded(-1, 1, (ACTION,))
+    loss = make_spar_loss(OBSERVATION, spec, loss_class=Own, own=3, kappa=0.5)
+    assert (loss.own, loss.kappa) == (3, 0.5)
+    with pytest.raises(InputError, match=r"^kapa: no such option, did you mean kappa\?$"):
+        make_spar_loss(OBSERVATION, spec, loss_class=Own, own=3, kapa=0.5)
+
+
 def test_wrong_specs_and_statistics_are_named():
     with pytest.raises(InputError, match="action_spec"):
         make_spar_loss(OBSERVATION, Bounded(-1, float("inf"), (ACTION,)))
