@@ -116,7 +116,6 @@ class Options(DataOptions):
         None, "Gymnasium environment; null: the one the policy was trained for; none: it is judged from a log alone."
     )
     ope: OPE = option(OPE(), "Off-policy evaluation, without an environment.")
-    gamma: float | None = option(None, "Its discount; null: the policy's, else 0.99.", least=0, most=1)
     env_kwargs: Any = option(
         None,
         "Arguments of gymnasium.make beside those the policy was trained for, e.g. env_kwargs={continuing_task:false}.",
@@ -175,13 +174,13 @@ def judge(
     if cfg.video:
         raise InputError(f"video={cfg.video}: needs an environment")
     own = dict(facts.get("log") or {})
-    gamma = own.pop("gamma", 0.99) if cfg.gamma is None else cfg.gamma
+    trained_with = own.pop("gamma", 0.99)
     if cfg.dataset == OWN and not own:
         raise InputError(f"{name}: names no log; give one as dataset=...")
     given = {name: cfg[name] for name in LOG_OPTIONS if cfg[name] not in UNSAID}
     cfg = cast(DictConfig, OmegaConf.merge(cfg, own, given))
     data = read(cfg, batch_size=BATCH_SIZE, device=device)
-    options = {"gamma": gamma, "seed": cfg.seed, **cfg.ope}
+    options = {"seed": cfg.seed, **cfg.ope, "gamma": trained_with if cfg.ope.gamma is None else cfg.ope.gamma}
     check_sizes(cfg, name, policy, data)
     distance = Support(data, cfg.ope.held_out, cfg.seed).of_policy(policy)
     is_spar = isinstance(policy, SPARActor)

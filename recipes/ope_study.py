@@ -1,6 +1,6 @@
 """How well off-policy evaluation ranks policies: the figures of DOPE, on the policies of finished runs.
 
-python recipes/ope_study.py 'runs=[outputs/a,outputs/b]' 'scales=[0,0.5,1]' episodes=20
+python recipes/ope_study.py 'runs=[outputs/a,outputs/b]' 'scales=[0.5,1]' episodes=20
 
 All runs are of one data set, which has an environment; they are of any methods, one at least of SPAR. The truth is the
 mean over episodes played there: scores (or returns) for ranks and regrets, discounted returns for errors and intervals.
@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from time import process_time
 from types import ModuleType
 from typing import Any, cast
 
@@ -34,9 +35,11 @@ from rich.table import Table
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 
-from torchrl_spar import InputError, SPARActor, evaluate, residual_family, select_policy
+from torchrl_spar import InputError, SPARActor, evaluate, residual_family
+from torchrl_spar.ope.select import choose, evaluate_each
 
 NEEDED = ("config.yaml", "policy.pt", "results.json")
+DRAWS = 2_000  # of the bootstrap
 
 
 @recipe_options("ope_study")
@@ -46,9 +49,9 @@ class Options:
         "???", "Directories of finished runs on one data set, or folders that hold some; one at least of SPAR."
     )
     scales: list[float] = option(
-        [0.0, 0.5, 1.0],
-        "Of SPAR's runs, c in anchor + c * residual; rivals and ablations have one policy a run.",
-        least=0, most=1,
+        [0.5, 1.0],
+        "Of SPAR's runs, c in anchor + c * residual, beside the anchor; rivals and ablations have one policy a run.",
+        above=0, most=1,
     )  # fmt: skip
     out: str = option("outputs/ope_study/${now:%Y-%m-%d_%H-%M-%S}", "Directory of ope.json; a used one is refused.")
     episodes: int = option(20, "Episodes that each policy plays.", least=2)
@@ -69,27 +72,36 @@ def finished_runs(folders: Sequence[str]) -> list[Path]:
 
 def policies_of(
     methods: Mapping[str, str], scales: Sequence[float], device: torch.device
-) -> tuple[dict[str, TensorDictModuleBase], TensorDictModuleBase]:
-    """The candidates of runs, whose methods are given, by name, and the anchor of SPAR's first run."""
+) -> tuple[dict[str, TensorDictModuleBase], dict[str, list[str]]]:
+    """Policies by name, the anchor of SPAR's first run first; for each run of SPAR its anchor's name and its family's.
+
+    Args:
+        methods: of each run.
+        scales: of the families.
+        device: of the policies.
+    """
     policies: dict[str, TensorDictModuleBase] = {}
-    anchors: list[TensorDictModuleBase] = []
+    families: dict[str, list[str]] = {}
+    anchors: dict[str, TensorDictModuleBase] = {}
     for run, method in methods.items():
         policy, facts = read_actor(Path(run, "policy.pt"), device)
         if "choice" in facts:
             raise InputError(f"runs: {run} was saved with select=ope, as FQE chose it; study runs with select=null")
         if isinstance(policy, SPARActor) and method in NAMES.values():
-            family = residual_family(policy, scales)
-            if not anchors or any(has_weights_of(policy.anchor, other) for other in anchors):
-                family.pop("c=0", None)  # the first has a row of its own; runs of one seed may share theirs
-            anchors.append(policy.anchor)
-            policies |= {f"{run} {name}": each for name, each in family.items()}
+            family = {f"{run} {name}": each for name, each in residual_family(policy, scales).items()}
+            # Runs of one seed may share their anchor.
+            same = [name for name, other in anchors.items() if has_weights_of(policy.anchor, other)]
+            own = same[0] if same else f"{run} c=0" if anchors else "anchor"
+            anchors.setdefault(own, policy.anchor)
+            families[run] = [own, *family]
+            policies |= {own: anchors[own], **family}
         else:
             policies[run] = policy
-    if not anchors:
+    if not families:
         raise InputError(
             f"runs={list(methods)}: none is of {' or '.join(NAMES.values())}, with an anchor to compare with"
         )
-    return policies, anchors[0]
+    return {"anchor": anchors["anchor"], **policies}, families
 
 
 def has_weights_of(one: TensorDictModuleBase, other: TensorDictModuleBase) -> bool:
@@ -125,7 +137,11 @@ def agreement(rows: Sequence[Mapping[str, Any]], name: str) -> dict[str, Any]:
 
 
 def figures(rows: Sequence[Mapping[str, Any]], chosen: str) -> dict[str, Any]:
-    """What `ope.json` says of all policies; `chosen` is the surest one's name, perhaps "anchor"."""
+    """What `ope.json` says of all policies; `chosen` is the surest one's name, perhaps "anchor".
+
+    `spearman_of_truth` is the rank correlation of the true discounted values with the scores: what a perfect estimate
+    would reach, less than 1 where the discount ends before a policy falls.
+    """
     score, true, low, high = columns(rows, "score", "true_value", "low", "high")
 
     def regret(index: int) -> float:
@@ -138,6 +154,7 @@ def figures(rows: Sequence[Mapping[str, Any]], chosen: str) -> dict[str, Any]:
     return {
         "policies": len(rows),
         **found,
+        "spearman_of_truth": spearman(true, score),
         "coverage": ((low <= true) & (true <= high)).double().mean().item(),
         "regret": {
             **found["regret"],
@@ -146,6 +163,24 @@ def figures(rows: Sequence[Mapping[str, Any]], chosen: str) -> dict[str, Any]:
             "longest training": sum(map(regret, naive)) / len(naive) if naive else None,
             "any": sum(map(regret, range(len(rows)))) / len(rows),
         },
+    }
+
+
+def safe_choice(
+    rows: Sequence[Mapping[str, Any]], families: Mapping[str, Sequence[str]], choices: Mapping[str, str]
+) -> dict[str, Any]:
+    """What choosing by the surest gain did in each run: its family has the run's anchor first.
+
+    `worse_than_anchor` counts the choices more than 3 points (or returns) below the run's anchor; `gain_kept` is the
+    share of the families' possible gains that the choices have, summed over runs.
+    """
+    score = {row["name"]: row["score"] for row in rows}
+    gains = [score[choices[run]] - score[names[0]] for run, names in families.items()]
+    possible = sum(max(score[name] for name in names) - score[names[0]] for names in families.values())
+    return {
+        "runs": {run: {"anchor": names[0], "choice": choices[run]} for run, names in families.items()},
+        "worse_than_anchor": sum(gain < -3 for gain in gains),
+        "gain_kept": sum(gains) / possible if possible else None,
     }
 
 
@@ -171,15 +206,19 @@ def main(cfg: DictConfig) -> None:
             raise InputError(f"runs: {run} has another {what} than {runs[0]}; study them apart")
     first = options[0]
     methods = {str(run): json.loads((run / "results.json").read_text())["method"] for run in runs}
-    policies, anchor = policies_of(methods, cfg.scales, device)
+    policies, families = policies_of(methods, cfg.scales, device)
     data, env, env_kwargs = load(first, device)
-    gamma = first.spar.loss.gamma
-    ope = {"gamma": gamma, "hidden": list(first.spar.loss.hidden), "seed": cfg.seed, **cfg.ope}
+    gamma = first.spar.loss.gamma if cfg.ope.gamma is None else cfg.ope.gamma
+    ope = {"hidden": list(first.spar.loss.hidden), "seed": cfg.seed, **cfg.ope, "gamma": gamma}
+    bounds = {"confidence": ope.pop("confidence"), "draws": DRAWS, "seed": cfg.seed}
     print(f"{len(policies)} policies: {cfg.ope.steps} steps of Fitted Q Evaluation, {cfg.episodes} episodes each")
-    choice = select_policy(policies, data, anchor=anchor, slice_len=slice_length(data), **ope)
+    began = process_time()
+    terms, start = evaluate_each(policies, data, behaviour=None, slice_len=slice_length(data), **ope)
+    seconds = (process_time() - began) / len(policies)
+    choice = choose(policies, terms, start, **bounds)
     updates = {str(run): options[i].spar.updates for i, run in enumerate(runs)}
     rows: list[dict[str, Any]] = []
-    for name, policy in {"anchor": anchor, **policies}.items():
+    for name, policy in policies.items():
         origin, _, scale = name.rpartition(" c=")
         play = (on_cpu(policy), env, cfg.episodes, RESULT_SEED + 100_000 * cfg.seed)
         played = summarize(env, evaluate(*play, **env_kwargs), env_kwargs)
@@ -195,13 +234,23 @@ def main(cfg: DictConfig) -> None:
         )  # fmt: skip
     # Each bound holds with the confidence.
     found = {**figures(rows, choice.name), "nominal_coverage": 2 * cfg.ope.confidence - 1}
+    found["cpu_seconds_per_policy"] = seconds
+    choices = {}
+    for which, names in families.items():
+        renamed = {"anchor" if name == names[0] else name: name for name in names}
+        own = {new: policies[old] for new, old in renamed.items()}
+        made = choose(own, {new: terms[old] for new, old in renamed.items()}, start, **bounds)
+        choices[which] = renamed[made.name]
+    found["safe_choice"] = safe_choice(rows, families, choices)
     if peer:
         options_of_peer = {"steps": cfg.d3rlpy_steps, "gamma": gamma, "seed": cfg.seed}
-        asked = {name: on_cpu(policy) for name, policy in {"anchor": anchor, **policies}.items()}
+        asked = {name: on_cpu(policy) for name, policy in policies.items()}
+        began = process_time()
         values = peer.fqe_values(asked, data, **options_of_peer)
+        seconds = (process_time() - began) / len(values)
         for row in rows:
             row["d3rlpy_value"] = values[row["name"]]
-        found["d3rlpy"] = agreement(rows, "d3rlpy_value")
+        found["d3rlpy"] = {**agreement(rows, "d3rlpy_value"), "cpu_seconds_per_policy": seconds}
     facts = {
         "dataset": first.dataset, "env": env, "gamma": gamma, **found, "chosen": choice.name, "rows": rows,
         "options": {name: value for name, value in OmegaConf.to_container(cfg).items() if name != "out"},  # type: ignore[union-attr]
@@ -224,7 +273,16 @@ def show(rows: Sequence[Mapping[str, Any]], found: Mapping[str, Any]) -> None:
         regrets = {f"regret of choosing by {whose}{name}": value for name, value in those.get("regret", {}).items()}
         others = {f"{whose}{name}": value for name, value in those.items() if not isinstance(value, dict)}
         for name, value in {**others, **regrets}.items():
-            console.print(f"{name}: {'-' if value is None else f'{value:.3g}'}")
+            console.print(f"{name}: {said(value)}")
+    safe = found["safe_choice"]
+    console.print(
+        f"the surest gain, or the anchor, in each of {len(safe['runs'])} runs: worse than its anchor by more than 3 in "
+        f"{safe['worse_than_anchor']}, of the possible gain {said(safe['gain_kept'])}"
+    )
+
+
+def said(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}"
 
 
 if __name__ == "__main__":

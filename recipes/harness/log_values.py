@@ -121,8 +121,9 @@ def estimate_spar(
 
 
 def fqe_options(cfg: DictConfig) -> dict[str, Any]:
-    """Of a run: FQE has the discount and the size of its own critics."""
-    return {"gamma": cfg.spar.loss.gamma, "hidden": list(cfg.spar.loss.hidden), "seed": cfg.seed, **cfg.ope}
+    """Of a run: FQE has the size of its own critics, and its discount where no other is asked for."""
+    gamma = cfg.spar.loss.gamma if cfg.ope.get("gamma") is None else cfg.ope.gamma  # runs of old have no ope.gamma
+    return {"hidden": list(cfg.spar.loss.hidden), "seed": cfg.seed, **cfg.ope, "gamma": gamma}
 
 
 def slice_length(data: OfflineReplayBuffer) -> int:

@@ -116,6 +116,9 @@ class OPE:
     num_qvalue_nets: int = option(5, "Critics.", least=1)
     held_out: float = option(0.2, "Share of the episodes that these critics do not see.", above=0, most=0.5)
     confidence: float = option(0.95, "Of each bound of an interval.", above=0.5, most=0.999)
+    gamma: float | None = option(
+        None, "Discount of the estimated values; null: the one the policy was trained with.", least=0, most=1
+    )
 
 
 @dataclass

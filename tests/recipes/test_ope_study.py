@@ -44,6 +44,18 @@ def test_the_figures_of_four_policies():
     assert list(found["regret"].values()) == [10.0, 0.0, 30.0, 0.0, 15.0]
 
 
+def test_the_figures_of_safe_choices():
+    scores = {"anchor": 50.0, "a c=1": 70.0, "b c=0": 40.0, "b c=0.5": 60.0, "b c=1": 36.0}
+    rows = [{"name": name, "score": score} for name, score in scores.items()]
+    families = {"a": ["anchor", "a c=1"], "b": ["b c=0", "b c=0.5", "b c=1"]}
+    found = ope_study.safe_choice(rows, families, {"a": "a c=1", "b": "b c=1"})
+    assert found["worse_than_anchor"] == 1 and found["gain_kept"] == (20 - 4) / (20 + 20)
+    found = ope_study.safe_choice(rows, families, {"a": "anchor", "b": "b c=0.5"})
+    assert found["worse_than_anchor"] == 0 and found["gain_kept"] == 0.5
+    assert found["runs"]["b"] == {"anchor": "b c=0", "choice": "b c=0.5"}
+    assert ope_study.safe_choice(rows, {"b": ["b c=0", "b c=1"]}, {"b": "b c=0"})["gain_kept"] is None
+
+
 def copy_run(source, target, **changed):
     shutil.copytree(source, target)
     results = json.loads((target / "results.json").read_text())
@@ -58,7 +70,7 @@ def test_a_study_of_several_runs(tmp_path, capsys):
     # Stand for an ablation and for SPAR with another option; both have the anchor of their seed.
     copy_run(tmp_path / "runs" / "0", tmp_path / "runs" / "2", method="no_lsi")
     copy_run(tmp_path / "runs" / "1", tmp_path / "runs" / "3")
-    few = ["scales=[0,1]", "episodes=2", "ope.steps=2", "ope.warm_steps=2", "ope.num_qvalue_nets=2"]
+    few = ["scales=[1]", "episodes=2", "ope.steps=2", "ope.warm_steps=2", "ope.num_qvalue_nets=2"]
     cfg = compose_recipe("ope_study", f"runs=[{tmp_path / 'runs'}]", f"out={tmp_path / 'out'}", *few)
     ope_study.main(cfg)
     facts = json.loads((tmp_path / "out" / "ope.json").read_text())
@@ -66,6 +78,8 @@ def test_a_study_of_several_runs(tmp_path, capsys):
     # The first run's c=0 is the anchor, and no anchor comes twice.
     expected = [f"{runs[0]} c=1", f"{runs[1]} c=0", f"{runs[1]} c=1", runs[2], f"{runs[3]} c=1", runs[4]]
     assert [row["name"] for row in facts["rows"]] == ["anchor", *expected] and facts["policies"] == 7
+    anchors = {run: made["anchor"] for run, made in facts["safe_choice"]["runs"].items()}
+    assert anchors == {runs[0]: "anchor", runs[1]: f"{runs[1]} c=0", runs[3]: f"{runs[1]} c=0"}
     assert [row["updates"] for row in facts["rows"]] == [0, *[4] * 6]
     assert [row["method"] for row in facts["rows"]] == ["anchor", "spar", "spar", "spar", "no_lsi", "spar", "iql"]
     played = [{key: row[key] for key in ("score", "true_value")} for row in facts["rows"]]

@@ -14,6 +14,7 @@ from torchrl.envs.utils import ExplorationType
 
 from torchrl_spar.errors import InputError, check_options
 from torchrl_spar.ope.estimate import (
+    EpisodeTerms,
     ValueEstimate,
     bootstrap,
     check_densities,
@@ -144,14 +145,40 @@ def select_policy(
     if behaviour is not None:
         check_densities(anchor, *candidates.values(), behaviour)
         options.setdefault("exploration_type", ExplorationType.RANDOM)
-    start = fit_fqe(anchor, data, seed=seed, **{**options, "steps": 0})
-    options = {**options, "seed": seed, "start": start.loss}
     policies = {"anchor": anchor, **candidates}
+    terms, start = evaluate_each(policies, data, behaviour=behaviour, seed=seed, **options)
+    return choose(policies, terms, start, confidence=confidence, draws=draws, seed=seed)
+
+
+def evaluate_each(
+    policies: Mapping[str, TensorDictModuleBase],
+    data: ReplayBuffer,
+    *,
+    behaviour: TensorDictModuleBase | None,
+    seed: int,
+    **options: Any,
+) -> tuple[dict[str, EpisodeTerms], FQEFit]:
+    """The terms of policies on the same held-out episodes, and the fit of the data's own policy where all begin."""
+    first, *_ = policies.values()
+    start = fit_fqe(first, data, seed=seed, **{**options, "steps": 0})
+    options = {**options, "seed": seed, "start": start.loss}
     if options.get("exploration_type", ExplorationType.DETERMINISTIC) is ExplorationType.DETERMINISTIC:
         fits = fit_fqe_each(policies, data, **options)
     else:
         fits = {name: fit_fqe(policy, data, **options) for name, policy in policies.items()}
-    terms = {name: episode_terms(fit, policies[name], behaviour) for name, fit in fits.items()}
+    return {name: episode_terms(fit, policies[name], behaviour) for name, fit in fits.items()}, start
+
+
+def choose(
+    policies: Mapping[str, TensorDictModuleBase],
+    terms: Mapping[str, EpisodeTerms],
+    start: FQEFit,
+    *,
+    confidence: float,
+    draws: int,
+    seed: int,
+) -> Selection:
+    """:func:`select_policy` among evaluated policies, the first of which is ``"anchor"``."""
     means, drawn = bootstrap([*terms.values()], draws, seed)
     values = {name: with_interval(means[i], drawn[i], confidence) for i, name in enumerate(terms)}
     members = {name: estimates_of_critics(each) for name, each in terms.items()}
@@ -162,7 +189,7 @@ def select_policy(
     reach = torch.quantile(excess, confidence) * spread
     gains = {
         name: ValueEstimate(mean, (mean - far, mean + far))
-        for name, mean, far in zip(candidates, gain.tolist(), reach.tolist())
+        for name, mean, far in zip([*terms][1:], gain.tolist(), reach.tolist())
     }
     best = max(gains, key=lambda name: gains[name].interval[0])
     name = best if gains[best].interval[0] > 0 else "anchor"
