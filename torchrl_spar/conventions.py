@@ -194,7 +194,7 @@ class SPARLossBase(Conventions):
             action: the data's action, and where the actor writes and the critics read theirs.
             anchor_action: the anchor's action.
             action_noise: noise on the bootstrapped action.
-            candidate_noise: noise that makes the candidates; the first candidate's is not used.
+            candidate_noise: noise that makes the candidates, all but the first.
             latent_noise: the VAE's sample in the fit.
             residual: the scaled residual that the head (A) or decoder (B) writes, the encoder reads.
             latent: the latent that the decoder reads and head B writes.

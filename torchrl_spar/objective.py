@@ -444,7 +444,7 @@ class SPARLoss(SPARLossBase):
             residual: the policy's scaled residual ``[*B, action_dim]``.
             latent: head B's latent ``[*B, latent_dim]``; by default the encoder's mean for ``residual``.
             mask: valid positions ``[*B]``.
-            noise: standard normal ``[*B, K, latent_dim]``, the first candidate's unused; drawn by default.
+            noise: standard normal ``[*B, K - 1, latent_dim]`` for all candidates but the first; drawn by default.
 
         Returns:
             The target (residual, or latent where ``latent`` is given), without gradient,
@@ -455,11 +455,12 @@ class SPARLoss(SPARLossBase):
         paired advantages and the scale are ours.
         """
         centre = self._encode(state, residual)[0] if latent is None else latent
+        others = self.num_candidates - 1
         if noise is None:
-            noise = centre.new_empty(self.num_candidates - 1, *centre.shape).normal_()
+            noise = centre.new_empty(others, *centre.shape).normal_()
         else:
-            shape = (*centre.shape[:-1], self.num_candidates, centre.shape[-1])
-            noise = check_shape(noise, shape, self.tensor_keys.candidate_noise).movedim(-2, 0)[1:]
+            shape = (*centre.shape[:-1], others, centre.shape[-1])
+            noise = check_shape(noise, shape, self.tensor_keys.candidate_noise).movedim(-2, 0)
         drawn = self.latent_std * noise
         latents = torch.cat((centre.unsqueeze(0), drawn if self.candidates == "prior" else centre + drawn))
         latents = latents.clamp(-self.latent_bound, self.latent_bound)
@@ -554,7 +555,7 @@ class SPARLoss(SPARLossBase):
         if keys.value_target not in tensordict.keys(True):
             shapes[keys.action_noise] = (action,)
         if self.has_lsi:
-            shapes[keys.candidate_noise] = (self.num_candidates, latent)
+            shapes[keys.candidate_noise] = (self.num_candidates - 1, latent)
         if self.joint_vae:
             shapes[keys.latent_noise] = (latent,)
         return shapes

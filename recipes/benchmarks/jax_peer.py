@@ -174,7 +174,7 @@ def jax_spar(loss: SPARLoss, data: ReplayBuffer, *, block: int) -> Callable[[], 
     ends = [sum(rows[key].shape[-1] for key in COLUMNS[: last + 1]) for last in range(len(COLUMNS) - 1)]
     shapes = loss.noise_shapes(rows[:1])
     candidates, latent_dim = shapes["candidate_noise"]
-    noise_shapes = (interval, batch_size, *shapes["action_noise"]), (candidates - 1, batch_size, latent_dim)
+    noise_shapes = (interval, batch_size, *shapes["action_noise"]), (candidates, batch_size, latent_dim)
 
     def few(carry: tuple[Any, Any], _: None, fixed: Any, table: Any) -> tuple[tuple[Any, Any], dict[str, Any]]:
         state, key = carry

@@ -49,7 +49,7 @@ def train(update, steps, spoil=lambda step, batch: None, stack=False):
     if stack:
         batch = torch.stack([batch, batch])
         batch["action_noise"] = torch.randn(2, 8, ACTION)
-        batch["candidate_noise"] = torch.randn(2, 8, 8, 2 * ACTION)
+        batch["candidate_noise"] = torch.randn(2, 8, 7, 2 * ACTION)
     for step in range(1, steps + 1):
         fresh = batch.clone()
         spoil(step, fresh)

@@ -260,6 +260,6 @@ def test_a_batch_of_other_sizes_is_named():
 
 def test_noise_of_another_shape_is_named():
     loss = make_spar_loss(OBSERVATION, SPEC, hidden=[8], num_candidates=64)
-    for key, shape in (("candidate_noise", (8, 2 * ACTION)), ("action_noise", (1,)), ("latent_noise", (1,))):
+    for key, shape in (("candidate_noise", (7, 2 * ACTION)), ("action_noise", (1,)), ("latent_noise", (1,))):
         with pytest.raises(InputError, match=rf"'{key}' has shape \(12, {shape[0]}"):
             loss(make_batch(12).set(key, torch.randn(12, *shape)))

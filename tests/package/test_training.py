@@ -380,7 +380,7 @@ def test_the_update_is_the_plain_loop(options, joint_vae):
     updater = SoftUpdate(plain, tau=0.05)
     for step in range(1, 41):
         batch = make_batch(32, seed=step)
-        noise = {"action_noise": (32, ACTION), "candidate_noise": (32, 4, 2 * ACTION), "latent_noise": (32, 2 * ACTION)}
+        noise = {"action_noise": (32, ACTION), "candidate_noise": (32, 3, 2 * ACTION), "latent_noise": (32, 2 * ACTION)}
         for key, shape in noise.items():
             batch[key] = torch.randn(shape)
         update(batch.copy())
@@ -418,7 +418,7 @@ def compiled_and_eager_agree(policy_interval, **options):
         for step in range(4):
             batch = make_batch(12, seed=step)
             batch["action_noise"] = torch.randn(12, ACTION)
-            batch["candidate_noise"] = torch.randn(12, options["num_candidates"], 2 * ACTION)
+            batch["candidate_noise"] = torch.randn(12, options["num_candidates"] - 1, 2 * ACTION)
             update(batch)
     torch.testing.assert_close(losses[1].state_dict(), losses[0].state_dict(), rtol=1e-4, atol=1e-5)
 

@@ -50,7 +50,7 @@ def test_updates_give_the_packages_numbers():
     for index, batch in enumerate(block):
         columns = [jax_peer._array(batch[key].float()) for key in jax_peer.COLUMNS]
         noise = jax_peer._array(batch["action_noise"])
-        latents = jax_peer._array(batch["candidate_noise"].movedim(-2, 0)[1:])  # the first candidate has none
+        latents = jax_peer._array(batch["candidate_noise"].movedim(-2, 0))
         state, found = step(state, fixed, columns, noise, latents if index % 2 else None)
         expected = update(batch)
         assert found.keys() == expected.keys()

@@ -144,7 +144,7 @@ def test_with_every_key_nested_the_numbers_are_the_same():
     # Each of these is read where it is given, none is asked for.
     batch["anchor_action"] = torch.rand(12, ACTION)
     batch["next", "anchor_action"] = torch.rand(12, ACTION)
-    for name, shape in (("action_noise", (ACTION,)), ("candidate_noise", (4, 4)), ("latent_noise", (4,))):
+    for name, shape in (("action_noise", (ACTION,)), ("candidate_noise", (3, 4)), ("latent_noise", (4,))):
         batch[name] = torch.randn(12, *shape)
     batch["priority_weight"] = torch.linspace(0.1, 2, 12)
     moved = TensorDict(batch_size=[12])

@@ -242,7 +242,7 @@ class BatchSampler(Iterator[TensorDictBase]):
         >>> data = make_toy_data(batch_size=4)
         >>> block = next(BatchSampler(make_spar_loss(data), data, length=10, seed=0))
         >>> block.shape, block["candidate_noise"].shape, block["value_target"].shape
-        (torch.Size([10, 4]), torch.Size([10, 4, 8, 4]), torch.Size([10, 4, 1]))
+        (torch.Size([10, 4]), torch.Size([10, 4, 7, 4]), torch.Size([10, 4, 1]))
     """
 
     def __init__(

@@ -38,7 +38,7 @@ class StackedSPARLoss:
         >>> flag = torch.zeros(5, 8, 1, dtype=torch.bool)
         >>> batch = TensorDict({
         ...     "observation": torch.randn(5, 8, 3), "action": torch.rand(5, 8, 2),
-        ...     "action_noise": torch.randn(5, 8, 2), "candidate_noise": torch.randn(5, 8, 8, 4),
+        ...     "action_noise": torch.randn(5, 8, 2), "candidate_noise": torch.randn(5, 8, 7, 4),
         ...     "next": {"observation": torch.randn(5, 8, 3), "reward": torch.randn(5, 8, 1),
         ...              "done": flag, "terminated": flag}}, [5, 8])
         >>> stack = StackedSPARLoss(losses)
