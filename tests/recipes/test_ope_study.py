@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from torchrl_spar import InputError, evaluate, load_policy, save_policy
 pytest.importorskip("hydra")
 import compare
 import ope_study
+from reporting import ope_figures
 
 
 def test_the_rank_correlation_is_spearmans():
@@ -22,10 +24,10 @@ def test_the_rank_correlation_is_spearmans():
     for _ in range(5):
         one, other = generator.permutation(9), generator.permutation(9)
         exact = 1 - 6 * ((one - other) ** 2).sum() / (9 * (81 - 1))  # without ties
-        assert ope_study.spearman(torch.tensor(one), torch.tensor(other)) == pytest.approx(exact)
+        assert ope_figures.spearman(torch.tensor(one), torch.tensor(other)) == pytest.approx(exact)
     tied = torch.tensor([3.0, 1.0, 3.0, 2.0])
-    assert ope_study.ranks(tied).tolist() == [2.5, 0.0, 2.5, 1.0]
-    assert ope_study.spearman(tied, torch.ones(4)) is None
+    assert ope_figures.ranks(tied).tolist() == [2.5, 0.0, 2.5, 1.0]
+    assert ope_figures.spearman(tied, torch.ones(4)) is None
 
 
 def test_the_figures_of_four_policies():
@@ -37,7 +39,7 @@ def test_the_figures_of_four_policies():
         (70.0, 140.0, 135.0, 99.0, 171.0, 20, 0.5),
     ]
     rows = [{"name": name, **dict(zip(names, row))} for name, row in zip(("anchor", "a", "b", "c"), numbers)]
-    found = ope_study.figures(rows, "anchor")
+    found = ope_figures.figures(rows, "anchor")
     assert found["coverage"] == 0.75 and found["mean_absolute_error"] == (10 + 10 + 35 + 5) / 4
     # Places by score 0 1 3 2, by value 0 2 1 3: 1 - 6 * (0 + 1 + 4 + 1) / (4 * 15).
     assert found["spearman"] == pytest.approx(0.4)
@@ -48,12 +50,12 @@ def test_the_figures_of_safe_choices():
     scores = {"anchor": 50.0, "a c=1": 70.0, "b c=0": 40.0, "b c=0.5": 60.0, "b c=1": 36.0}
     rows = [{"name": name, "score": score} for name, score in scores.items()]
     families = {"a": ["anchor", "a c=1"], "b": ["b c=0", "b c=0.5", "b c=1"]}
-    found = ope_study.safe_choice(rows, families, {"a": "a c=1", "b": "b c=1"})
+    found = ope_figures.safe_choice(rows, families, {"a": "a c=1", "b": "b c=1"})
     assert found["worse_than_anchor"] == 1 and found["gain_kept"] == (20 - 4) / (20 + 20)
-    found = ope_study.safe_choice(rows, families, {"a": "anchor", "b": "b c=0.5"})
+    found = ope_figures.safe_choice(rows, families, {"a": "anchor", "b": "b c=0.5"})
     assert found["worse_than_anchor"] == 0 and found["gain_kept"] == 0.5
     assert found["runs"]["b"] == {"anchor": "b c=0", "choice": "b c=0.5"}
-    assert ope_study.safe_choice(rows, {"b": ["b c=0", "b c=1"]}, {"b": "b c=0"})["gain_kept"] is None
+    assert ope_figures.safe_choice(rows, {"b": ["b c=0", "b c=1"]}, {"b": "b c=0"})["gain_kept"] is None
 
 
 def copy_run(source, target, **changed):
@@ -62,7 +64,34 @@ def copy_run(source, target, **changed):
     (target / "results.json").write_text(json.dumps(results | changed))
 
 
-def test_a_study_of_several_runs(tmp_path, capsys):
+def d3rlpy_joins_a_finished_study(monkeypatch, out, options):
+    """A peer that gives 1, 2, ... and is cut before the third policy, then goes on there."""
+    before, values = json.loads((out / "ope.json").read_text()), []
+
+    def fqe_values(policies, data, *, steps, gamma, seed):
+        assert (len(policies), steps, gamma, seed) == (1, 5, 0.99, 0)
+        if values == [1.0, 2.0]:
+            values.append(0.0)
+            raise KeyboardInterrupt
+        values.append(1.0 + len(values))
+        return {name: values[-1] for name in policies}
+
+    monkeypatch.setattr(ope_study, "d3rlpy_peer", lambda: SimpleNamespace(fqe_values=fqe_values))
+    cfg = compose_recipe("ope_study", f"out={out}", "d3rlpy_steps=5", *options)
+    with pytest.raises(KeyboardInterrupt):
+        ope_study.main(cfg)
+    assert json.loads((out / "ope.json").read_text())["d3rlpy"]["policies"] == 2
+    ope_study.main(cfg)
+    facts = json.loads((out / "ope.json").read_text())
+    assert [row["d3rlpy_value"] for row in facts["rows"]] == [1.0, 2.0, 4.0, 5.0, 6.0, 7.0, 8.0]
+    own = [{key: value for key, value in row.items() if not key.startswith("d3rlpy")} for row in facts["rows"]]
+    assert own == before["rows"] and facts["d3rlpy"]["ours_spearman"] == pytest.approx(before["spearman"], abs=1e-5)
+    for changed, name in (("episodes=3", "episodes"), ("d3rlpy_steps=6", "d3rlpy_steps")):
+        with pytest.raises(InputError, match=rf"out={out}: has a study with another {name}; give another"):
+            ope_study.main(compose_recipe("ope_study", f"out={out}", "d3rlpy_steps=5", *options, changed))
+
+
+def test_a_study_of_several_runs(tmp_path, capsys, monkeypatch):
     for seed in (0, 1):
         done = run("spar_d4rl", *TINY, "batch_size=32", f"seed={seed}", f"out=runs/{seed}", cwd=tmp_path)
         assert done.returncode == 0, done.stderr
@@ -95,6 +124,7 @@ def test_a_study_of_several_runs(tmp_path, capsys):
     assert "regret of choosing by highest value" in capsys.readouterr().out
     with pytest.raises(InputError, match="exists and is not empty"):
         ope_study.main(cfg)
+    d3rlpy_joins_a_finished_study(monkeypatch, tmp_path / "out", [f"runs=[{tmp_path / 'runs'}]", *few])
     save_policy(policy, tmp_path / "runs" / "1" / "policy.pt", **facts_of_1, choice="anchor")
     with pytest.raises(InputError, match=r"runs: .*1 was saved with select=ope"):
         ope_study.main(compose_recipe("ope_study", f"runs=[{tmp_path / 'runs'}]", f"out={tmp_path / 'other'}"))
