@@ -74,10 +74,10 @@ def test_value_gradient_is_that_of_the_critics_mean():
 def test_action_space_candidates_are_the_noise_itself():
     loss = build(ActionSpaceLoss, latent_std=0.5, temperature=1e6)
     state, residual = make_state(loss), torch.full((6, ACTION), 0.4, dtype=torch.float64)
-    noise = torch.randn(6, 8, ACTION, dtype=torch.float64)
+    noise = torch.randn(6, 7, ACTION, dtype=torch.float64)
     target, _ = loss.self_imitation_target(state, residual, noise=noise)
     # Flat weights: the mean of the policy's own residual and of seven draws.
-    expected = (residual + (0.5 * noise[:, 1:]).clamp(-2, 2).sum(1)) / 8
+    expected = (residual + (0.5 * noise).clamp(-2, 2).sum(1)) / 8
     torch.testing.assert_close(target, expected, rtol=1e-4, atol=1e-4)
 
 
