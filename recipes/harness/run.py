@@ -190,7 +190,7 @@ class Run:
     def save(self, results: dict[str, Any]) -> None:
         """Writes the policy to deploy."""
         facts = {key: results[key] for key in ("env", "env_kwargs", "dataset", "seed")}
-        facts["log"] = log_options(self.cfg) | {"gamma": fqe_options(self.cfg)["gamma"]}
+        facts["log"] = log_options(self.cfg) | {"gamma": self.cfg.spar.loss.gamma}
         if self.network is not None:
             facts[FACT] = self.network
         if self.cfg.select and "choice" in results["estimates"]:

@@ -29,6 +29,7 @@ import spar_offline_to_online
 from harness import log_values
 from harness.environment import load_any
 from harness.spar_run import EarlierPolicies, check_options
+from omegaconf import OmegaConf
 from reporting import deployment
 
 EPISODES, LENGTH, GAMMA = 12, 20, 0.99
@@ -464,3 +465,13 @@ def test_the_commands_of_the_page_lead_to_a_policy(tmp_path):
         assert done.returncode == 0, (name, done.stdout, done.stderr)
     assert (tmp_path / "outputs" / "robot_spar" / "deployment.html").is_file()
     assert (tmp_path / "outputs" / "robot_deployed" / "policy.onnx").is_file()
+
+
+def test_estimates_may_have_a_discount_of_their_own():
+    cfg = compose_recipe("spar_d4rl", "spar.loss.gamma=0.9")
+    assert log_values.fqe_options(cfg)["gamma"] == 0.9
+    cfg.ope.gamma = 0.5
+    assert log_values.fqe_options(cfg)["gamma"] == 0.5
+    OmegaConf.set_struct(cfg, False)
+    del cfg.ope["gamma"]  # as in the files of runs before the option
+    assert log_values.fqe_options(cfg)["gamma"] == 0.9
