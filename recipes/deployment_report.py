@@ -63,13 +63,16 @@ def main(cfg: DictConfig) -> None:
     torch.set_num_threads(cfg.threads)
     run = Path(cfg.run)
     options, results = read_run(run)
-    options = cast(DictConfig, OmegaConf.merge({"ope": cfg.ope, "select": None}, options))
+    estimates = results.get("estimates")
+    if estimates is not None and cfg.ope != OmegaConf.structured(OPE()):
+        raise InputError(f"ope: {run / 'results.json'} has estimates, with the run's own options; leave ope out")
+    own = {"ope": cfg.ope} if estimates is None else {}
+    options = cast(DictConfig, OmegaConf.merge({"select": None}, options, own))
     device = best_device(cfg.device)
     data, _, _ = load_any(options, device)
     policy, _ = read_actor(run / "policy.pt", device)
     if not isinstance(policy, SPARActor):
         raise InputError(f"run={run}: {results['method']}'s policy has no anchor to be compared with")
-    estimates = results.get("estimates")
     if estimates is None:
         print(f"the run has no estimates: {cfg.ope.steps} steps of Fitted Q Evaluation each for anchor and policy")
         estimates, _ = estimate_spar(policy, data, fqe_options(options))

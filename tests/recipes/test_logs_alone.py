@@ -8,6 +8,7 @@ import json
 import math
 import re
 import shlex
+import shutil
 from copy import deepcopy
 from html.parser import HTMLParser
 
@@ -428,6 +429,21 @@ def test_checks_ask_for_a_look_where_something_is_wrong(signed):
 def test_the_page_needs_a_finished_run_of_spar(tmp_path):
     with pytest.raises(InputError, match=r"config\.yaml"):
         deployment_report.main(compose_recipe("deployment_report", f"run={tmp_path}"))
+
+
+def test_options_of_evaluation_count_where_the_run_has_no_estimates(finished, tmp_path, monkeypatch):
+    _, cwd = finished
+    monkeypatch.chdir(cwd)
+    shutil.copytree(cwd / "result", tmp_path / "result")
+    asked = [f"run={tmp_path / 'result'}", "ope.gamma=0.5", "ope.steps=2", "ope.warm_steps=0"]
+    with pytest.raises(InputError, match=r"ope: .*results\.json has estimates"):
+        deployment_report.main(compose_recipe("deployment_report", *asked))
+    results = json.loads((tmp_path / "result" / "results.json").read_text())
+    del results["estimates"]
+    (tmp_path / "result" / "results.json").write_text(json.dumps(results))
+    deployment_report.main(compose_recipe("deployment_report", *asked))
+    estimates = json.loads((tmp_path / "result" / "deployment.json").read_text())["estimates"]
+    assert estimates["data"]["mean"] == pytest.approx(2 * (1 - 0.5**LENGTH) / (1 - 0.5), rel=1e-5)
 
 
 def test_text_in_the_log_cannot_change_the_page(signed):
