@@ -10,7 +10,8 @@ DOPE: Fu et al. 2021 (https://arxiv.org/abs/2103.16596).
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -20,11 +21,12 @@ from typing import Any, cast
 
 import torch
 from harness.actors import read_actor
+from harness.checkpoints import sha256
 from harness.environment import LOG_OPTIONS, load
 from harness.launch import best_device, run_recipe, summarize
 from harness.log_values import fqe_options, plain, slice_length
 from harness.options import option, recipe_options
-from harness.output import check_unused, rounded, write_json
+from harness.output import check_unused, rounded, whole_file, write_json
 from harness.run import VERSIONED, commit, on_cpu
 from harness.scores import RESULT_SEED
 from harness.spar_options import OPE
@@ -36,11 +38,13 @@ from rich.table import Table
 from tensordict.nn import TensorDictModuleBase
 
 from torchrl_spar import InputError, SPARActor, evaluate, residual_family
-from torchrl_spar.data.buffer import OfflineReplayBuffer
+from torchrl_spar.ope.estimate import EpisodeTerms
 from torchrl_spar.ope.select import choose, evaluate_each
 
 NEEDED = ("config.yaml", "policy.pt", "results.json")
 DRAWS = 2_000  # of the bootstrap
+PARTS = "parts"  # of a study that is not finished
+GROUP = 10  # policies of a part, fitted side by side
 
 
 @recipe_options("ope_study")
@@ -56,15 +60,15 @@ class Options:
     )  # fmt: skip
     out: str = option(
         "outputs/ope_study/${now:%Y-%m-%d_%H-%M-%S}",
-        "Directory of ope.json; a used one is refused, but see d3rlpy_steps.",
+        "Directory of ope.json; a used one is refused. A study that was cut goes on with the same options and `out`.",
     )
     episodes: int = option(20, "Episodes that each policy plays.", least=2)
     seed: int = option(0, "Of evaluation and of Fitted Q Evaluation.", least=0)
     ope: OPE = option(OPE(), "Off-policy evaluation.")
     d3rlpy_steps: int = option(
         0,
-        "Gradient steps of d3rlpy's FQE of each policy, to compare with; 0: none. A study that has "
-        "none, or was cut while d3rlpy ran, goes on with the same options and `out`.",
+        "Gradient steps of d3rlpy's FQE of each policy, to compare with; 0: none. They can be added to a finished "
+        "study that has none.",
         least=0,
     )
     device: str | None = option(None, "cpu, cuda, ...; null: cuda if there is one, else cpu.")
@@ -130,40 +134,57 @@ def main(cfg: DictConfig) -> None:
     torch.set_num_threads(cfg.threads)
     file = Path(cfg.out, "ope.json")
     peer = d3rlpy_peer() if cfg.d3rlpy_steps else None  # missing: said before the work, not after it
-    facts = finished_study(cfg, file)
     runs, device = finished_runs(cfg.runs), best_device(cfg.device)
+    asked = asked_for(cfg, runs)
+    facts = finished_study(cfg, asked, file)
     options = options_of(runs)
     methods = {str(run): json.loads((run / "results.json").read_text())["method"] for run in runs}
     policies, families = policies_of(methods, cfg.scales, device)
     data, env, env_kwargs = load(options[0], device)
     if facts is None:
-        print(f"{len(policies)} policies: {cfg.ope.steps} steps of Fitted Q Evaluation, {cfg.episodes} episodes each")
         ope = fqe_options(cast(DictConfig, OmegaConf.merge(options[0], {"ope": cfg.ope, "seed": cfg.seed})))
-        found, values = judge(policies, families, data, ope)
+        fit = {name: value for name, value in ope.items() if name != "confidence"}
+
+        def evaluate_group(group: Mapping[str, TensorDictModuleBase]) -> dict[str, EpisodeTerms]:
+            return evaluate_each(group, data, behaviour=None, slice_len=slice_length(data), **fit)[0]
+
+        def play(policy: TensorDictModuleBase) -> dict[str, Any]:
+            how = (on_cpu(policy), env, cfg.episodes, RESULT_SEED + 100_000 * cfg.seed)
+            played = summarize(env, evaluate(*how, **env_kwargs), env_kwargs)
+            score = played["return_mean"] if played["normalized"] is None else played["normalized"]
+            true_value = evaluate(*how, gamma=ope["gamma"], **env_kwargs).mean().item()
+            return {"score": score, "true_value": true_value}
+
+        print(f"{len(policies)} policies: {cfg.ope.steps} steps of Fitted Q Evaluation, {cfg.episodes} episodes each")
+        terms: dict[str, EpisodeTerms] = {}
+        played: dict[str, dict[str, Any]] = {}
+        seconds = 0.0
+        for part in parts(file.parent / PARTS, asked, policies, evaluate_group, play):
+            terms |= {name: EpisodeTerms(*those) for name, those in part["terms"].items()}
+            played |= part["played"]
+            seconds += part["cpu_seconds"]
+        found, values = judge(terms, families, confidence=ope["confidence"], draws=DRAWS, seed=ope["seed"])
         rows: list[dict[str, Any]] = []
         updates = {str(run): options[i].spar.updates for i, run in enumerate(runs)}
-        for name, policy in policies.items():
+        for name in policies:
             origin, _, scale = name.rpartition(" c=")
-            play = (on_cpu(policy), env, cfg.episodes, RESULT_SEED + 100_000 * cfg.seed)
-            played = summarize(env, evaluate(*play, **env_kwargs), env_kwargs)
-            score = played["return_mean"] if played["normalized"] is None else played["normalized"]
             rows.append(
                 {
                     "name": name, "method": methods.get(origin or name, "anchor"),
                     "updates": updates.get(origin or name, 0), "c": float(scale) if origin else None,
-                    "score": score, "true_value": evaluate(*play, gamma=ope["gamma"], **env_kwargs).mean().item(),
+                    **played[name],
                     "value": values[name]["mean"], "low": values[name]["low"], "high": values[name]["high"],
                 }
             )  # fmt: skip
         facts = {
             "dataset": options[0].dataset, "env": env, "gamma": ope["gamma"],
             "nominal_coverage": 2 * cfg.ope.confidence - 1,  # each bound holds with the confidence
-            **figures(rows, found["chosen"]), **found, "safe_choice": safe_choice(rows, families, found["safe_choice"]),
-            "rows": rows, "options": asked_for(cfg), "versions": {name: version(name) for name in VERSIONED},
-            "commit": commit(),
+            **figures(rows, found["chosen"]), **found, "cpu_seconds_per_policy": seconds / len(policies),
+            "safe_choice": safe_choice(rows, families, found["safe_choice"]), "rows": rows, "options": asked,
+            "versions": {name: version(name) for name in VERSIONED}, "commit": commit(),
         }  # fmt: skip
-        file.parent.mkdir(parents=True, exist_ok=True)
         write_json(file, rounded(facts, 6))
+        shutil.rmtree(file.parent / PARTS)
     if peer:
         for row in facts["rows"]:
             if "d3rlpy_value" not in row:
@@ -176,25 +197,56 @@ def main(cfg: DictConfig) -> None:
     print(f"files in {file.parent}")
 
 
-def asked_for(cfg: DictConfig) -> dict[str, Any]:
-    """The options that decide what the package's own part of a study is."""
+def parts(
+    home: Path, asked: Mapping[str, Any], policies: Mapping[str, TensorDictModuleBase],
+    evaluate_group: Callable[[Mapping[str, TensorDictModuleBase]], Mapping[str, EpisodeTerms]],
+    play: Callable[[TensorDictModuleBase], Mapping[str, Any]],
+) -> Iterator[dict[str, Any]]:  # fmt: skip
+    """What is estimated of a group of policies and what they earn; read where a study that was cut has it already."""
+    names = list(policies)
+    for first in range(0, len(names), GROUP):
+        group = {name: policies[name] for name in names[first : first + GROUP]}
+        file = home / f"{first}-{first + len(group)}.pt"
+        if file.is_file():
+            part = torch.load(file, weights_only=True)
+            check_same(home.parent, asked, part["options"])
+        else:
+            began = process_time()
+            terms = {name: tuple(each) for name, each in evaluate_group(group).items()}
+            seconds = process_time() - began
+            played = {name: dict(play(policy)) for name, policy in group.items()}
+            part = {"options": dict(asked), "terms": terms, "played": played, "cpu_seconds": seconds}
+            home.mkdir(parents=True, exist_ok=True)
+            with whole_file(file) as partial:
+                torch.save(part, partial)
+        yield part
+
+
+def asked_for(cfg: DictConfig, runs: Sequence[Path]) -> dict[str, Any]:
+    """The options that decide what the package's own part of a study is, and checksums of what is studied."""
     others = ("out", "device", "threads", "d3rlpy_steps")
     options = cast(dict[str, Any], OmegaConf.to_container(cfg))
-    return {name: value for name, value in options.items() if name not in others}
+    kept = {name: value for name, value in options.items() if name not in others}
+    return kept | {"policy.pt": {str(run): sha256(run / "policy.pt") for run in runs}}
 
 
-def finished_study(cfg: DictConfig, file: Path) -> dict[str, Any] | None:
-    """The study with these options that `out` has, to add d3rlpy's values to; None where it is new."""
+def finished_study(cfg: DictConfig, asked: dict[str, Any], file: Path) -> dict[str, Any] | None:
+    """The study with these options that `out` has, to add d3rlpy's values to; None where it is new or was cut."""
     if not (cfg.d3rlpy_steps and file.is_file()):
-        check_unused(file.parent)
+        if [*file.parent.glob("*")] != [file.parent / PARTS]:
+            check_unused(file.parent)
         return None
     facts: dict[str, Any] = json.loads(file.read_text())
-    asked, done = asked_for(cfg), dict(facts["options"])
+    done = dict(facts["options"])
     if "d3rlpy" in facts:
-        asked["d3rlpy_steps"], done["d3rlpy_steps"] = cfg.d3rlpy_steps, facts["d3rlpy"]["steps"]
-    if differing := [name for name in asked if asked[name] != done.get(name)]:
-        raise InputError(f"out={file.parent}: has a study with another {', '.join(differing)}; give another directory")
+        asked, done["d3rlpy_steps"] = asked | {"d3rlpy_steps": cfg.d3rlpy_steps}, facts["d3rlpy"]["steps"]
+    check_same(file.parent, asked, done)
     return facts
+
+
+def check_same(out: Path, asked: Mapping[str, Any], done: Mapping[str, Any]) -> None:
+    if differing := [name for name in asked if asked[name] != done.get(name)]:
+        raise InputError(f"out={out}: has a study with another {', '.join(differing)}; give another directory")
 
 
 def options_of(runs: Sequence[Path]) -> list[DictConfig]:
@@ -209,23 +261,15 @@ def options_of(runs: Sequence[Path]) -> list[DictConfig]:
 
 
 def judge(
-    policies: Mapping[str, TensorDictModuleBase], families: Mapping[str, Sequence[str]], data: OfflineReplayBuffer,
-    ope: dict[str, Any],
-) -> tuple[dict[str, Any], dict[str, dict[str, float]]]:  # fmt: skip
-    """Fitted Q Evaluation of all policies: the surest one of all and of each family, the cost, and all values."""
-    bounds = {"confidence": ope["confidence"], "draws": DRAWS, "seed": ope["seed"]}
-    fit = {name: value for name, value in ope.items() if name != "confidence"}
-    began = process_time()
-    terms, start = evaluate_each(policies, data, behaviour=None, slice_len=slice_length(data), **fit)
-    seconds = (process_time() - began) / len(policies)
+    terms: Mapping[str, EpisodeTerms], families: Mapping[str, Sequence[str]], **bounds: Any
+) -> tuple[dict[str, Any], dict[str, dict[str, float]]]:
+    """The surest policy of all and of each family, and the values of all."""
     choices = {}
     for run, names in families.items():
         renamed = {"anchor" if name == names[0] else name: name for name in names}
-        own = {new: policies[old] for new, old in renamed.items()}
-        choices[run] = renamed[choose(own, {new: terms[old] for new, old in renamed.items()}, start, **bounds).name]
-    choice = choose(policies, terms, start, **bounds)
-    found = {"chosen": choice.name, "safe_choice": choices, "cpu_seconds_per_policy": seconds}
-    return found, {name: plain(value) for name, value in choice.values.items()}
+        choices[run] = renamed[choose({new: terms[old] for new, old in renamed.items()}, **bounds)[0]]
+    chosen, _, values = choose(terms, **bounds)
+    return {"chosen": chosen, "safe_choice": choices}, {name: plain(value) for name, value in values.items()}
 
 
 def show(found: Mapping[str, Any]) -> None:

@@ -12,6 +12,7 @@ import torch
 from helpers import TINY, compose_recipe, run
 
 from torchrl_spar import InputError, evaluate, load_policy, save_policy
+from torchrl_spar.ope import select
 
 pytest.importorskip("hydra")
 import compare
@@ -91,6 +92,32 @@ def d3rlpy_joins_a_finished_study(monkeypatch, out, options):
             ope_study.main(compose_recipe("ope_study", f"out={out}", "d3rlpy_steps=5", *options, changed))
 
 
+def a_study_that_is_cut_goes_on(monkeypatch, tmp_path, options):
+    """In groups of three, cut in the second one."""
+    out, groups = tmp_path / "cut", []
+    undisturbed = json.loads((tmp_path / "out" / "ope.json").read_text())
+
+    def evaluate_each(policies, *args, **kwargs):
+        groups.append(len(policies))
+        if len(groups) == 2:
+            raise KeyboardInterrupt
+        return select.evaluate_each(policies, *args, **kwargs)
+
+    monkeypatch.setattr(ope_study, "GROUP", 3)
+    monkeypatch.setattr(ope_study, "evaluate_each", evaluate_each)
+    cfg = compose_recipe("ope_study", f"out={out}", *options)
+    with pytest.raises(KeyboardInterrupt):
+        ope_study.main(cfg)
+    with pytest.raises(InputError, match=rf"out={out}: has a study with another seed; give another"):
+        ope_study.main(compose_recipe("ope_study", f"out={out}", *options, "seed=1"))
+    ope_study.main(cfg)
+    assert groups == [3, 3, 3, 1] and [path.name for path in out.iterdir()] == ["ope.json"]
+    rows = json.loads((out / "ope.json").read_text())["rows"]
+    for row, other in zip(rows, undisturbed["rows"], strict=True):
+        assert row == {name: pytest.approx(x, rel=1e-4) if isinstance(x, float) else x for name, x in other.items()}
+    monkeypatch.undo()
+
+
 def test_a_study_of_several_runs(tmp_path, capsys, monkeypatch):
     for seed in (0, 1):
         done = run("spar_d4rl", *TINY, "batch_size=32", f"seed={seed}", f"out=runs/{seed}", cwd=tmp_path)
@@ -124,8 +151,12 @@ def test_a_study_of_several_runs(tmp_path, capsys, monkeypatch):
     assert "regret of choosing by highest value" in capsys.readouterr().out
     with pytest.raises(InputError, match="exists and is not empty"):
         ope_study.main(cfg)
-    d3rlpy_joins_a_finished_study(monkeypatch, tmp_path / "out", [f"runs=[{tmp_path / 'runs'}]", *few])
+    options = [f"runs=[{tmp_path / 'runs'}]", *few]
+    a_study_that_is_cut_goes_on(monkeypatch, tmp_path, options)
+    d3rlpy_joins_a_finished_study(monkeypatch, tmp_path / "out", options)
     save_policy(policy, tmp_path / "runs" / "1" / "policy.pt", **facts_of_1, choice="anchor")
+    with pytest.raises(InputError, match=r"has a study with another policy\.pt"):
+        ope_study.main(compose_recipe("ope_study", f"out={tmp_path / 'out'}", "d3rlpy_steps=5", *options))
     with pytest.raises(InputError, match=r"runs: .*1 was saved with select=ope"):
         ope_study.main(compose_recipe("ope_study", f"runs=[{tmp_path / 'runs'}]", f"out={tmp_path / 'other'}"))
     with pytest.raises(InputError, match="none is of spar or spar_latent"):

@@ -147,7 +147,9 @@ def select_policy(
         options.setdefault("exploration_type", ExplorationType.RANDOM)
     policies = {"anchor": anchor, **candidates}
     terms, start = evaluate_each(policies, data, behaviour=behaviour, seed=seed, **options)
-    return choose(policies, terms, start, confidence=confidence, draws=draws, seed=seed)
+    name, gains, values = choose(terms, confidence=confidence, draws=draws, seed=seed)
+    members = {name: estimates_of_critics(each) for name, each in terms.items()}
+    return Selection(name, policies[name], gains, values, members, start)
 
 
 def evaluate_each(
@@ -170,18 +172,11 @@ def evaluate_each(
 
 
 def choose(
-    policies: Mapping[str, TensorDictModuleBase],
-    terms: Mapping[str, EpisodeTerms],
-    start: FQEFit,
-    *,
-    confidence: float,
-    draws: int,
-    seed: int,
-) -> Selection:
-    """:func:`select_policy` among evaluated policies, the first of which is ``"anchor"``."""
+    terms: Mapping[str, EpisodeTerms], *, confidence: float, draws: int, seed: int
+) -> tuple[str, dict[str, ValueEstimate], dict[str, ValueEstimate]]:
+    """Name, gains and values of :class:`Selection`, from the terms of policies; the first is ``"anchor"``."""
     means, drawn = bootstrap([*terms.values()], draws, seed)
     values = {name: with_interval(means[i], drawn[i], confidence) for i, name in enumerate(terms)}
-    members = {name: estimates_of_critics(each) for name, each in terms.items()}
     gain, drawn = means[1:] - means[0], drawn[1:] - drawn[0]
     spread = drawn.std(1).clamp_min(torch.finfo(torch.float64).tiny)
     # One multiple of the spreads that bounds all candidates at once.
@@ -192,5 +187,4 @@ def choose(
         for name, mean, far in zip([*terms][1:], gain.tolist(), reach.tolist())
     }
     best = max(gains, key=lambda name: gains[name].interval[0])
-    name = best if gains[best].interval[0] > 0 else "anchor"
-    return Selection(name, policies[name], gains, values, members, start)
+    return best if gains[best].interval[0] > 0 else "anchor", gains, values
