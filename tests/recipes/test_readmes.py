@@ -211,6 +211,17 @@ def test_the_first_pages_results_are_the_reports():
         assert cells == scores[method]
 
 
+def test_the_figures_of_off_policy_evaluation_are_the_studies():
+    readme, files = (RESULTS / "README.md").read_text(), sorted((RESULTS / "ope").glob("*.json"))
+    assert files
+    for file in files:
+        found = json.loads(file.read_text())
+        regret = [f"{value:.1f}" for value in found["regret"].values()]
+        numbers = [f"{found['policies']}", f"{found['spearman']:.2f}", f"{found['spearman_of_truth']:.2f}", *regret]
+        cells = [file.stem, *numbers, f"{found['coverage']:.0%}".replace("%", " %")]
+        assert f"| {' | '.join(cells)} | {found['cpu_seconds_per_policy']:.0f} |" in readme
+
+
 def test_the_speeds_are_the_committed_benchmark():
     results = json.loads((RESULTS / "benchmark" / "cpu.json").read_text())
     readme = (RECIPES / "benchmarks" / "README.md").read_text()
