@@ -91,8 +91,9 @@ class OnlineSPAR(SPARRun):
 
     def go_on(self, results: dict[str, Any]) -> None:
         options = {key: self.cfg.spar[key] for key in ("policy_interval", "compile")}
-        decay_steps = max(1, count_updates(self.cfg))
-        update = SPARUpdate(self.loss, decay_steps=decay_steps, **options, **self.cfg.online.spar)
+        options["decay_steps"] = max(1, count_updates(self.cfg))
+        # New experience arrives until the end, so the critics learn until then.
+        update = SPARUpdate(self.loss, critic_share=1.0, **options, **self.cfg.online.spar)
         results["online"] = go_online(self, self.loss.actor, update)
 
 

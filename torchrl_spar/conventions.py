@@ -206,6 +206,8 @@ class SPARLossBase(Conventions):
             done: read under ``"next"``.
             terminated: read under ``"next"``; alone masks the bootstrap.
             value_target: of the critics, ``[*B, 1]`` in scaled reward units; one-step targets where it is missing.
+            advantage_std: how much the data's advantages over the policy differ, ``[*B, 1]``, the same number in every
+                row of a data set; see :meth:`SPARLoss.self_imitation`.
             member_weight: weight of each row for each critic, ``[*B, E]``; ones where it is missing.
             priority: where the TD error is written for prioritised buffers (not in a locked batch).
             priority_weight: importance weights of a prioritised buffer, used when present.
@@ -226,6 +228,7 @@ class SPARLossBase(Conventions):
         done: NestedKey = "done"
         terminated: NestedKey = "terminated"
         value_target: NestedKey = "value_target"
+        advantage_std: NestedKey = "advantage_std"
         member_weight: NestedKey = "member_weight"
         priority: NestedKey = "td_error"
         priority_weight: NestedKey = "priority_weight"

@@ -39,8 +39,9 @@ from torchrl_spar.residual import ResidualVAE, SPARActor
 
 # The weights lie between exp(-5) and exp(2.3) = 10 before they are divided by their mean.
 TRUST_LOG_WEIGHT_RANGE = (-5.0, 2.3)
-# By how much the evidence raises the weight of self-imitation, at most.
-EVIDENCE_CEILING = 8.0
+# Self-imitation counts by this power of the evidence, and at most this many times. The evidence is the spread of the
+# candidates' values, measured in this share of the spread of the data's advantages where that is the smaller unit.
+EVIDENCE_POWER, EVIDENCE_CEILING, ADVANTAGE_SHARE = 6, 8.0, 0.5
 TINY = 1e-8
 # Of a data set, at once.
 ROWS_PER_CALL = 16_384
@@ -101,7 +102,8 @@ class SPARLoss(SPARLossBase):
             gradients are not touched.
         temperature: tau of the candidates' weights; small is greedy (ours: 0.3).
         evidence_scale: the spread of the candidates' values, in scaled units, at which self-imitation weighs
-            ``lsi_coeff``; with None it always does (ours: 0.02 standard deviations of the returns-to-go).
+            ``lsi_coeff``, see :meth:`self_imitation`; with None it always does (ours: 0.02 standard deviations of the
+            returns-to-go).
         lsi_coeff: weight of self-imitation, a buffer that can be scheduled (ours: 1). 0 removes the term for good,
             for the ablation; a schedule must start above 0.
         trust_coeff: lambda, the weight of the advantage-weighted fit to the data's own residuals; likewise (ours: 1).
@@ -271,7 +273,7 @@ class SPARLoss(SPARLossBase):
         return self.qvalue_regression(tensordict, target.squeeze(-1))
 
     @torch.no_grad()
-    def value_targets(self, rows: TensorDictBase, ends: Tensor) -> Tensor:
+    def value_targets(self, rows: TensorDictBase, ends: Tensor) -> TensorDict:
         """Targets of a whole data set along its trajectories: Watkins's Q(lambda) with soft cuts.
 
         ``G_t = r_t + gamma ((1 - c_{t+1}) V(s_{t+1}) + c_{t+1} G_{t+1})`` with ``V(s) = LCB_e Q_e(s, pi(s))``. The
@@ -287,19 +289,23 @@ class SPARLoss(SPARLossBase):
             ends: whether a row is the last of its episode, ``[N, 1]``.
 
         Returns:
-            Targets ``[N, 1]`` in scaled reward units, to be stored as ``value_target``. They age as the critics and the
-            policy move; :class:`~torchrl_spar.BatchSampler` renews them.
+            A TensorDict ``[N]`` to be stored beside the data: the targets, ``value_target [N, 1]`` in scaled reward
+            units, and ``advantage_std [N, 1]``, the standard deviation over all rows of
+            ``LCB_e Q_e(s, a) - LCB_e Q_e(s, pi(s))`` in each of them. They age as the critics and the policy move;
+            :class:`~torchrl_spar.BatchSampler` renews them.
 
         Source: ours. Cuts at the data's mistakes are Watkins's (1989); uncorrected traces for conservative values are
             those of Peng's Q(lambda) (https://arxiv.org/abs/2605.14779).
         """
         keys = self.tensor_keys
-        values, traces = [], []
+        values, traces, advantages = [], [], []
         for part in rows.split(ROWS_PER_CALL):
             state, action = self._policy_action(part)
             actions = torch.stack((part[keys.action], action))
             data, policy = self._qvalue(state, actions, self.target_params("qvalue_network")).unbind(1)
-            values.append(self._mixed_value(part, self._lower_bound(policy)))
+            data_bound, policy_bound = self._lower_bound(data), self._lower_bound(policy)
+            values.append(self._mixed_value(part, policy_bound))
+            advantages.append(data_bound - policy_bound)
             traces.append((((data - policy).mean(0) + self.cut_margin) / self.cut_temperature).exp().clamp(max=1.0))
         outcome, ends = self._outcome(rows), ends.squeeze(-1)
         following = torch.cat(values).roll(-1)  # of all rows but the last of each episode
@@ -307,7 +313,9 @@ class SPARLoss(SPARLossBase):
         trace = (self.lmbda * torch.cat(traces).roll(-1)).masked_fill(ends, 0.0)
         reward, terminated = (outcome[under_next(key)].squeeze(-1) for key in (keys.reward, keys.terminated))
         gamma = float(self.value_estimator.gamma) * (~terminated).to(reward)
-        return discounted_sums(reward + gamma * (1 - trace) * following, gamma * trace).unsqueeze(-1)
+        targets = discounted_sums(reward + gamma * (1 - trace) * following, gamma * trace)
+        found = {keys.value_target: targets, keys.advantage_std: spread(torch.cat(advantages)).expand_as(targets)}
+        return TensorDict({key: value.unsqueeze(-1) for key, value in found.items()}, rows.batch_size)
 
     @torch.no_grad()
     def _one_step_target(self, tensordict: TensorDictBase) -> Tensor:
@@ -378,7 +386,8 @@ class SPARLoss(SPARLossBase):
         metadata: dict[str, Tensor] = {}
         if self.has_lsi:
             noise = tensordict.get(self.tensor_keys.candidate_noise, None)
-            imitation, diagnostics = self.self_imitation(state, residual, latent, mask, noise)
+            advantage_std = tensordict.get(self.tensor_keys.advantage_std, None)
+            imitation, diagnostics = self.self_imitation(state, residual, latent, mask, noise, advantage_std)
             loss = loss + self.lsi_coeff * imitation
             metadata.update(diagnostics)
         if self.has_trust:
@@ -397,14 +406,18 @@ class SPARLoss(SPARLossBase):
         latent: Tensor | None = None,
         mask: Tensor | None = None,
         noise: Tensor | None = None,
+        advantage_std: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Squared distance of the residual (head B: the latent) to :meth:`self_imitation_target`, ``[*B]``.
 
-        It counts by the evidence: times ``(S / evidence_scale)^4``, at most eight times, where S is how much the
-        candidates' values differ. Where no action makes a difference that the returns would show, the best of the
-        candidates is the critics' noise: self-imitation fades, and the trust term alone moves the policy. Arguments
-        as there; a mean over dimensions. This is the step that improves the policy: a subclass may put another in its
-        place, with :attr:`lsi_metrics` as the names of what it reports.
+        It counts by the evidence: times ``(S / unit)^6``, at most eight times, where S is how much the candidates'
+        values differ. The unit is ``evidence_scale``, or half of ``advantage_std`` where that is smaller: where all
+        values are alike, candidates count if they differ as the data's own actions do. Where they differ less, the
+        best of them is the critics' noise: self-imitation fades, and the trust term alone moves the policy.
+
+        A mean over dimensions; arguments as there, and ``advantage_std`` ``[*B, 1]`` of :meth:`value_targets`, without
+        which the unit is ``evidence_scale``. This is the step that improves the policy: a subclass may put another in
+        its place, with :attr:`lsi_metrics` as the names of what it reports.
 
         Source: the regression onto the candidates is the paper's; the weight by evidence is ours.
         """
@@ -412,7 +425,11 @@ class SPARLoss(SPARLossBase):
         prediction = residual if latent is None else latent
         imitation = (prediction - target).pow(2).mean(-1)
         if self.evidence_scale is not None:
-            evidence = (diagnostics["candidate_spread"] / self.evidence_scale).pow(4)
+            unit: float | Tensor = self.evidence_scale
+            if advantage_std is not None:
+                check_shape(advantage_std, (*residual.shape[:-1], 1), self.tensor_keys.advantage_std)
+                unit = (ADVANTAGE_SHARE * masked_mean(advantage_std.squeeze(-1), mask)).clamp(TINY, self.evidence_scale)
+            evidence = (diagnostics["candidate_spread"] / unit).pow(EVIDENCE_POWER)
             imitation = imitation * evidence.clamp(max=EVIDENCE_CEILING)
         return imitation, diagnostics
 

@@ -24,6 +24,7 @@ class ValueGradientLoss(SPARLoss):
         latent: Tensor | None = None,
         mask: Tensor | None = None,
         noise: Tensor | None = None,
+        advantage_std: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         action = self._compose(state.get(self.tensor_keys.anchor_action), residual)
         value = self._qvalue(state, action, self.qvalue_network_params.data).mean(0)

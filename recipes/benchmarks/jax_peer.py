@@ -18,7 +18,7 @@ from jax import lax
 from torchrl.data import ReplayBuffer
 
 from torchrl_spar import SPARLoss, with_anchor_actions
-from torchrl_spar.objective import EVIDENCE_CEILING, TINY, TRUST_LOG_WEIGHT_RANGE
+from torchrl_spar.objective import EVIDENCE_CEILING, EVIDENCE_POWER, TINY, TRUST_LOG_WEIGHT_RANGE
 
 # SPARUpdate's, torch's Adam's and LayerNorm's defaults.
 LEARNING_RATES, TARGET_RATE, POLICY_INTERVAL = {"critics": 5e-4, "head": 1e-3}, 0.01, 2
@@ -117,7 +117,7 @@ class JaxUpdate:
         data_residual = (batch["action"] - anchor) / fixed["residual_scale"]
         policy = lax.stop_gradient(residual)
         target, scale, metrics = self._self_imitation(critics, fixed, observation, anchor, policy, latents)
-        evidence = jnp.minimum((scale / self.loss.evidence_scale) ** 4, EVIDENCE_CEILING)
+        evidence = jnp.minimum((scale / self.loss.evidence_scale) ** EVIDENCE_POWER, EVIDENCE_CEILING)
         weight, more = self._trust(critics, fixed, observation, batch["action"], _compose(fixed, anchor, policy))
         terms = fixed["lsi_coeff"] * evidence * jnp.square(residual - target).mean(-1)
         terms += fixed["trust_coeff"] * weight * jnp.square(residual - data_residual).mean(-1)

@@ -50,7 +50,8 @@ class Loss:
     temperature: float = option(0.3, "Of the candidates' weights; small is greedy.", above=0)
     evidence_scale: float | None = option(
         0.02,
-        "Spread of the candidates' values, in scaled returns, at which self-imitation weighs lsi_coeff; null: always.",
+        "Spread of the candidates' values, in scaled returns, at which self-imitation weighs lsi_coeff, or less where "
+        "the data's advantages differ little; null: always lsi_coeff.",
         above=0,
     )
     lsi_coeff: float = option(1.0, "Weight of Latent Self-Imitation; 0 leaves it out.", least=0)
@@ -89,6 +90,12 @@ class Spar:
     )
     policy_interval: int = option(2, "Updates of the critics for one of the head.", least=1)
     decay: bool = option(True, "Whether both learning rates fall to zero along a cosine.")
+    critic_share: float = option(
+        0.5,
+        "Part of the updates after which the critics stay as they are and the head alone is trained; needs decay.",
+        above=0,
+        most=1,
+    )
     compile: bool = option(
         False,
         "Whether updates go through torch.compile, which needs a C++ compiler (on a GPU Triton): a minute to start, "

@@ -169,5 +169,6 @@ def pretrain_spar(
 
 
 def make_update(cfg: DictConfig, loss: SPARLoss | StackedSPARLoss, *, cudagraph: bool = False) -> SPARUpdate:
-    options = {key: cfg.spar[key] for key in ("qvalue_lr", "actor_lr", "target_rate", "policy_interval", "compile")}
+    names = ("qvalue_lr", "actor_lr", "target_rate", "policy_interval", "critic_share", "compile")
+    options = {name: cfg.spar[name] for name in names}
     return SPARUpdate(loss, decay_steps=cfg.spar.updates if cfg.spar.decay else None, cudagraph=cudagraph, **options)

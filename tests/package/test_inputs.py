@@ -387,7 +387,7 @@ def test_targets_are_read_where_they_were_written(kind, tmp_path):
     with torch.no_grad():
         for parameter in loss.target_params("qvalue_network").values(True, True):
             parameter.data += 0.1
-    expected = loss.value_targets(rows, episode_ends(rows))
+    expected = loss.value_targets(rows, episode_ends(rows))["value_target"]
     assert not torch.allclose(expected, rows["value_target"])
     found = with_value_targets(loss, buffer)
     torch.testing.assert_close(found[:]["value_target"], expected)

@@ -151,9 +151,13 @@ def test_qvalue_loss_matches_reference(case, value_mix, gamma):
 @pytest.mark.parametrize("candidates", ["prior", "policy"])
 @pytest.mark.parametrize("bound", ["lcb", "min"])
 @pytest.mark.parametrize("evidence_scale", [0.002, 0.05, 5.0])  # at the weight's ceiling, within, and at nothing
-def test_residual_loss_matches_reference(case, bound, candidates, evidence_scale):
+@pytest.mark.parametrize("advantage_std", [None, 0.09, 20.0])
+def test_residual_loss_matches_reference(case, bound, candidates, evidence_scale, advantage_std):
     loss, ref, batch = case
     loss.evidence_scale = evidence_scale
+    if advantage_std is not None:
+        batch = batch.copy().set("advantage_std", torch.full((12, 1), advantage_std, dtype=torch.float64))
+    unit = min(evidence_scale, (advantage_std or 100.0) / 2)
     loss.bound, loss.candidates, loss.latent_std = bound, candidates, 0.5
     bound_of = ref.lcb if bound == "lcb" else (lambda q: torch.stack(list(q)).min(0).values)
     torch.manual_seed(3)
@@ -183,7 +187,7 @@ def test_residual_loss_matches_reference(case, bound, candidates, evidence_scale
         candidates = residuals if latent is None else latents
         target = sum(w * c[i] for w, c in zip(weights, candidates))
         prediction = residual[i] if latent is None else latent[i]
-        expected += ((scale / loss.evidence_scale) ** 4).clamp(max=8) * (prediction - target).pow(2).mean()
+        expected += ((scale / unit) ** 6).clamp(max=8) * (prediction - target).pow(2).mean()
         expected += u[i] / u.mean() * (residual[i] - (a[i] - a_b[i]) / ref.rho).pow(2).mean()
     torch.testing.assert_close(value, expected / 12)
     torch.testing.assert_close(metadata["effective_sample_size"], sum(sizes) / 12)
@@ -219,7 +223,7 @@ def test_given_noise_replaces_the_drawn(make_loss, head):
 
 
 def test_candidates_in_bfloat16_are_close_and_leave_weights_and_gradients_in_float32(make_loss):
-    plain, rounded = make_loss(), make_loss(candidate_dtype=torch.bfloat16)
+    plain, rounded = make_loss(evidence_scale=None), make_loss(evidence_scale=None, candidate_dtype=torch.bfloat16)
     rounded.load_state_dict(plain.state_dict())
     batch = make_batch(64)
     values = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from copy import deepcopy
@@ -425,7 +426,14 @@ def compiled_and_eager_agree(policy_interval, **options):
 
 @pytest.mark.parametrize(
     "option",
-    [{"qvalue_lr": -1.0}, {"actor_lr": -1.0}, {"target_rate": 2.0}, {"policy_interval": 0}, {"decay_steps": 0}],
+    [
+        {"qvalue_lr": -1.0},
+        {"actor_lr": -1.0},
+        {"target_rate": 2.0},
+        {"policy_interval": 0},
+        {"decay_steps": 0},
+        {"critic_share": 0.0},
+    ],
 )
 def test_wrong_options_are_named(make_loss, option):
     ((name, value),) = option.items()
@@ -536,13 +544,44 @@ def test_anchor_actions_computed_once_are_the_anchors(fitted):
 
 def test_learning_rates_fall_along_a_cosine():
     loss = make_spar_loss(OBSERVATION, Bounded(-1, 1, (ACTION,)), hidden=[8], joint_vae=False)
-    update = SPARUpdate(loss, qvalue_lr=1e-2, actor_lr=1e-3, decay_steps=4)
+    update = SPARUpdate(loss, qvalue_lr=1e-2, actor_lr=1e-3, decay_steps=4, critic_share=1.0)
     rates = []
     for _ in range(6):
         update(make_batch(12))
         rates.append([o.param_groups[0]["lr"] for o in (update.critic_optimizer, update.actor_optimizer)])
     share = [1, 0.853553, 0.5, 0.146447, 0, 0]
     torch.testing.assert_close(rates, [[1e-2 * x, 1e-3 * x] for x in share], rtol=1e-5, atol=1e-12)
+
+
+def test_settled_critics_stay_and_the_head_goes_on():
+    """Against a loop by hand: the head's own Adam at the rate of the whole run, targets that still follow."""
+    torch.manual_seed(0)
+    loss = make_spar_loss(OBSERVATION, Bounded(-1, 1, (ACTION,)), hidden=[8], joint_vae=False, evidence_scale=None)
+    update = SPARUpdate(loss, actor_lr=1e-2, target_rate=0.1, decay_steps=8)  # the critics settle half-way
+    batches = [make_batch(12).set("candidate_noise", torch.randn(12, 7, 2 * ACTION)) for _ in range(8)]
+    rates = []
+    for batch in batches[:4]:
+        update(batch)
+        rates.append(update.critic_optimizer.param_groups[0]["lr"])
+    torch.testing.assert_close(rates, [5e-4 * x for x in (1, 0.853553, 0.5, 0.146447)], rtol=1e-5, atol=1e-12)
+    other, adam = deepcopy(loss), deepcopy(update.actor_optimizer.state_dict())
+    optimizer = torch.optim.Adam([p for p in other.actor_network_params.parameters() if p.requires_grad])
+    optimizer.load_state_dict(adam)
+    critics = loss.network_params("qvalue_network").clone()
+    for step, batch in enumerate(batches[4:], start=4):
+        metrics = update(batch)
+        assert ("loss_actor" in metrics, "loss_qvalue" in metrics) == (step % 2 == 1, False)
+        if step % 2:
+            optimizer.param_groups[0]["lr"] = 1e-2 * (0.5 + 0.5 * math.cos(math.pi * step / 8))
+            optimizer.zero_grad()
+            other.actor_loss(batch)[0].backward()
+            optimizer.step()
+        for name in ("actor_network", "qvalue_network"):
+            for key, target in other.target_params(name).items(True, True):
+                target.data.lerp_(other.network_params(name)[key].data, 0.1)
+    assert (loss.network_params("qvalue_network") == critics).all()
+    for name, value in loss.state_dict().items():
+        torch.testing.assert_close(value, other.state_dict()[name])
 
 
 def test_reports_reach_every_step(fitted):

@@ -72,10 +72,22 @@ def slow_targets(loss, data):
 @pytest.mark.parametrize("lmbda", [1.0, 0.7])
 def test_targets_are_those_of_the_slow_reference(lmbda, head):
     loss, data = make_loss(lmbda=lmbda, head=head, cut_margin=0.0, cut_temperature=0.05), make_data()
-    targets = loss.value_targets(data, episode_ends(data))
+    targets = loss.value_targets(data, episode_ends(data))["value_target"]
     torch.testing.assert_close(targets, slow_targets(loss, data), rtol=1e-5, atol=1e-6)
     never_cut = make_loss(lmbda=lmbda, head=head, cut_margin=1e6)
-    assert not torch.allclose(targets, never_cut.value_targets(data, episode_ends(data))), "no trace was cut"
+    assert not torch.allclose(targets, never_cut.value_targets(data, episode_ends(data))["value_target"]), (
+        "no trace was cut"
+    )
+
+
+@torch.no_grad()
+def test_the_spread_of_the_datas_advantages():
+    loss, data = make_loss(kappa=0.7), make_data()
+    now = data["observation"]
+    data_values, policy_values = (values_of(loss, now, a) for a in (data["action"], loss.actor(observation=now)))
+    bounds = [values.mean(-1) - 0.7 * values.std(-1, correction=0) for values in (data_values, policy_values)]
+    found = loss.value_targets(data, episode_ends(data))["advantage_std"]
+    torch.testing.assert_close(found, (bounds[0] - bounds[1]).std(correction=0).expand(len(data), 1))
 
 
 def test_without_cuts_they_are_torchrls_td_lambda():
@@ -85,12 +97,12 @@ def test_without_cuts_they_are_torchrls_td_lambda():
     expected = td_lambda_return_estimate(
         GAMMA, 0.8, following, 0.5 * data["next", "reward"], done, data["next", "terminated"]
     )
-    torch.testing.assert_close(loss.value_targets(data, done), expected)
+    torch.testing.assert_close(loss.value_targets(data, done)["value_target"], expected)
 
 
 def test_lambda_zero_is_one_step():
     loss, data = make_loss(lmbda=0.0, policy_noise=0.0), make_data()
-    targets = loss.value_targets(data, episode_ends(data))
+    targets = loss.value_targets(data, episode_ends(data))["value_target"]
     torch.testing.assert_close(targets, loss._one_step_target(data))
 
 
@@ -101,7 +113,7 @@ def test_whole_episodes_without_cuts_are_their_returns():
     data["next", "observation"][:-1][~data["next", "done"][:-1, 0]] = data["observation"][1:][
         ~data["next", "done"][:-1, 0]
     ]
-    targets = loss.value_targets(data, episode_ends(data))
+    targets = loss.value_targets(data, episode_ends(data))["value_target"]
     torch.testing.assert_close(targets, 0.5 * returns_to_go(data, GAMMA))
 
 
@@ -134,12 +146,12 @@ def test_targets_are_renewed_when_they_are_due():
     loss, data = make_loss(), make_data()
     sampler = make_sampler(loss, data, target_interval=10)
     assert "action_noise" not in sampler.noise  # nothing bootstraps in one step
-    before = loss.value_targets(sampler.data, sampler.ends)
+    before = loss.value_targets(sampler.data, sampler.ends)["value_target"]
     for expected in (before, before, None):
         block = next(sampler)
         assert block["value_target"].shape == (5, 8, 1)
         if expected is None:
-            expected = loss.value_targets(sampler.data, sampler.ends)
+            expected = loss.value_targets(sampler.data, sampler.ends)["value_target"]
             assert not torch.equal(expected, before)
         assert torch.equal(sampler.rows["value_target"], expected)
         loss.target_params("qvalue_network").data.mul_(1.1)

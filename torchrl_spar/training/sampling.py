@@ -78,9 +78,9 @@ def with_value_targets(loss: SPARLoss, replay_buffer: ReplayBuffer) -> TensorDic
         replay_buffer: the data in order, with the anchor's actions (:func:`with_anchor_actions`).
 
     Returns:
-        The same buffer where it holds ``value_target`` already, which is overwritten; else one with uniform sampling
-        that shares its memory and holds ``value_target`` ``[N, 1]`` beside. So it is, too, where what is read of a
-        buffer is a copy (lists, ensembles, transforms).
+        The same buffer where it holds ``value_target`` and ``advantage_std`` already, which are overwritten; else one
+        with uniform sampling that shares its memory and holds both, ``[N, 1]``, beside. So it is, too, where what is
+        read of a buffer is a copy (lists, ensembles, transforms).
 
     Raises:
         InputError: if the rows are out of order, or steps of several (``"steps_to_next_obs"``).
@@ -97,16 +97,19 @@ def with_value_targets(loss: SPARLoss, replay_buffer: ReplayBuffer) -> TensorDic
         ...     losses = loss(rows.sample())
     """
     rows, key = whole_of(replay_buffer), loss.tensor_keys.value_target
+    other = loss.tensor_keys.advantage_std
     if not has_trajectories(loss, replay_buffer):
         raise InputError("targets along trajectories need lmbda > 0 and rows [N] of single steps, without a mask")
     ends = episode_ends(rows, done_key=loss.tensor_keys.done)
     with _explained(loss, rows):
-        targets = loss.value_targets(rows, ends)
+        found = loss.value_targets(rows, ends)
     # A list stacks its rows anew whenever it is read, so that what is written there is lost.
-    if key in rows.keys(True) and rows[key].data_ptr() == whole_of(replay_buffer)[key].data_ptr():
-        rows[key].copy_(targets)
+    there = key in rows.keys(True) and other in rows.keys(True)
+    if there and rows[key].data_ptr() == whole_of(replay_buffer)[key].data_ptr():
+        rows[key].copy_(found[key])
+        rows[other].copy_(found[other])
         return replay_buffer
-    rows = rows.copy().set(key, targets)
+    rows = rows.copy().update(found)
     return _fixed_buffer(rows, replay_buffer.batch_size)
 
 
@@ -168,7 +171,7 @@ def _explained(loss: SPARLoss, rows: TensorDictBase) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, KeyError):
-        loss.explain(rows.exclude(loss.tensor_keys.value_target))
+        loss.explain(rows.exclude(loss.tensor_keys.value_target, loss.tensor_keys.advantage_std))
         raise
 
 
@@ -263,20 +266,22 @@ class BatchSampler(Iterator[TensorDictBase]):
         self.loss, self.data = loss, whole_of(replay_buffer)
         self.shape = (length, batch_size_of(replay_buffer))
         self.generator = torch.Generator(self.data[keys.action].device).manual_seed(seed)
-        self.rows = self.data.exclude("episode", "return_to_go", keys.value_target)
+        self.made = (keys.value_target, keys.advantage_std)
+        self.rows = self.data.exclude("episode", "return_to_go", *self.made)
         self.drawn = self.due = 0
         self.target_interval = target_interval if has_trajectories(loss, replay_buffer) else None
         if self.target_interval is not None:
             self.ends = episode_ends(self.data, done_key=keys.done)
             check_present(self.data, [under_next(keys.reward)])
-            self.rows.set(keys.value_target, torch.zeros_like(self.data[under_next(keys.reward)]))
+            for key in self.made:
+                self.rows.set(key, torch.zeros_like(self.data[under_next(keys.reward)]))
         with _explained(loss, self.data):
             self.noise = loss.noise_shapes(self.rows[:1])
 
     def __next__(self) -> TensorDictBase:
         if self.target_interval is not None and self.drawn >= self.due:
             with _explained(self.loss, self.data):
-                self.rows[self.loss.tensor_keys.value_target] = self.loss.value_targets(self.data, self.ends)
+                self.rows.update(self.loss.value_targets(self.data, self.ends))
             self.due = self.drawn + self.target_interval
         device = self.generator.device
         index = torch.randint(len(self.rows), self.shape, generator=self.generator, device=device)
@@ -290,7 +295,7 @@ class BatchSampler(Iterator[TensorDictBase]):
         """The generator's state and the targets: the blocks that follow are the same again once it is loaded."""
         state = {"generator": self.generator.get_state(), "drawn": self.drawn, "due": self.due}
         if self.target_interval is not None:
-            state["value_target"] = self.rows[self.loss.tensor_keys.value_target]
+            state["targets"] = self.rows.select(*self.made).to_dict()
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -298,4 +303,4 @@ class BatchSampler(Iterator[TensorDictBase]):
         self.generator.set_state(state["generator"].cpu())
         self.drawn, self.due = state["drawn"], state["due"]
         if self.target_interval is not None:
-            self.rows[self.loss.tensor_keys.value_target].copy_(state["value_target"])
+            self.rows.update(state["targets"])

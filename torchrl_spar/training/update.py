@@ -39,6 +39,8 @@ class SPARUpdate:
         target_rate: Polyak rate of all targets, the deployed head included (ours: 0.01).
         policy_interval: updates of the critics for one of the head (ours: 2, after TD3).
         decay_steps: updates over which both learning rates fall to zero along a cosine; constant rates by default.
+        critic_share: of ``decay_steps``, in which the critics' rate falls to zero. From the next block on they stay as
+            they are, and the head alone is trained (ours: 0.5). With constant rates they never stop.
         compile: whether losses and gradients go through ``torch.compile``: a minute to start, then faster.
         cudagraph: whether updates are captured as a CUDA graph and replayed; batches must keep their
             shape, and the next call overwrites the metrics.
@@ -67,6 +69,7 @@ class SPARUpdate:
         target_rate: float = 0.01,
         policy_interval: int = 2,
         decay_steps: int | None = None,
+        critic_share: float = 0.5,
         compile: bool = False,
         cudagraph: bool = False,
     ) -> None:
@@ -78,6 +81,7 @@ class SPARUpdate:
             (0 <= target_rate <= 1, "target_rate", target_rate, "between 0 and 1"),
             (policy_interval >= 1, "policy_interval", policy_interval, "at least 1"),
             (decay_steps is None or decay_steps >= 1, "decay_steps", decay_steps, "at least 1, or None"),
+            (0 < critic_share <= 1, "critic_share", critic_share, "above 0, at most 1"),
             (not cudagraph or device.type == "cuda", "cudagraph", cudagraph, f"False for a loss on {device}"),
         )
         if compile:
@@ -85,6 +89,7 @@ class SPARUpdate:
         self.loss = loss
         self.policy_interval = policy_interval
         self.decay_steps = decay_steps
+        self.critic_steps = None if decay_steps is None else max(1, round(critic_share * decay_steps))
         self.steps = 0
         critic_terms: dict[str, Term] = {"loss_qvalue": loss.qvalue_loss}
         if loss.value_mix > 0:
@@ -115,15 +120,22 @@ class SPARUpdate:
 
             return update
 
+        def average(batch: TensorDictBase) -> dict[str, Tensor]:
+            follow(targets, sources, 0)
+            return {}
+
         critics = program(critic_terms, self.critic_optimizer)
         everything = program(critic_terms | actor_terms, self.critic_optimizer, self.actor_optimizer)
+        actor = program(actor_terms, self.actor_optimizer)
 
-        @lru_cache(maxsize=2 * policy_interval)
-        def sequence(offset: int, length: int) -> Callable[[TensorDictBase], TensorDict]:
+        @lru_cache(maxsize=4 * policy_interval)
+        def sequence(offset: int, length: int, settled: bool) -> Callable[[TensorDictBase], TensorDict]:
+            between, at_interval = (average, actor) if settled else (critics, everything)
+
             def run(block: TensorDictBase) -> TensorDict:
                 metrics: dict[str, Tensor] = {}
                 for step, batch in enumerate(block.unbind(0), start=offset + 1):
-                    metrics |= (critics if step % policy_interval else everything)(batch)
+                    metrics |= (between if step % policy_interval else at_interval)(batch)
                 return TensorDict(metrics)
 
             return CudaGraphModule(run) if cudagraph else run
@@ -141,11 +153,11 @@ class SPARUpdate:
         Raises:
             NonFiniteError: within 100 updates of a loss or parameter that is NaN or infinite.
         """
-        if self.decay_steps is not None:
-            share = cosine(self.steps, self.decay_steps)
-            for optimizer, lr in ((self.critic_optimizer, self.qvalue_lr), (self.actor_optimizer, self.actor_lr)):
-                set_lr(optimizer, share * lr)
-        update = self._sequence(self.steps % self.policy_interval, len(block))
+        if self.decay_steps is not None and self.critic_steps is not None:
+            set_lr(self.critic_optimizer, self.qvalue_lr * cosine(self.steps, self.critic_steps))
+            set_lr(self.actor_optimizer, self.actor_lr * cosine(self.steps, self.decay_steps))
+        settled = self.critic_steps is not None and self.steps >= self.critic_steps
+        update = self._sequence(self.steps % self.policy_interval, len(block), settled)
         self.steps += len(block)
         metrics = dict(update(block).items())
         if self.steps >= self._checked + CHECK_INTERVAL:
