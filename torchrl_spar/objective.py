@@ -314,7 +314,8 @@ class SPARLoss(SPARLossBase):
         reward, terminated = (outcome[under_next(key)].squeeze(-1) for key in (keys.reward, keys.terminated))
         gamma = float(self.value_estimator.gamma) * (~terminated).to(reward)
         targets = discounted_sums(reward + gamma * (1 - trace) * following, gamma * trace)
-        found = {keys.value_target: targets, keys.advantage_std: spread(torch.cat(advantages)).expand_as(targets)}
+        advantage_std = spread(torch.cat(advantages)).expand_as(targets).clone()
+        found = {keys.value_target: targets, keys.advantage_std: advantage_std}
         return TensorDict({key: value.unsqueeze(-1) for key, value in found.items()}, rows.batch_size)
 
     @torch.no_grad()
