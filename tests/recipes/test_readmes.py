@@ -184,7 +184,7 @@ def test_the_recipes_readme_names_every_script():
 
 @pytest.mark.slow
 def test_the_results_are_the_committed_runs(tmp_path):
-    readme = (RESULTS / "README.md").read_text()
+    readme = "".join(path.read_text() for path in RESULTS.rglob("README.md"))
     # With runs of the same data sets in compare/.
     rivals = ["@bc", "@bc10", "@td3_bc", "@iql"]
     beside = (("six_sets", rivals, 6), ("compare", [], 11), ("ablations", ["@spar"], 3))
@@ -212,7 +212,7 @@ def test_the_first_pages_results_are_the_reports():
 
 
 def test_the_figures_of_off_policy_evaluation_are_the_studies():
-    readme, files = (RESULTS / "README.md").read_text(), sorted((RESULTS / "ope").glob("*.json"))
+    readme, files = (RESULTS / "ope" / "README.md").read_text(), sorted((RESULTS / "ope").glob("*.json"))
     assert files
     for file in files:
         found = json.loads(file.read_text())
