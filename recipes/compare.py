@@ -128,9 +128,9 @@ def train(cfg: DictConfig, seed: int, out: Path, run_class: type[RivalRun] = Riv
             rival = run.rival
             rival.pretrain(run)
             run.keep("rival", rival)
-            phase, metrics = MainPhase([run], run.method), dict[str, torch.Tensor]()
-            batches = rival.batches(seed)
+            phase, batches = MainPhase([run], run.method), rival.batches(seed)
             for step in phase.steps():
+                metrics: dict[str, torch.Tensor] = {}
                 for _ in range(block_length(cfg)):
                     metrics |= rival(next(batches))
                 check_finite(step, {name: metrics[name] for name in metrics.keys() & rival.trained}, rival.trained)

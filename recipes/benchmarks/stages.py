@@ -67,8 +67,12 @@ def measure_stages(steps: int, steps_per_second: float, *, compile: bool = False
     measure("targets", lambda: with_value_targets(loss, rows), cfg.spar.updates / cfg.spar.target_interval)
     update, sampler = make_update(cfg, loss), BatchSampler(loss, rows, length=BLOCK, seed=0, target_interval=None)
     blocks = -(-steps // BLOCK)
-    for name in ("start", "updates"):
-        measure(name, lambda: [update.run(next(sampler)) for _ in range(blocks)], cfg.spar.updates / (blocks * BLOCK))
+    settled = cfg.spar.updates if update.critic_steps is None else update.critic_steps
+    for name, first, last in (("updates", 0, settled), ("updates of the head alone", settled, cfg.spar.updates)):
+        for measured in ("start", name):
+            update.steps = first
+            times = (last - first) / (blocks * BLOCK)
+            measure(measured, lambda: [update.run(next(sampler)) for _ in range(blocks)], times)
     del seconds["start"]
     episodes = (cfg.spar.updates // cfg.eval.interval + 1) * cfg.eval.episodes + 2 * cfg.eval.final_episodes
     seconds["evaluation"] = episodes * len(data) / len(data.episode_returns) / steps_per_second

@@ -76,7 +76,8 @@ def run(cfg: DictConfig, start: SPARLoss, data: OfflineReplayBuffer, kind: str) 
             curve["score"].append(score(played))
             curve["value_less_returns"].append((value - returns).mean().item())
 
-    improve(cfg, make_update(cfg, loss, decay_steps=cfg.spar.updates), data, record)
+    # The critics learn until the end, for it is what they learn that is shown.
+    improve(cfg, make_update(cfg, loss, decay_steps=cfg.spar.updates, critic_share=1.0), data, record)
     return curve
 
 

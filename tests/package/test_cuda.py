@@ -22,8 +22,9 @@ from torchrl_spar import (
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 DEVICE, GRAPH = torch.device("cuda"), {"cudagraph": True}
-# Blocks of odd length start at either half of policy_interval: a graph each, warm-up, capture and replay.
-LENGTH, BLOCKS = 3, 10
+# Blocks of odd length start at either half of policy_interval, before and after the critics settle (at half of
+# DECAY_STEPS): four graphs, each with warm-up, capture and replay.
+LENGTH, BLOCKS, DECAY_STEPS = 3, 16, 48
 
 
 def make_sampler(loss: SPARLoss, seed: int = 0, device: torch.device = DEVICE) -> BatchSampler:
@@ -32,7 +33,7 @@ def make_sampler(loss: SPARLoss, seed: int = 0, device: torch.device = DEVICE) -
 
 
 def train(loss: SPARLoss, seed: int = 0, **options: object) -> dict[str, torch.Tensor]:
-    update, sampler = SPARUpdate(loss, decay_steps=50, **options), make_sampler(loss, seed)
+    update, sampler = SPARUpdate(loss, decay_steps=DECAY_STEPS, **options), make_sampler(loss, seed)
     for _ in range(BLOCKS):
         metrics = update.run(next(sampler))
     return metrics
@@ -75,7 +76,7 @@ def test_a_stack_in_one_graph_is_the_single_runs():
     losses = [deepcopy(loss) for loss in singles]
     samplers = [make_sampler(loss, seed) for seed, loss in enumerate(losses)]
     stack = StackedSPARLoss(losses)
-    update = SPARUpdate(stack, decay_steps=50, **GRAPH)
+    update = SPARUpdate(stack, decay_steps=DECAY_STEPS, **GRAPH)
     for _ in range(BLOCKS):
         stack.copy_back()  # the samplers read the losses where they renew their targets
         update.run(torch.stack([next(sampler) for sampler in samplers], 1))

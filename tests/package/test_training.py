@@ -36,6 +36,7 @@ from torchrl_spar import (
     with_anchor_actions,
 )  # fmt: skip
 from torchrl_spar.training import sampling
+from torchrl_spar.training.optimization import adam, descent
 from torchrl_spar.training.sampling import uniform_batches
 
 
@@ -395,11 +396,28 @@ def test_the_update_is_the_plain_loop(options, joint_vae):
     torch.testing.assert_close(fast.state_dict(), plain.state_dict(), rtol=1e-4, atol=1e-5)
 
 
+def test_a_process_compiles_more_programs_than_dynamo_keeps_of_one(monkeypatch):
+    made = []
+
+    def count(graph, inputs):
+        made.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=count))
+    for programs in range(1, 11):
+        layer = nn.Linear(2, 1)
+        weight = layer.weight.detach().clone()
+        step = descent({"loss": lambda b, x=layer: (x(b["x"]).sum(), {})}, adam(layer.parameters(), 0.1), compile=True)
+        step(TensorDict({"x": torch.ones(3, 2)}, [3]))
+        assert len(made) == programs
+        torch.testing.assert_close(layer.weight, weight - 0.1)  # Adam's first step is the rate
+
+
 @pytest.mark.slow
 def test_the_compiled_update_is_the_eager_one(monkeypatch):
-    # The tracing of both programs; the code made of one is tested below.
+    # The tracing of the programs before and after the critics settle; the code made of one is tested below.
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
-    compiled_and_eager_agree(policy_interval=2)
+    compiled_and_eager_agree(policy_interval=2, decay_steps=4)
 
 
 @pytest.mark.slow
@@ -408,13 +426,13 @@ def test_the_generated_code_is_the_eager_update():
     compiled_and_eager_agree(policy_interval=1, num_candidates=2)
 
 
-def compiled_and_eager_agree(policy_interval, **options):
+def compiled_and_eager_agree(policy_interval, decay_steps=None, **options):
     torch.manual_seed(0)
     options = {"hidden": [8], "joint_vae": False, "num_candidates": 8, **options}
     losses = [make_spar_loss(OBSERVATION, Bounded(-1, 1, (ACTION,)), **options) for _ in range(2)]
     losses[1].load_state_dict(losses[0].state_dict())
     for loss, compile in zip(losses, (False, True)):
-        update = SPARUpdate(loss, compile=compile, policy_interval=policy_interval)
+        update = SPARUpdate(loss, compile=compile, policy_interval=policy_interval, decay_steps=decay_steps)
         torch.manual_seed(1)
         for step in range(4):
             batch = make_batch(12, seed=step)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from types import FunctionType
 from typing import TypeVar
 
 import torch
@@ -16,7 +17,9 @@ R = TypeVar("R")
 
 def compiled(function: Callable[..., R]) -> Callable[..., R]:
     """Compiles a function, with the gradients it takes as part of one program."""
-    program = torch.compile(function)
+    # Dynamo keeps at most eight programs of one code object, which all closures of a function share, then it is eager.
+    own = FunctionType(function.__code__.replace(), function.__globals__, closure=function.__closure__)
+    program = torch.compile(own)
     # From torch 2.13 on. Else, and by default, loss and gradients are programs of their own, with autograd in between.
     if not hasattr(torch._dynamo.config, "trace_autograd_ops"):
         return program

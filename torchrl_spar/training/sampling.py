@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from tensordict import TensorDictBase
+from tensordict import TensorDict, TensorDictBase
 from torchrl.data import ImmutableDatasetWriter, RandomSampler, ReplayBuffer, TensorDictReplayBuffer, TensorStorage
 
 from torchrl_spar.data.buffer import OfflineReplayBuffer
@@ -299,8 +299,14 @@ class BatchSampler(Iterator[TensorDictBase]):
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes a :meth:`state_dict`."""
+        """Takes a :meth:`state_dict`.
+
+        Raises:
+            InputError: if it has no targets of the critics, where this sampler has.
+        """
+        if self.target_interval is not None:
+            if "targets" not in state:
+                raise InputError("the sampler's state has no targets: it is of another version, or of one-step targets")
+            self.rows.update(TensorDict(state["targets"], self.rows.batch_size, device=self.generator.device))
         self.generator.set_state(state["generator"].cpu())
         self.drawn, self.due = state["drawn"], state["due"]
-        if self.target_interval is not None:
-            self.rows.update(state["targets"])

@@ -25,7 +25,7 @@ _OPTIMIZERS = ("critic_optimizer", "actor_optimizer")
 
 
 class SPARUpdate:
-    """One gradient update of SPAR: critics every time, the head every ``policy_interval`` times.
+    """One gradient update of SPAR: critics every time until they settle, the head every ``policy_interval`` times.
 
     All terms are computed at the same parameters, so the numbers are those of the plain loop: sum of
     the losses, ``torch.optim.Adam``, TorchRL's ``SoftUpdate``. A value network is trained only where
@@ -39,8 +39,9 @@ class SPARUpdate:
         target_rate: Polyak rate of all targets, the deployed head included (ours: 0.01).
         policy_interval: updates of the critics for one of the head (ours: 2, after TD3).
         decay_steps: updates over which both learning rates fall to zero along a cosine; constant rates by default.
-        critic_share: of ``decay_steps``, in which the critics' rate falls to zero. From the next block on they stay as
-            they are, and the head alone is trained (ours: 0.5). With constant rates they never stop.
+        critic_share: of ``decay_steps``, in which the critics' rate (and the value network's) falls to zero. From the
+            next block on they stay as they are and are not reported; head, VAE and targets go on (ours: 0.5). With
+            constant rates they never stop.
         compile: whether losses and gradients go through ``torch.compile``: a minute to start, then faster.
         cudagraph: whether updates are captured as a CUDA graph and replayed; batches must keep their
             shape, and the next call overwrites the metrics.
