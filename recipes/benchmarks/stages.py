@@ -67,7 +67,7 @@ def measure_stages(steps: int, steps_per_second: float, *, compile: bool = False
     measure("targets", lambda: with_value_targets(loss, rows), cfg.spar.updates / cfg.spar.target_interval)
     update, sampler = make_update(cfg, loss), BatchSampler(loss, rows, length=BLOCK, seed=0, target_interval=None)
     blocks = -(-steps // BLOCK)
-    settled = cfg.spar.updates if update.critic_steps is None else update.critic_steps
+    settled = round(cfg.spar.critic_share * cfg.spar.updates)
     for name, first, last in (("updates", 0, settled), ("updates of the head alone", settled, cfg.spar.updates)):
         for measured in ("start", name):
             update.steps = first

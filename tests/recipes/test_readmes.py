@@ -211,6 +211,23 @@ def test_the_first_pages_results_are_the_reports():
         assert cells == scores[method]
 
 
+def test_what_settled_critics_change_is_the_committed_runs():
+    sets = [cell for cell in tables((RESULTS / "six_sets" / "report.md").read_text())[0][0] if "-v0" in cell]
+    assert len(sets) == 6
+
+    def scores(file: str, method: str) -> np.ndarray:
+        lines = [json.loads(line) for line in (RESULTS / file).read_text().splitlines()]
+        runs = [lines[0]["common"] | line for line in lines[1:]]
+        mine = [run for run in runs if run["method"] == method]
+        return np.array([np.mean([run["spar"]["normalized"] for run in mine if run["dataset"] == of]) for of in sets])
+
+    files = "six_sets/runs.jsonl", "search/never_settled.jsonl"
+    spar, no_lsi = ([scores(file, method) for file in files] for method in ("spar", "no_lsi"))
+    (shown,) = [table for table in tables((RESULTS / "README.md").read_text()) if table[-1][0].startswith("its lead")]
+    for row, values in zip(shown[2:], [*spar, *(a - b for a, b in zip(spar, no_lsi))], strict=True):
+        assert row[1:] == [f"{value:.1f}" for value in (*values, values.mean())], row[0]
+
+
 def test_the_figures_of_off_policy_evaluation_are_the_studies():
     readme, files = (RESULTS / "ope" / "README.md").read_text(), sorted((RESULTS / "ope").glob("*.json"))
     assert files

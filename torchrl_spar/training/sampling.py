@@ -96,21 +96,18 @@ def with_value_targets(loss: SPARLoss, replay_buffer: ReplayBuffer) -> TensorDic
         ...         rows = with_value_targets(loss, rows)
         ...     losses = loss(rows.sample())
     """
-    rows, key = whole_of(replay_buffer), loss.tensor_keys.value_target
-    other = loss.tensor_keys.advantage_std
+    rows = whole_of(replay_buffer)
     if not has_trajectories(loss, replay_buffer):
         raise InputError("targets along trajectories need lmbda > 0 and rows [N] of single steps, without a mask")
     ends = episode_ends(rows, done_key=loss.tensor_keys.done)
     with _explained(loss, rows):
         found = loss.value_targets(rows, ends)
     # A list stacks its rows anew whenever it is read, so that what is written there is lost.
-    there = key in rows.keys(True) and other in rows.keys(True)
-    if there and rows[key].data_ptr() == whole_of(replay_buffer)[key].data_ptr():
-        rows[key].copy_(found[key])
-        rows[other].copy_(found[other])
+    keys, read_again = found.keys(True, True), whole_of(replay_buffer)
+    if all(key in rows.keys(True) and rows[key].data_ptr() == read_again[key].data_ptr() for key in keys):
+        rows.update_(found)
         return replay_buffer
-    rows = rows.copy().update(found)
-    return _fixed_buffer(rows, replay_buffer.batch_size)
+    return _fixed_buffer(rows.copy().update(found), replay_buffer.batch_size)
 
 
 def with_member_weights(

@@ -89,8 +89,7 @@ class SPARUpdate:
             check_compiler(device)
         self.loss = loss
         self.policy_interval = policy_interval
-        self.decay_steps = decay_steps
-        self.critic_steps = None if decay_steps is None else max(1, round(critic_share * decay_steps))
+        self.decay_steps, self.critic_share = decay_steps, critic_share
         self.steps = 0
         critic_terms: dict[str, Term] = {"loss_qvalue": loss.qvalue_loss}
         if loss.value_mix > 0:
@@ -154,10 +153,12 @@ class SPARUpdate:
         Raises:
             NonFiniteError: within 100 updates of a loss or parameter that is NaN or infinite.
         """
-        if self.decay_steps is not None and self.critic_steps is not None:
-            set_lr(self.critic_optimizer, self.qvalue_lr * cosine(self.steps, self.critic_steps))
+        settled = False
+        if self.decay_steps is not None:
+            critic_steps = max(1, round(self.critic_share * self.decay_steps))
+            settled = self.steps >= critic_steps
+            set_lr(self.critic_optimizer, self.qvalue_lr * cosine(self.steps, critic_steps))
             set_lr(self.actor_optimizer, self.actor_lr * cosine(self.steps, self.decay_steps))
-        settled = self.critic_steps is not None and self.steps >= self.critic_steps
         update = self._sequence(self.steps % self.policy_interval, len(block), settled)
         self.steps += len(block)
         metrics = dict(update(block).items())
