@@ -375,14 +375,17 @@ def test_returns_are_of_rows():
 
 @pytest.mark.parametrize("kind", ["tensor", "memmap", "list", "stack", "transform", "ensemble"])
 def test_targets_are_read_where_they_were_written(kind, tmp_path):
-    """A list stacks its rows whenever it is read: what is written to the stack is lost."""
-    loss, rows = build_loss(hidden=[8]), episodes()
+    """A list stacks its rows whenever it is read: what is written to the stack is lost.
+
+    Of a thousand rows, the second stack often lies where the first one lay.
+    """
+    loss, rows = build_loss(hidden=[8]), episodes(count=100)
     rows = with_value_targets(loss, with_anchor_actions(loss, filled(rows)))[:].exclude("index")
     buffer = {
-        "tensor": lambda: filled(rows), "memmap": lambda: filled(rows, LazyMemmapStorage(80, scratch_dir=tmp_path)),
-        "list": lambda: filled(rows, ListStorage(80)), "stack": lambda: filled(rows, LazyStackStorage(80)),
+        "tensor": lambda: filled(rows), "memmap": lambda: filled(rows, LazyMemmapStorage(1000, scratch_dir=tmp_path)),
+        "list": lambda: filled(rows, ListStorage(1000)), "stack": lambda: filled(rows, LazyStackStorage(1000)),
         "transform": lambda: filled(rows, transform=lambda rows: rows.clone()),
-        "ensemble": lambda: ReplayBufferEnsemble(filled(rows[:40]), filled(rows[40:]), batch_size=8),
+        "ensemble": lambda: ReplayBufferEnsemble(filled(rows[:500]), filled(rows[500:]), batch_size=8),
     }[kind]()  # fmt: skip
     with torch.no_grad():
         for parameter in loss.target_params("qvalue_network").values(True, True):

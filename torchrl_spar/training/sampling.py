@@ -102,12 +102,19 @@ def with_value_targets(loss: SPARLoss, replay_buffer: ReplayBuffer) -> TensorDic
     ends = episode_ends(rows, done_key=loss.tensor_keys.done)
     with _explained(loss, rows):
         found = loss.value_targets(rows, ends)
-    # A list stacks its rows anew whenever it is read, so that what is written there is lost.
     keys, read_again = found.keys(True, True), whole_of(replay_buffer)
-    if all(key in rows.keys(True) and rows[key].data_ptr() == read_again[key].data_ptr() for key in keys):
+    if all(key in rows.keys(True) and _same_memory(rows[key], read_again[key]) for key in keys):
         rows.update_(found)
         return replay_buffer
     return _fixed_buffer(rows.copy().update(found), replay_buffer.batch_size)
+
+
+def _same_memory(tensor: torch.Tensor, read_again: torch.Tensor) -> bool:
+    """False where reading makes a copy, as a list does, which stacks its rows: what is written to a copy is lost.
+
+    Both must be alive at once, as arguments are: a copy that is gone leaves its address to the next one.
+    """
+    return tensor.data_ptr() == read_again.data_ptr()
 
 
 def with_member_weights(
