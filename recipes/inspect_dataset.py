@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 from harness.data_options import DataOptions
-from harness.environment import NO_ENV, longest_episode, match, read, step_limit_of
+from harness.environment import NO_ENV, match, read, step_limit_of
 from harness.launch import run_recipe, summarize
 from harness.options import option, recipe_options
 from harness.output import named_error
@@ -150,7 +150,7 @@ def environment_table(cfg: DictConfig, data: OfflineReplayBuffer, problems: list
     table.add_row("action columns", str(data.action_spec.shape[-1]), str(spec.shape[-1]))
     table.add_row("action bounds", span(data.action_spec), span(spec))
     if len(data.episode_returns):
-        table.add_row("steps up to", f"{longest_episode(data):,}", f"{step_limit_of(env, env_kwargs):,}")
+        table.add_row("steps up to", f"{data.longest_episode:,}", f"{step_limit_of(env, env_kwargs):,}")
         score = summarize(env, data.episode_returns, data.env_kwargs)["normalized"]
         table.add_row("normalised score", "-" if score is None else f"{score:.1f}", "")
     return table

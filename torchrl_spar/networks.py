@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 from torchrl.modules import MLP
 
+from torchrl_spar.errors import InputError
+
 
 def functional_of(network: Any) -> Callable[..., Any] | None:
     """``network.functional``, its call with other parameters, if it equals a call of the network; else None.
@@ -58,7 +60,13 @@ class ObservationNorm(nn.Module):
 
     def forward(self, observation: torch.Tensor) -> torch.Tensor:
         """The standardised observation ``[*B, observation_dim]``."""
-        return ((observation - self.loc) / self.scale).to(self.scale.dtype)
+        return _standardised(observation, self.loc, self.scale)
+
+
+def _standardised(observation: torch.Tensor, loc: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    if observation.shape[-1] != loc.shape[-1]:  # a single column would be repeated in silence
+        raise InputError(f"observations have size {observation.shape[-1]}, the network reads {loc.shape[-1]}")
+    return ((observation - loc) / scale).to(scale.dtype)
 
 
 KNOWN = {ObservationNorm, MLP, nn.Linear, nn.LayerNorm, nn.ReLU}
@@ -137,7 +145,7 @@ class StateMLP(nn.Module):
             torch.Size([7, 5, 1])
         """
         norm, layers = params["norm"], params["mlp"]
-        out = ((observation - norm["loc"]) / norm["scale"]).to(norm["scale"].dtype)
+        out = _standardised(observation, norm["loc"], norm["scale"])
         last = len(self.mlp) - 1
         for index, layer in enumerate(self.mlp):
             own = layers.get(str(index))

@@ -114,8 +114,8 @@ def match(cfg: DictConfig, data: OfflineReplayBuffer) -> tuple[str, dict[str, An
             raise InputError(f"dataset={cfg.dataset}: {name} have size {found}, env={env} has {expected}")
     settle_actions(cfg, data, env, action_spec, is_recorded=records_bounds(cfg))
     if step_limit_of(env, env_kwargs) is None and len(data.episode_returns):
-        env_kwargs["max_episode_steps"] = longest_episode(data)
-        print(f"env={env}: has no step limit; episodes end after {longest_episode(data)} steps, the data's longest")
+        env_kwargs["max_episode_steps"] = data.longest_episode
+        print(f"env={env}: has no step limit; episodes end after {data.longest_episode} steps, the data's longest")
     return env, env_kwargs
 
 
@@ -289,13 +289,3 @@ def step_limit_of(env: str, env_kwargs: Mapping[str, Any]) -> int | None:
     """Steps after which the environment cuts its episodes; None where its specification has no limit."""
     with closing(make_env(env, **env_kwargs)) as made:
         return getattr(made.spec, "max_episode_steps", None)
-
-
-def longest_episode(data: OfflineReplayBuffer) -> int:
-    """Steps of the longest episode, its last step included even if the loader dropped it."""
-    rows = data[:]
-    lengths = rows["episode"].bincount()
-    last = rows["episode"].roll(-1) != rows["episode"]
-    last[-1] = True
-    lengths[rows["episode"][last & ~rows["next", "done"].squeeze(-1)]] += 1
-    return int(lengths.max())

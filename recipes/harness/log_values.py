@@ -45,8 +45,8 @@ class Support:
     def __init__(self, data: OfflineReplayBuffer, held_out: float, seed: int) -> None:
         rows = episodes_of(data, 0.0).cpu()
         first = torch.searchsorted(rows["episode"], rows["episode"].unique())
-        rows.update({"row": torch.arange(len(rows)), "number": rows["episode"]})
-        rows.set("step", rows["row"] - first[rows["episode"]])
+        rows.update({"row": data.source_rows, "number": rows["episode"]})
+        rows.set("step", torch.arange(len(rows)) - first[rows["episode"]])
         others, held = split_episodes(rows, held_out, seed)
         generator = torch.Generator().manual_seed(seed)
         self.loc, self.scale = data.observation_loc.cpu(), data.observation_scale.cpu()

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from harness.actors import FACT
 from harness.checkpoints import Checkpoints, P
-from harness.environment import dataset_name, load, load_any, log_options, longest_episode, step_limit_of
+from harness.environment import dataset_name, load, load_any, log_options, step_limit_of
 from harness.launch import RECIPES, best_device, summarize
 from harness.log_values import Support, estimate_any, fqe_options
 from harness.loggers import make_logger
@@ -87,7 +87,7 @@ class Run:
         self.data, self.env, self.env_kwargs = (load if self.needs_environment else load_any)(cfg, self.device)
         self.data_scores = summarize(self.env, self.data.episode_returns, self.data.env_kwargs)
         limit = step_limit_of(self.env, self.env_kwargs) if self.env else None
-        self.steps = {"data": longest_episode(self.data), "evaluation": limit}
+        self.steps = {"data": self.data.longest_episode, "evaluation": limit}
 
     @property
     def method(self) -> str:

@@ -332,6 +332,15 @@ def assert_equals_hdf5(buffer, path):
         assert row == len(buffer) and len(buffer.episode_returns) == len(file)
 
 
+def test_whole_numbers_of_minari_keep_their_values(tmp_path):
+    counts = 100_000_000 + np.random.default_rng(0).integers(-50, 50, (5, 3)).astype(np.int32)
+    space = Box(0, 2**31 - 1, (3,), np.int32)
+    write_minari(tmp_path, [episode(4, observations=counts)], observation_space=space)
+    buffer = load_offline_dataset(f"minari:{ID}", root=tmp_path)
+    assert np.array_equal(buffer[:]["observation"].numpy(), counts[:-1])
+    np.testing.assert_allclose(buffer.observation_scale, counts[:-1].std(0), rtol=1e-6)
+
+
 def test_minari_equals_the_file(tmp_path, monkeypatch):
     path = write_minari(tmp_path, EPISODES)
     by_root = load_offline_dataset(f"minari:{ID}", root=tmp_path)

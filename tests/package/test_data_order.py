@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 
+import gymnasium
 import h5py
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from helpers import SHARED
 from tensordict import TensorDict
 
 from torchrl_spar import InputError, fit_critics, load_offline_dataset, make_spar_loss, returns_to_go
+from torchrl_spar.data.jumps import is_disordered
 
 EPISODES, STEPS = 20, 100
 
@@ -154,8 +156,45 @@ def test_an_episode_is_cut_where_steps_are_missing(tmp_path):
     assert (buffer[:]["next", "observation"] - buffer[:]["observation"]).abs().max() < 0.6  # single steps alone
     every_other = {name: array[::2] for name, array in DATA.items()}
     assert len(with_steps(tmp_path, every_other, step[::2]).episode_returns) == EPISODES
-    jitter = step + np.random.default_rng(3).uniform(0, 0.5, len(step))  # times, not counts
-    np.testing.assert_allclose(with_steps(tmp_path, DATA, jitter).episode_returns, RETURNS)
+
+
+@pytest.mark.parametrize(
+    "clock",
+    [
+        lambda step: step + np.random.default_rng(3).uniform(0, 0.5, len(step)),  # times, not counts
+        lambda step: step // 20,  # whole seconds of 20 Hz
+        lambda step: np.floor(step / 99.7 * 1000),  # milliseconds of 99.7 Hz
+    ],
+)
+@pytest.mark.parametrize("order", [np.arange(EPISODES * STEPS), INTERLEAVED], ids=["as they are", "turns"])
+def test_a_clock_is_no_count(tmp_path, clock, order):
+    step = clock(np.tile(np.arange(STEPS), EPISODES))[order]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        buffer = with_steps(tmp_path, {name: array[order] for name, array in DATA.items()}, step)
+    np.testing.assert_allclose(buffer.episode_returns, RETURNS)
+    assert (buffer[:]["next", "observation"] - buffer[:]["observation"]).abs().max() < 0.6
+
+
+@pytest.mark.parametrize("digits", [4, 12])
+def test_durations_of_steps_tell_no_order(tmp_path, digits):
+    lasted = np.round(0.02 + 1e-4 * np.random.default_rng(3).normal(size=EPISODES * STEPS), digits)
+    with pytest.warns(UserWarning, match="neither grow along the episodes nor count"):
+        buffer = with_steps(tmp_path, DATA, lasted)
+    np.testing.assert_allclose(buffer.episode_returns, RETURNS)
+    assert torch.equal(buffer.source_rows, torch.arange(EPISODES * STEPS).reshape(EPISODES, STEPS)[:, :-1].flatten())
+
+
+@pytest.mark.parametrize(
+    "order", [np.arange(EPISODES * STEPS), INTERLEAVED, SHUFFLED], ids=["ordered", "turns", "shuffled"]
+)
+def test_rows_that_are_there_twice_count_once(tmp_path, order):
+    order = np.append(order, [130, 777])
+    arrays = {name: array[order] for name, array in DATA.items()}
+    with pytest.warns(UserWarning, match=f"2 rows are there twice, first row {EPISODES * STEPS}"):
+        buffer = with_steps(tmp_path, arrays, np.tile(np.arange(STEPS), EPISODES)[order])
+    np.testing.assert_allclose(buffer.episode_returns, RETURNS)
+    assert torch.equal(torch.from_numpy(arrays["observations"])[buffer.source_rows], buffer[:]["observation"])
 
 
 def test_rows_shuffled_within_their_episodes_are_noticed(tmp_path):
@@ -241,6 +280,56 @@ def test_terminals_in_a_row_are_one_episode_that_earns_up_to_the_first(tmp_path)
     # A reset between two terminals: an episode of a single step.
     arrays["next_observations"][3] = 99
     assert load(tmp_path, arrays)[:]["episode"].tolist() == [0] * 4 + [1] * 2 + [2] * 4
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["no next", "reset as next"])
+@pytest.mark.parametrize("longest", [1, 3])
+def test_episodes_of_one_step_are_told_apart(tmp_path, longest, given):
+    """Some states are alike by chance, and old vector environments give the state after the reset as the next."""
+    rng = np.random.default_rng(0)
+    steps = rng.integers(1, longest + 1, 300)
+    states = np.repeat(rng.normal(size=(300, 1)), steps, axis=0) + 0.1 * rng.normal(size=(steps.sum(), 1))
+    terminal = np.zeros(steps.sum(), dtype=bool)
+    terminal[steps.cumsum() - 1] = True
+    arrays = {
+        "observations": states, "next_observations": np.roll(states, -1, axis=0), "actions": np.tanh(states),
+        "rewards": np.ones(steps.sum()), "terminals": terminal,
+    }  # fmt: skip
+    buffer = load(tmp_path, arrays, *(() if given else ("next_observations",)))
+    assert buffer.episode_returns.tolist() == steps.tolist()
+
+
+@pytest.mark.parametrize("mode", ["NEXT_STEP", "SAME_STEP"])
+def test_resets_that_vector_environments_log_as_steps_are_named(tmp_path, mode):
+    vector = gymnasium.vector
+    options = {"vectorization_mode": "sync", "vector_kwargs": {"autoreset_mode": vector.AutoresetMode[mode]}}
+    envs, rows = gymnasium.make_vec("CartPole-v1", num_envs=1, **options), []
+    before, _ = envs.reset(seed=0)
+    for step in range(200):
+        after, reward, terminated, _, info = envs.step(np.array([step % 3 % 2]))
+        last = info["final_obs"][0] if mode == "SAME_STEP" and terminated[0] else after[0]
+        rows.append((before[0], last, [0.5], reward[0], terminated[0]))
+        before = after
+    names = ("observations", "next_observations", "actions", "rewards", "terminals")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        load(tmp_path, dict(zip(names, map(np.array, zip(*rows)), strict=True)))
+    told = [str(warning.message) for warning in caught if "vector environments" in str(warning.message)]
+    first = [row[4] for row in rows].index(True) + 1
+    assert (len(told) == 1 and f"first row {first}:" in told[0]) if mode == "NEXT_STEP" else not told
+
+
+@pytest.mark.parametrize("period", [8, 12, 25, 50])
+@pytest.mark.parametrize("noise", [0.02, 0.1])
+def test_periodic_motion_is_in_order(period, noise):
+    t, rng = np.arange(4000), np.random.default_rng(0)
+    motion = np.stack([np.sin(2 * np.pi * t / period + phase) for phase in range(6)], 1)
+    motion += noise * rng.normal(size=motion.shape)
+    assert not is_disordered(motion, t % 1000 == 999)
+    for streams in (2, 5):  # that are out of step
+        each = [motion[int(period * (0.3 + 0.618 * stream)) :][: 4000 - 5 * period] for stream in range(streams)]
+        together = np.stack(each, 1).reshape(-1, 6)
+        assert is_disordered(together, np.zeros(len(together), dtype=bool))
 
 
 FILES = ("door-human.hdf5", "relocate-human-24.hdf5", "pen-expert-regen.hdf5", "antmaze-umaze-diverse-regen.hdf5")

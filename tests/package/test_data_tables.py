@@ -91,6 +91,8 @@ def test_rows_in_any_order_with_text_ids_steps_and_lists(tmp_path, step, categor
         ({**COLUMNS, "observation": "ragged"}, r"ragged: lists of 1 to 2 numbers"),
         ({**COLUMNS, "observation": "holes"}, r"holes: 1 numbers within its lists are missing"),
         ({**COLUMNS, "observation": ["x", "name"]}, r"name: type string, expected numbers"),
+        ({**COLUMNS, "observation": "empty"}, r"empty: empty lists"),
+        ({**COLUMNS, "truncated": None}, r"columns: 'truncated' is None, expected"),
     ],
 )
 def test_bad_columns_are_named(tmp_path, columns, message):
@@ -99,9 +101,18 @@ def test_bad_columns_are_named(tmp_path, columns, message):
     holes = arrow.array([[1.0, None if i == 2 else 1.0] for i in range(N)])
     name = arrow.array(["robot"] * N)
     table = TABLE.append_column("hole", hole).append_column("ragged", ragged)
-    parquet.write_table(table.append_column("holes", holes).append_column("name", name), tmp_path / "log.parquet")
+    table = table.append_column("holes", holes).append_column("name", name)
+    table = table.append_column("empty", arrow.array([[]] * N, arrow.list_(arrow.float32())))
+    parquet.write_table(table, tmp_path / "log.parquet")
     with pytest.raises(InputError, match=message):
         load_offline_dataset(tmp_path / "log.parquet", columns=columns)
+
+
+def test_a_column_that_is_there_twice_is_named(tmp_path):
+    names = ",".join(COLUMNS[field] if isinstance(COLUMNS[field], str) else COLUMNS[field][0] for field in COLUMNS)
+    (tmp_path / "log.csv").write_text(f"{names},{names}\n" + "0.5,0.5,0.5,0,0,0.5,0.5,0.5,0,0\n")
+    with pytest.raises(InputError, match=r"holds the column 'x' 2 times: keep one"):
+        load_offline_dataset(tmp_path / "log.csv", columns=COLUMNS)
 
 
 def test_columns_are_of_tables_alone(tmp_path):

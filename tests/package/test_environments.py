@@ -156,6 +156,17 @@ def test_a_wrapper_without_its_arguments_is_named():
         make_env("Pendulum-v1", additional_wrappers=[lost])
 
 
+def test_a_module_is_imported_for_an_environment_in_wrappers(walk):
+    del sys.modules["walk_of_a_test"], gymnasium.registry["walks/NoLimit-v0"]
+    wrapper = {
+        "name": "",
+        "entry_point": "gymnasium.wrappers:TransformReward",
+        "kwargs": {"func": lambda reward: 2 * reward},
+    }
+    name = "walk_of_a_test:walks/NoLimit-v0"
+    assert evaluate(push(3, 2), name, 1, max_episode_steps=4, additional_wrappers=[wrapper]).tolist() == [8]
+
+
 def test_an_environment_without_a_step_limit_ends(walk):
     policy = push(3, 2)
     with pytest.raises(InputError, match=r"walks/NoLimit-v0.*1 of 1 episodes.*max_episode_steps"):

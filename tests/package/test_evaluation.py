@@ -121,6 +121,10 @@ def test_bad_input_is_named():
         evaluate(policy(size=4), "Pendulum-v1", episodes=1)
     with pytest.raises(InputError, match="actions have shape"):
         evaluate(policy(actions=2), "Pendulum-v1", episodes=1)
+    with pytest.raises(InputError, match=r"Pendulum-v1.*observations have size 3, the network reads 1"):
+        evaluate(make_anchor(1, Bounded(-2, 2, (1,)), hidden=[8]), "Pendulum-v1", episodes=1)
+    with pytest.raises(InputError, match=r"FrozenLake-v1.*observations of shape \(\)"):
+        environment_sizes("FrozenLake-v1")
     with pytest.raises(InputError, match="episodes=0"):
         evaluate(policy(), "Pendulum-v1", episodes=0)
 

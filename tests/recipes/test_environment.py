@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from harness import launch
-from harness.environment import choose_environment, function_at, load, longest_episode, say_what_differs
+from harness.environment import choose_environment, function_at, load, say_what_differs
 from helpers import compose_recipe
 from omegaconf import OmegaConf
 
@@ -92,12 +92,12 @@ def test_an_environment_without_a_limit_gets_the_datas(tmp_path, monkeypatch, ca
     path = write(tmp_path / "a.npz", -2, 2)
     cfg = compose_recipe("spar_d4rl", f"dataset={path}", "env=Endless-v0", "out=x")
     data, _, env_kwargs = load(cfg, torch.device("cpu"))
-    assert env_kwargs == {"max_episode_steps": EPISODE} and longest_episode(data) == EPISODE
+    assert env_kwargs == {"max_episode_steps": EPISODE} and data.longest_episode == EPISODE
     assert "no step limit" in capsys.readouterr().out
     dropped = tmp_path / "b.npz"
     arrays = dict(np.load(path))
     np.savez(dropped, **{name: array for name, array in arrays.items() if name != "next_observations"})
-    assert longest_episode(load_offline_dataset(dropped, action_spec=data.action_spec)) == EPISODE
+    assert load_offline_dataset(dropped, action_spec=data.action_spec).longest_episode == EPISODE
 
 
 def test_a_protocol_adds_to_what_the_source_records(capsys):

@@ -164,7 +164,9 @@ def test_ctrl_c_ends_several_seeds_in_one_line_and_they_go_on(tmp_path):
     started = Started("spar_d4rl", *TINY, "seeds=[3,4]", "vae.steps=500", "out=stopped", cwd=tmp_path)
     end_by(signal.SIGINT, started, lambda: all(rows(out, "vae") > 2 for out in outs.values()))
     for seed, out in outs.items():
-        assert checkpoints.all_checkpoints(out)
+        assert (
+            checkpoints.all_checkpoints(out) or (out / "results.json").exists()
+        )  # one may be done before the other begins
         start_run("spar", out, "vae.steps=500", seed=seed)
         start_run("spar", tmp_path / "undisturbed" / out.name, "vae.steps=500", seed=seed)
     assert outcome(tmp_path / "stopped") == outcome(tmp_path / "undisturbed")

@@ -15,6 +15,10 @@ from torchrl_spar.data.order import Links, are_unrelated, chained, equal_rows, f
 MOSTLY_CUT = 0.25
 # Steps that differ in more of the rows are no count of rows, but times.
 SOME_GAPS = 0.1
+# Ids used again fall back to their first step after whole episodes; what falls more often is in disorder.
+OFTEN = 0.25
+# Counts and times, once in order, grow evenly; noise in order has many steps far below the median.
+UNEVEN = 0.3
 
 
 def arrange(fields: dict[str, Any], *, sequence: np.ndarray | None = None) -> dict[str, Any]:
@@ -35,10 +39,16 @@ def arrange(fields: dict[str, Any], *, sequence: np.ndarray | None = None) -> di
     label, step = fields.pop("episode", None), fields.pop("step", None)
     if label is not None:
         label = np.unique(label, return_inverse=True)[1].reshape(-1)
-        if step is not None:
-            label = _told_apart(label, step)
     given = "next_observation" in fields
     notes: list[str] = []
+    once = np.ones(n, dtype=bool)
+    if label is not None and step is not None:
+        once = _once(fields, label, step, notes)
+        if not once.all():
+            fields |= {name: array[once] for name, array in fields.items()}
+            stop, label, step, n = stop[once], label[once], step[once], int(once.sum())
+        label, step = _clocked(label, step, notes)
+    fields["row"] = np.flatnonzero(once)
 
     def take(order: np.ndarray) -> None:
         nonlocal stop, label
@@ -95,14 +105,39 @@ def arrange(fields: dict[str, Any], *, sequence: np.ndarray | None = None) -> di
     return fields | {"ordered": ordered, "notes": tuple(notes)}
 
 
-def _told_apart(label: np.ndarray, step: np.ndarray) -> np.ndarray:
-    """Gives a label that is used again, as where its steps begin anew, a new number from that row on."""
-    pairs = np.lexsort((step, label))
-    twice = (label[pairs][1:] == label[pairs][:-1]) & (step[pairs][1:] == step[pairs][:-1])
-    if not twice.any():
-        return label
-    begins = (label[1:] != label[:-1]) | (step[1:] < step[:-1])
-    return np.concatenate([[0], np.cumsum(begins)])
+def _once(fields: dict[str, Any], label: np.ndarray, step: np.ndarray, notes: list[str]) -> np.ndarray:
+    """Rows less those that repeat another one, of the same label and step, where only few do, bool ``[n]``."""
+    once = np.ones(len(label), dtype=bool)
+    order = np.lexsort((step, label))
+    again = np.flatnonzero((np.diff(label[order]) == 0) & (np.diff(step[order]) == 0))
+    first, second = order[again], order[again + 1]
+    if not len(again) or len(again) > SOME_GAPS * len(label):
+        return once
+    if all((array[first] == array[second]).all() for array in fields.values()):
+        once[second] = False
+        notes.append(f"{len(again)} rows are there twice, first row {second.min()}: the second of each is left out")
+    return once
+
+
+def _clocked(label: np.ndarray, step: np.ndarray, notes: list[str]) -> tuple[np.ndarray, np.ndarray | None]:
+    """Labels told apart where they are used again, and the steps; None where these do not tell an order."""
+    order = np.argsort(label, kind="stable")
+    same = np.diff(label[order]) == 0
+    falls = same & (np.diff(step[order]) < 0)
+    if not falls.any():
+        return label, step
+    by_step = np.lexsort((step, label))
+    grows = np.diff(step[by_step])[np.diff(label[by_step]) == 0]
+    if (grows == 0).any() and falls.mean() <= OFTEN:
+        runs = np.zeros(len(label), dtype=int)
+        runs[order[1:]] = np.cumsum(falls | ~same)
+        return runs, step
+    if np.quantile(grows, 0.1) < UNEVEN * np.median(grows) or not np.median(grows):
+        notes.append(
+            "the steps or times neither grow along the episodes nor count their rows, so these stay in their order"
+        )
+        return label, None
+    return label, step
 
 
 def _gaps(label: np.ndarray, step: np.ndarray, notes: list[str]) -> np.ndarray:
@@ -112,8 +147,8 @@ def _gaps(label: np.ndarray, step: np.ndarray, notes: list[str]) -> np.ndarray:
     if not inside.any() or (step % 1).any():
         return np.zeros_like(inside)
     usual = np.median(grows[inside])
-    gaps = inside & (grows > usual)
-    if not gaps.any() or (grows[inside] != usual).mean() > SOME_GAPS:
+    gaps = inside & (grows > 1.5 * usual)  # at least one is missing; a clock's rounding is less
+    if not usual or not gaps.any() or (grows[inside] != usual).mean() > SOME_GAPS:
         return np.zeros_like(inside)
     notes.append(f"steps are missing after {gaps.sum()} rows, first after row {gaps.argmax()}: episodes are cut there")
     return gaps
@@ -140,19 +175,19 @@ def _episodes(
     if label is not None:
         told[:-1] |= label[1:] != label[:-1]
     told[-1] = True
-    # Terminals in a row, as while a robot stays at its goal, are one episode unless a reset shows.
-    again = np.zeros_like(told)
-    again[:-1] = terminated[:-1] & terminated[1:] & ~told[:-1]
-    rows = np.flatnonzero(again)
+    again = _staying(observation, terminated, told)
     if "next_observation" in fields:
-        pair = (fields["next_observation"][rows], observation[rows + 1])
-        again[rows] = equal_rows(*map(torch.from_numpy, pair)).numpy()
-        return {"episode": _count(told | (terminated & ~again)), "known": np.ones_like(told)}
+        linked = np.zeros_like(told)
+        pair = (fields["next_observation"][:-1], observation[1:])
+        linked[:-1] = equal_rows(*map(torch.from_numpy, pair)).numpy()
+        ends = told | (terminated & ~(again & linked))
+        notes.extend(_logged_resets(fields["reward"], ends & linked, ends))
+        return {"episode": _count(ends), "known": np.ones_like(told)}
     if len(told) > 1 and label is None and not (told[:-1].any() or terminated.any() or stop[-1]):
         notes.append(f"nothing tells where episodes end, so all {len(observation)} rows are taken for one episode")
     jumps = find_jumps(observation, told | terminated)
     disordered = is_disordered(observation, told | terminated)
-    again[rows] = go_on(observation, rows) & (not disordered)
+    again &= not disordered
     if has_fixed_horizon(terminated, stop):
         again = terminated & ~told
     ends = told | (terminated & ~again)
@@ -171,6 +206,39 @@ def _episodes(
     masked = ends | terminated
     following[masked] = observation[masked]  # never the next episode's
     return {"episode": _count(ends), "known": ~ends | terminated, "next_observation": following}
+
+
+def _staying(observation: np.ndarray, terminated: np.ndarray, told: np.ndarray) -> np.ndarray:
+    """Terminals that are followed by another one of their episode, as while a robot stays at its goal, bool ``[n]``.
+
+    Episodes of one step are terminals in a row, too; but some of their observations are alike by chance alone.
+    """
+    again = np.zeros_like(told)
+    again[:-1] = terminated[:-1] & terminated[1:] & ~told[:-1]
+    rows = np.flatnonzero(again)
+    if not len(rows):
+        return again
+    alike = go_on(observation, rows)
+    again[rows] = alike & (alike.mean() >= 0.5) & (not terminated.all())
+    return again
+
+
+def _logged_resets(reward: np.ndarray, led_on: np.ndarray, ends: np.ndarray) -> list[str]:
+    """A note where the rows after ends begin where those ended, and none of them earns what other rows do."""
+    rows = 1 + np.flatnonzero(led_on[:-1])
+    others = np.setdiff1d(np.flatnonzero(reward != 0), rows)
+    if (
+        2 * len(rows) < ends.sum() - 1
+        or len(rows) < 3
+        or reward[rows].any()
+        or 2 * len(others) < len(reward) - len(rows)
+    ):
+        return []
+    return [
+        f"after {len(rows)} of {ends.sum()} ends the next row starts at the last one's next observation, with a reward "
+        f"of 0, first row {rows[0]}: so vector environments of Gymnasium log their resets; leave these rows out, or "
+        "collect with AutoresetMode.SAME_STEP or DISABLED"
+    ]
 
 
 def _count(ends: np.ndarray) -> np.ndarray:

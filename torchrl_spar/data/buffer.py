@@ -58,6 +58,8 @@ class OfflineReplayBuffer(TensorDictReplayBuffer):
         env_id: the Gymnasium environment that the data comes from, if known.
         env_kwargs: what ``gymnasium.make`` takes beside it, such as a maze's map.
         reward_shift: what was added to the source's rewards.
+        source_rows: each row's number in the source, from 0, int64 ``[N]``; 0 to N - 1 by default.
+        longest_episode: steps of the source's longest episode, dropped ones included; by default that of the rows.
         device: where data and statistics live; the CPU by default.
         **kwargs: passed to ``TensorDictReplayBuffer``, such as ``batch_size``.
 
@@ -66,8 +68,8 @@ class OfflineReplayBuffer(TensorDictReplayBuffer):
             computed in float64.
         observation_scale: standard deviation (divided by N), likewise. It is ``max(1, 1e-6 |mean|)`` where it is
             below ``1e-6 max(1, |mean|)``, so that constant dimensions are not blown up.
-        action_spec, episode_returns, name, env_id, env_kwargs, reward_shift: as given; ``"episode"`` indexes
-            ``episode_returns``.
+        action_spec, episode_returns, name, env_id, env_kwargs, reward_shift, source_rows, longest_episode: as given;
+            ``"episode"`` indexes ``episode_returns``.
 
     Source: ours.
 
@@ -92,6 +94,8 @@ class OfflineReplayBuffer(TensorDictReplayBuffer):
         env_id: str | None = None,
         env_kwargs: Mapping[str, Any] | None = None,
         reward_shift: float = 0.0,
+        source_rows: torch.Tensor | None = None,
+        longest_episode: int | None = None,
         device: torch.device | str | None = None,
         **kwargs: Any,
     ) -> None:
@@ -105,6 +109,10 @@ class OfflineReplayBuffer(TensorDictReplayBuffer):
         self.env_id = env_id
         self.env_kwargs = dict(env_kwargs or {})
         self.reward_shift = reward_shift
+        self.source_rows = torch.arange(len(data)) if source_rows is None else source_rows
+        if longest_episode is None and "episode" in data.keys():
+            longest_episode = int(data["episode"].unique_consecutive(return_counts=True)[1].max())
+        self.longest_episode = longest_episode
         self.name = name
 
 
@@ -180,7 +188,8 @@ def load_offline_dataset(
         a ring buffer) are put in order, with a warning. Where that cannot be done, a warning says so,
         ``episode_returns`` is empty and there is no ``episode``. Without next observations a warning tells of jumps as
         at a reset, of disorder, and of data in which nothing ends; an episode is cut, with a warning, where the numbers
-        of its steps leave one out. Terminals in a row are one episode, whose return ends at the first of them.
+        of its steps leave one out, and rows that are there twice count once. Steps or times that tell no order are left
+        alone. Terminals in a row of states that are alike are one episode, whose return ends at the first of them.
 
         Observations stay in float64 where the source's are and float32 would lose a column's values (1e5 +- 0.05);
         :func:`~torchrl_spar.make_spar_loss` standardises them before the cast.
@@ -284,9 +293,13 @@ def _check(
         )
     _check_actions(steps, low, high, clip_actions)
     returns = torch.from_numpy(_returns(steps))
+    longest = int(np.bincount(steps.episode).max()) if steps.ordered else None
     if end_at_success:
         relabel(steps)
+    row = np.arange(len(steps.reward)) if steps.row is None else steps.row
     return {
+        "source_rows": torch.from_numpy(row[steps.known]),
+        "longest_episode": longest,
         "data": _to_ted(steps),
         "action_spec": Bounded(low, high, low.shape, dtype=torch.float32),
         "episode_returns": returns,
@@ -322,9 +335,10 @@ def _check_actions(steps: Steps, low: torch.Tensor, high: torch.Tensor, clip: bo
     check_bounds("the action space", low, high)
     least, most = low.numpy(), high.numpy()
     extremes = np.maximum(least - steps.action.min(axis=0), steps.action.max(axis=0) - most)
-    if not (extremes > ACTION_TOLERANCE).any():
+    tolerance = ACTION_TOLERANCE * np.maximum(1, np.maximum(np.abs(least), np.abs(most)))
+    if not (extremes > tolerance).any():
         return
-    outside = np.maximum(least - steps.action, steps.action - most) > ACTION_TOLERANCE
+    outside = np.maximum(least - steps.action, steps.action - most) > tolerance
     if clip:
         steps.action = steps.action.clip(least, most)
         steps.notes += (

@@ -10,6 +10,8 @@ JUMP, SPREADS = 3.0, 0.6
 # Steps change most columns by less than two rows of an episode differ, and by less than several steps do. Real sets
 # reach 0.70 and 0.87; shuffled ones 1, interleaved ones below 0.6 at the lag of their number.
 DISORDER, INTERLEAVED = 0.85, 0.6
+# Rows between: as far off as the next one where streams are interleaved, half as far again in periodic motion.
+BETWEEN = 1.3
 # In a shorter episode any two rows are neighbours: its rows are compared with those of all episodes.
 SHORT = 10
 LAGS = 64
@@ -99,8 +101,14 @@ def is_disordered(observation: np.ndarray, end: np.ndarray) -> bool:
     early = sample[sample < len(observation) - LAGS][:: max(1, len(sample) // FEW)]
     if len(early) < FEWEST or not (step > 1e-9).all():
         return False
-    later = (np.median(_steps(observation, early, lag)[:, live], axis=0) for lag in range(2, LAGS + 1))
-    return any(np.quantile(far / step, 0.25) < INTERLEAVED for far in later)
+    between: list[float] = []
+    for lag in range(2, LAGS + 1):
+        ratio = np.median(_steps(observation, early, lag)[:, live], axis=0) / step
+        # Other streams lie between; in a periodic motion the rows between are farther off than the next one.
+        if np.quantile(ratio, 0.25) < INTERLEAVED and (lag == 2 or np.median(between) < BETWEEN):
+            return True
+        between.append(float(np.median(ratio)))
+    return False
 
 
 def _sample(rows: np.ndarray) -> np.ndarray:

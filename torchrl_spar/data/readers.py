@@ -220,7 +220,7 @@ def _stack(
     for number, episode in episodes:
         stop = start + len(episode["rewards"])
         observations = episode.pop("observations")
-        if observations.dtype.itemsize > np.dtype(dtype).itemsize and observations.ndim == 2:
+        if not np.can_cast(observations.dtype, dtype) and observations.ndim == 2:
             extremes += [observations.min(axis=0), observations.max(axis=0)]
         episode |= {"observations": observations[:-1], "observations (as next)": observations[1:]}
         for name, values in episode.items():

@@ -39,6 +39,7 @@ class Steps:
     env_kwargs: Mapping[str, Any] | None = None  # of gymnasium.make
     success: np.ndarray | None = None  # bool [n], where the source records it and was asked for it
     notes: tuple[str, ...] = ()  # what the user is warned of
+    row: np.ndarray | None = None  # int64 [n], in the source; None: as they are here
     ordered: bool = True  # else ``episode`` means nothing
 
 
@@ -134,7 +135,10 @@ def _labels(label: str, array: np.ndarray) -> np.ndarray:
         return _scalars(label, array)
     _check_column(label, array)
     if array.dtype.kind in "OS":  # texts of HDF5
-        array = array.astype(str)
+        try:
+            array = np.array([text.decode() if isinstance(text, bytes) else str(text) for text in array.reshape(-1)])
+        except UnicodeDecodeError as err:
+            raise InputError(f"{label}: a text is not in UTF-8: {err}") from None
     if array.dtype.kind not in "iubU":
         raise InputError(f"{label}: type {array.dtype}, expected numbers or texts")
     return array.reshape(-1)  # as they are: floats would merge large ids

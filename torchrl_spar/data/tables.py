@@ -29,6 +29,8 @@ _STATE, _ENVIRONMENT_STATE = "observation.state", "observation.environment_state
 
 def read_table(path: Path, columns: Columns | None) -> Steps:
     """A ``.parquet``, ``.arrow``, ``.feather`` or ``.csv`` file; ``columns`` names each field's columns."""
+    if path.is_dir():
+        raise InputError("a directory, not a file: join its files into one table")
     if not path.is_file():
         raise InputError("no such file")
     columns = _check_columns(columns)
@@ -80,6 +82,10 @@ def read_lerobot(directory: Path, columns: Columns | None = None, encoder: Encod
     with readable("meta/info.json "):
         info = json.loads(info_path.read_text())
         features, version = dict(info["features"]), str(info.get("codebase_version", "v3.0"))
+    if wrong := [name for name, feature in features.items() if not isinstance(feature, dict)]:
+        raise InputError(
+            f"meta/info.json: its feature {wrong[0]!r} is {features[wrong[0]]!r}, expected its dtype and shape"
+        )
     if not version.startswith(("v2", "v3")):
         raise InputError(f"LeRobot's layout {version}: convert it to v3.0 with LeRobot's own scripts")
     images, videos = ([name for name in sorted(features) if features[name].get("dtype") == kind] for kind in _CAMERAS)
@@ -173,6 +179,8 @@ def _column(table: Any, name: str, field: str) -> np.ndarray:
     """
     if name not in table.column_names:
         raise missing_array(repr(name), table.column_names)
+    if (count := table.column_names.count(name)) > 1:
+        raise InputError(f"it holds the column {name!r} {count} times: keep one of them")
     arrow = _arrow()
     column = table.column(name).combine_chunks()
     if isinstance(column, arrow.ChunkedArray):
@@ -195,6 +203,8 @@ def _column(table: Any, name: str, field: str) -> np.ndarray:
         lengths = column.value_lengths().to_numpy(zero_copy_only=False)
         if len(lengths) and (lengths != lengths[0]).any():
             raise InputError(f"{name}: lists of {lengths.min()} to {lengths.max()} numbers, expected one length")
+        if not len(values):
+            raise InputError(f"{name}: empty lists, expected numbers")
         if values.null_count:
             raise InputError(f"{name}: {values.null_count} numbers within its lists are missing")
         if not _is_number(values.type):
@@ -219,6 +229,8 @@ def _check_columns(columns: Columns | None, needed: Sequence[str] = _NEEDED) -> 
     for field in columns:
         if field not in FIELDS:
             raise InputError(f"columns: {field!r} is none of {', '.join(FIELDS)}")
+        if not all(isinstance(name, str) for name in _names(columns[field])):
+            raise InputError(f"columns: {field!r} is {columns[field]!r}, expected a column's name or a list of names")
     for field in needed:
         if not _names(columns.get(field, ())):
             raise InputError(f"columns: {field!r} must be named")
@@ -228,7 +240,7 @@ def _check_columns(columns: Columns | None, needed: Sequence[str] = _NEEDED) -> 
 
 
 def _names(names: str | Sequence[str]) -> list[str]:
-    return [names] if isinstance(names, str) else list(names)
+    return list(names) if isinstance(names, Sequence) and not isinstance(names, str) else [names]
 
 
 def _arrow() -> Any:

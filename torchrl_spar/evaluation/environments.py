@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from importlib import import_module
 from typing import Any
 
+import numpy as np
 import torch
 from torchrl.data import Bounded
 
@@ -74,7 +76,13 @@ def _specification(env_id: str, entry_point: str | None, wrappers: Iterable[Mapp
     if entry_point is None and not wrappers:
         return env_id
     around = tuple(WrapperSpec(wrapper["name"], wrapper["entry_point"], wrapper["kwargs"]) for wrapper in wrappers)
-    spec = gymnasium.spec(env_id) if entry_point is None else EnvSpec(env_id, entry_point)
+    if entry_point is None:
+        module, _, name = env_id.rpartition(":")
+        if module:
+            import_module(module)  # it registers the environment; gymnasium.spec, unlike make, does not import it
+        spec = gymnasium.spec(name)
+    else:
+        spec = EnvSpec(env_id, entry_point)
     return replace(spec, additional_wrappers=(*spec.additional_wrappers, *around))
 
 
@@ -89,7 +97,7 @@ def environment_sizes(env_id: str, **env_kwargs: Any) -> tuple[int, Bounded]:
         The size of the flattened observation, and the action spec (float32).
 
     Raises:
-        InputError: if the environment is missing or its action is not a bounded box.
+        InputError: if the environment is missing, its observation is no vector, or its action no bounded box of floats.
 
     Source: ours.
 
@@ -100,13 +108,17 @@ def environment_sizes(env_id: str, **env_kwargs: Any) -> tuple[int, Bounded]:
     """
     env = make_env(env_id, **env_kwargs)
     try:
-        observation, _ = env.reset(seed=0)
+        observation = flatten_observation(env.reset(seed=0)[0])
+        if observation.ndim != 1:
+            raise InputError(
+                f"environment {env_id!r} has observations of shape {observation.shape}; SPAR reads vectors"
+            )
         space = _bounded_actions(env)
-        if not hasattr(space, "low") or len(space.shape) != 1:
-            raise InputError(f"environment {env_id!r} has the action space {space}; SPAR needs a bounded 1-d Box")
+        if not hasattr(space, "low") or len(space.shape) != 1 or not np.issubdtype(space.dtype, np.floating):
+            raise InputError(f"environment {env_id!r} has the action space {space}; SPAR needs a 1-d Box of floats")
         check_bounds(f"environment {env_id!r}: its action space", space.low, space.high)
         low, high = torch.as_tensor(space.low).float(), torch.as_tensor(space.high).float()
-        return flatten_observation(observation).shape[-1], Bounded(low, high, low.shape, dtype=torch.float32)
+        return len(observation), Bounded(low, high, low.shape, dtype=torch.float32)
     finally:
         env.close()
 

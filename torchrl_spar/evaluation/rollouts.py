@@ -113,11 +113,15 @@ def evaluate(
 def _act(act: Callable[[torch.Tensor], torch.Tensor], observation: torch.Tensor, env_id: str, space: Any) -> np.ndarray:
     try:
         action = act(observation)
-    except RuntimeError as err:
+    except (RuntimeError, InputError) as err:
         kind = f"{str(observation.dtype).removeprefix('torch.')} on {observation.device}"
         raise InputError(
             f"the policy fails on {env_id!r}'s observations of size {observation.shape[-1]}, {kind}: {err}"
         ) from None
     if action.shape[1:] != space.shape:
         raise InputError(f"the policy's actions have shape {tuple(action.shape[1:])}, {env_id!r} takes {space.shape}")
-    return action.cpu().double().numpy().astype(space.dtype)  # numpy has no bfloat16
+    sent = action.cpu().double().numpy()  # numpy has no bfloat16
+    if hasattr(space, "low"):  # a bound in float64 that float32 rounds outwards
+        within = np.clip(sent, space.low, space.high)
+        sent = np.where(np.isclose(sent, within, rtol=1e-6, atol=1e-6), within, sent)
+    return sent.astype(space.dtype)
