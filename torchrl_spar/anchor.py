@@ -6,7 +6,7 @@ from copy import deepcopy
 
 import torch
 from tensordict import NestedKey, TensorDictBase
-from tensordict.nn import TensorDictModuleBase, dispatch
+from tensordict.nn import TensorDictModuleBase, TensorDictParams, dispatch
 from torch import nn
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
@@ -106,6 +106,11 @@ def _freeze(module: nn.Module) -> nn.Module:
     """Turns the parameters of a module into buffers, in place, tied ones kept tied."""
     frozen: dict[int, torch.Tensor] = {}
     for layer in module.modules():
+        if isinstance(layer, TensorDictParams):
+            raise InputError(
+                "the anchor keeps weights of several networks in a TensorDictParams, as TorchRL's multi-agent networks "
+                "do, and these cannot be frozen: give an actor of plain layers"
+            )
         for name, parameter in list(layer._parameters.items()):
             if parameter is None:
                 continue

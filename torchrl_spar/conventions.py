@@ -141,6 +141,11 @@ class Conventions(LossModule):
         outcome.update(tensordict.select(self.value_estimator.tensor_keys.steps_to_next_obs, strict=False))
         return outcome.set(reward, self.reward_scale * outcome[reward])
 
+    @property
+    def mask_keys(self) -> tuple[NestedKey, ...]:
+        """Where padding masks are looked for, in batches and in data sets: see TorchRL's ``loss_mask_key``."""
+        return self._loss_mask_keys()
+
     def _loss_mask_keys(self) -> tuple[NestedKey, ...]:
         # TorchRL's own, and what the functions of data sets take for a mask, too.
         keys = super()._loss_mask_keys()
@@ -475,7 +480,9 @@ class SPARLossBase(Conventions):
         def attempt(name: str, module: TensorDictModuleBase, run: Callable[[], Any], at: TensorDictBase = row) -> Any:
             try:
                 return run()
-            except RuntimeError as err:
+            except InputError:
+                raise
+            except (RuntimeError, ValueError) as err:
                 read = dict.fromkeys((*module.in_keys, keys.action))  # residuals have the action's type
                 present = {key: at[key] for key in read if at.get(key, None) is not None}
                 kinds = {key: f"{list(x.shape[1:])} {x.dtype} {x.device}" for key, x in present.items()}

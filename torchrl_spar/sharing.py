@@ -72,7 +72,9 @@ def share_critics(spar: SPARLoss, other: LossModule) -> LossModule:
         if (target := f"target_{name}_params") in other._modules and target in spar._modules:
             setattr(other, target, spar.target_params(name))
             other._has_update_associated[name] = True  # SPAR's updater: else TorchRL warns that there is none
-    other.register_forward_pre_hook(partial(_scale_rewards, spar))
+    given: list[Any] = []  # the batch of the call, which gets the priorities
+    other.register_forward_pre_hook(partial(_scale_rewards, spar, given))
+    other.register_forward_hook(partial(_give_priorities, given))
     return other
 
 
@@ -80,9 +82,18 @@ def _shapes(params: Any) -> dict[Any, Size]:
     return {key: value.shape for key, value in params.items(True, True)}
 
 
-def _scale_rewards(spar: SPARLoss, other: LossModule, args: tuple[Any, ...]) -> tuple[Any, ...]:
+def _scale_rewards(spar: SPARLoss, given: list[Any], other: LossModule, args: tuple[Any, ...]) -> tuple[Any, ...]:
     if not args:
         raise InputError(f"{type(other).__name__} shares SPAR's critics: call it with a TensorDict, not with keywords")
+    given[:] = args[:1]
     batch, key = args[0].clone(False), ("next", other.tensor_keys.reward)
     batch["next"] = batch["next"].clone(False)
     return batch.set(key, spar.reward_scale * batch[key]), *args[1:]
+
+
+def _give_priorities(given: list[Any], other: LossModule, args: tuple[Any, ...], output: Any) -> None:
+    """What a loss writes for a prioritised buffer, into the caller's batch: it has seen a copy."""
+    key, batch = getattr(other.tensor_keys, "priority", None), given.pop()
+    priority = None if key is None else args[0].get(key, None)
+    if priority is not None:
+        batch.set(key, priority)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from tensordict import LazyStackedTensorDict, NestedKey, TensorDictBase, is_tensor_collection
 from torch import Tensor
-from torchrl.data import ReplayBuffer, ReplayBufferEnsemble
+from torchrl.data import LazyStackStorage, ReplayBuffer, ReplayBufferEnsemble
 
 from torchrl_spar.errors import InputError, first_line
 
@@ -49,8 +49,14 @@ def parts_of(source: Any) -> Iterator[TensorDictBase]:
     elif isinstance(source, ReplayBuffer):
         if not len(source):
             raise InputError("it is empty")
+        # TorchRL hands its own rows, no copy, to the transforms of whole reads, which would change them each time.
+        transformed = bool(len(source.transform))
+        if transformed and isinstance(source.storage, LazyStackStorage):
+            raise InputError(
+                "transforms change the rows of a LazyStackStorage whenever they are read: use another storage"
+            )
         try:
-            content = source[:]
+            content = source[torch.arange(len(source))] if transformed else source[:]
         except Exception as err:  # its collate function's or its transforms'
             raise InputError(
                 f"its rows cannot be stacked ({type(err).__name__}: {first_line(err)}); "
@@ -85,10 +91,10 @@ def parts_of(source: Any) -> Iterator[TensorDictBase]:
         )
 
 
-def valid_mask(part: TensorDictBase) -> Tensor | None:
+def valid_mask(part: TensorDictBase, mask_keys: Sequence[NestedKey] = MASK_KEYS) -> Tensor | None:
     """Which of ``[..., T]`` positions are not padding, flat ``[n]``; None without a mask."""
     valid = None
-    for key in MASK_KEYS:
+    for key in mask_keys:
         mask = part.get(key, None)
         if mask is None:
             continue
@@ -98,11 +104,12 @@ def valid_mask(part: TensorDictBase) -> Tensor | None:
     return valid
 
 
-def rows_of(replay_buffer: ReplayBuffer) -> TensorDictBase:
+def rows_of(replay_buffer: ReplayBuffer, mask_keys: Sequence[NestedKey] = MASK_KEYS) -> TensorDictBase:
     """All valid rows ``[N]`` of a buffer; ``"episode"`` tells sequences apart where there are any.
 
     Args:
         replay_buffer: of any kind that :func:`parts_of` takes.
+        mask_keys: of the masks that tell padding.
 
     Raises:
         InputError: likewise, or if nothing is left.
@@ -118,7 +125,7 @@ def rows_of(replay_buffer: ReplayBuffer) -> TensorDictBase:
         (tensor([0, 1, 3, 4, 5]), tensor([0, 0, 1, 1, 1]))
     """
     parts = [_on_its_device(part) for part in parts_of(replay_buffer)]
-    if len(parts) == 1 and parts[0].ndim == 1 and valid_mask(parts[0]) is None:
+    if len(parts) == 1 and parts[0].ndim == 1 and valid_mask(parts[0], mask_keys) is None:
         return parts[0]
     found, start = [], 0
     for part in parts:
@@ -130,7 +137,7 @@ def rows_of(replay_buffer: ReplayBuffer) -> TensorDictBase:
             part = part.contiguous()
         rows = part.reshape(-1)
         last = torch.arange(len(rows), device=rows.device) % part.shape[-1] == part.shape[-1] - 1
-        valid = valid_mask(part)
+        valid = valid_mask(part, mask_keys)
         if valid is not None:
             last |= ~valid
         episode = start + last.cumsum(0) - last.long()
@@ -162,7 +169,10 @@ def whole_of(replay_buffer: ReplayBuffer) -> TensorDictBase:
         torch.Size([5])
     """
     parts = list(parts_of(replay_buffer))
-    return _on_its_device(parts[0]) if len(parts) == 1 else rows_of(replay_buffer)
+    if len(parts) > 1:
+        return rows_of(replay_buffer)
+    # Rows drawn of a lazy stack are the stack's own: what is set in one draw would be in all.
+    return _on_its_device(parts[0].contiguous() if isinstance(parts[0], LazyStackedTensorDict) else parts[0])
 
 
 def _on_its_device(part: TensorDictBase) -> TensorDictBase:

@@ -52,6 +52,9 @@ def save_policy(policy: SPARLoss | TensorDictModuleBase, path: str | os.PathLike
     """
     policy = policy.actor if isinstance(policy, SPARLoss) else policy
     _check_actor(policy)
+    for name, value in policy.state_dict().items():
+        if not isinstance(value, torch.Tensor):
+            raise InputError(f"the policy's state holds {name!r}, a {type(value).__name__}; only tensors are saved")
     content = {
         "format": FORMAT,
         "architecture": policy.architecture if _is_default(policy) else None,

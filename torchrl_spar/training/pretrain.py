@@ -19,7 +19,7 @@ from torchrl.objectives import BCLoss
 from torchrl_spar.build import make_anchor, make_spar_loss
 from torchrl_spar.data.buffer import OfflineReplayBuffer
 from torchrl_spar.data.returns import returns_to_go
-from torchrl_spar.data.rows import rows_of
+from torchrl_spar.data.rows import rows_of, valid_mask
 from torchrl_spar.errors import InputError, check_names, check_options, check_present
 from torchrl_spar.objective import SPARLoss
 from torchrl_spar.training.asking import actions_of
@@ -32,6 +32,7 @@ from torchrl_spar.training.sampling import (
     batch_size_of,
     batches_of,
     has_trajectories,
+    observation_key_of,
     uniform_batches,
     with_anchor_actions,
     with_member_weights,
@@ -167,6 +168,9 @@ def fit_anchor(
     key, writes_action_alone = loss.tensor_keys.action, {*actor.out_keys} == {loss.tensor_keys.action}
 
     def cloning(batch: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
+        valid = valid_mask(batch)
+        if valid is not None:  # BCLoss knows the collectors' mask alone
+            return loss(batch.copy().set(("collector", "mask"), valid.view(batch.shape)))["loss_bc"], {}
         if writes_action_alone:  # the same number, without what passing the parameters to the loss costs
             action = actor(batch.select(*actor.in_keys))[key]
             if action.shape != batch[key].shape:  # would be repeated along the data's
@@ -277,10 +281,11 @@ def fit_critics(
         >>> bool(loss.reward_scale != 1)
         True
     """
-    data = rows_of(replay_buffer)
+    data = rows_of(replay_buffer, loss.mask_keys)
     returns = data.get("return_to_go", None)
     if returns is None:
         keys = {f"{name}_key": getattr(loss.tensor_keys, name) for name in ("reward", "done", "terminated")}
+        keys["observation_key"] = observation_key_of(loss, data)
         returns = returns_to_go(data, float(loss.value_estimator.gamma), **keys)
     has_scale = varies(data["next"][loss.tensor_keys.reward]) and varies(returns)
     loss.reward_scale.copy_(1 / returns.std() if has_scale else torch.ones(()))
@@ -333,7 +338,7 @@ def measure_residual_scale(loss: SPARLoss, replay_buffer: ReplayBuffer) -> Tenso
         torch.Size([2])
     """
     action_key, anchor_key = loss.tensor_keys.action, loss.tensor_keys.anchor_action
-    data = rows_of(replay_buffer)
+    data = rows_of(replay_buffer, loss.mask_keys)
     check_present(data, [action_key])
     if anchor_key not in data.keys(True):
         storage = TensorStorage(data, device=data.device)

@@ -8,18 +8,18 @@ from functools import partial
 from typing import Any
 
 import torch
-from tensordict import TensorDict, TensorDictBase
+from tensordict import NestedKey, TensorDict, TensorDictBase
 from torchrl.data import ImmutableDatasetWriter, RandomSampler, ReplayBuffer, TensorDictReplayBuffer, TensorStorage
 
 from torchrl_spar.data.buffer import OfflineReplayBuffer
 from torchrl_spar.data.returns import episode_ends
-from torchrl_spar.data.rows import MASK_KEYS, under_next, valid_mask, whole_of
+from torchrl_spar.data.rows import under_next, valid_mask, whole_of
 from torchrl_spar.errors import InputError, check_options, check_present
 from torchrl_spar.objective import SPARLoss
 from torchrl_spar.training.asking import actions_of
 
 # What the data holds beside the loss's in_keys: see fit_critics and chunk_actions.
-BESIDE = ("episode", "return_to_go", "steps_to_next_obs", *MASK_KEYS)
+BESIDE = ("episode", "return_to_go", "steps_to_next_obs")
 # Steps and seed -> the batches of a fit from there on.
 Batches = Callable[[int, int], Iterator[TensorDictBase]]
 # Batches that a fit draws at once, and the most that they may fill.
@@ -38,8 +38,8 @@ def with_anchor_actions(loss: SPARLoss, replay_buffer: ReplayBuffer) -> TensorDi
 
     Returns:
         A read-only buffer with the batch size of the given one, uniform sampling and shared memory: the
-        loss's ``in_keys``, of ``"episode"``, ``"return_to_go"`` and ``"steps_to_next_obs"`` what there is, and
-        ``anchor_action`` ``[N, action_dim]`` at the root and under ``"next"``.
+        loss's ``in_keys``, of ``"episode"``, ``"return_to_go"``, ``"steps_to_next_obs"``, masks, weights and targets
+        what there is, and ``anchor_action`` ``[N, action_dim]`` at the root and under ``"next"``.
 
     Raises:
         InputError: if the data lacks what the anchor reads, or the anchor cannot take it, writes actions of another
@@ -53,8 +53,10 @@ def with_anchor_actions(loss: SPARLoss, replay_buffer: ReplayBuffer) -> TensorDi
         >>> with_anchor_actions(make_spar_loss(data), data).sample()["next", "anchor_action"].shape
         torch.Size([8, 2])
     """
-    rows = whole_of(replay_buffer).select(*loss.in_keys, *BESIDE, strict=False)
-    anchor, key = loss.anchor, loss.tensor_keys.action
+    anchor, keys = loss.anchor, loss.tensor_keys
+    optional = (keys.member_weight, keys.priority_weight, keys.value_target, keys.advantage_std, *loss.mask_keys)
+    rows = whole_of(replay_buffer).select(*loss.in_keys, *BESIDE, *optional, strict=False)
+    key = keys.action
     check_present(rows, [key, "next"])
     for state in (rows, rows["next"]):
         actions = actions_of(
@@ -63,7 +65,7 @@ def with_anchor_actions(loss: SPARLoss, replay_buffer: ReplayBuffer) -> TensorDi
             "one is to be run along each episode, see FrozenAnchor",
             if_random=", even under ExplorationType.DETERMINISTIC; fix its noise, see FrozenAnchor",
         )  # fmt: skip
-        state.set(loss.tensor_keys.anchor_action, actions)
+        state.set(keys.anchor_action, actions)
     return _fixed_buffer(rows, replay_buffer.batch_size)
 
 
@@ -99,22 +101,41 @@ def with_value_targets(loss: SPARLoss, replay_buffer: ReplayBuffer) -> TensorDic
     rows = whole_of(replay_buffer)
     if not has_trajectories(loss, replay_buffer):
         raise InputError("targets along trajectories need lmbda > 0 and rows [N] of single steps, without a mask")
-    ends = episode_ends(rows, done_key=loss.tensor_keys.done)
+    ends = ends_of(loss, rows)
     with _explained(loss, rows):
         found = loss.value_targets(rows, ends)
     keys, read_again = found.keys(True, True), whole_of(replay_buffer)
-    if all(key in rows.keys(True) and _same_memory(rows[key], read_again[key]) for key in keys):
+    if all(key in rows.keys(True) and _is_kept(rows[key], read_again[key], found[key]) for key in keys):
         rows.update_(found)
         return replay_buffer
     return _fixed_buffer(rows.copy().update(found), replay_buffer.batch_size)
 
 
-def _same_memory(tensor: torch.Tensor, read_again: torch.Tensor) -> bool:
-    """False where reading makes a copy, as a list does, which stacks its rows: what is written to a copy is lost.
+def _is_kept(tensor: torch.Tensor, read_again: torch.Tensor, found: torch.Tensor) -> bool:
+    """Whether what is written to a tensor stays in the buffer.
 
-    Both must be alive at once, as arguments are: a copy that is gone leaves its address to the next one.
+    Not where reading makes a copy, as a list does, which stacks its rows, nor in a placeholder of another kind. Both
+    reads must be alive at once, as arguments are: a copy that is gone leaves its address to the next one.
     """
-    return tensor.data_ptr() == read_again.data_ptr()
+    fits = tensor.shape == found.shape and tensor.dtype == found.dtype and tensor.is_contiguous()
+    return fits and tensor.data_ptr() == read_again.data_ptr()
+
+
+def observation_key_of(loss: Any, rows: TensorDictBase) -> NestedKey:
+    """Of what the networks read, the entry that tells which row follows: the one that changes in the most rows."""
+    keys, outcome = loss.tensor_keys, rows.get("next", None)
+    if outcome is None:
+        return "observation"
+    read = [key for key in loss.in_keys if key not in (keys.action, keys.anchor_action) and key[0] != "next"]
+    both = {key: (rows.get(key, None), outcome.get(key, None)) for key in read}
+    pairs = {key: pair for key, pair in both.items() if all(isinstance(x, torch.Tensor) and x.ndim == 2 for x in pair)}
+    changes = {key: (now != then).any(-1).sum() for key, (now, then) in pairs.items() if now.shape == then.shape}
+    return max(changes, key=lambda key: int(changes[key])) if len(changes) > 1 else next(iter(pairs), "observation")
+
+
+def ends_of(loss: Any, rows: TensorDictBase) -> torch.Tensor:
+    """:func:`episode_ends` by the loss's keys."""
+    return episode_ends(rows, done_key=loss.tensor_keys.done, observation_key=observation_key_of(loss, rows))
 
 
 def with_member_weights(
@@ -153,7 +174,7 @@ def with_member_weights(
     count = max(1, round(share * members))
     if count == members or rows.ndim > 1:
         return replay_buffer
-    ends = episode_ends(rows, done_key=loss.tensor_keys.done).reshape(-1)
+    ends = ends_of(loss, rows).reshape(-1)
     if ends.sum() < 2 * members:
         return replay_buffer
     generator = torch.Generator().manual_seed(seed)
@@ -166,7 +187,8 @@ def with_member_weights(
 def has_trajectories(loss: SPARLoss, replay_buffer: ReplayBuffer) -> bool:
     """Whether targets can follow the data: rows ``[N]`` of single steps, and a loss that asks for them."""
     rows = whole_of(replay_buffer)
-    return loss.lmbda > 0 and rows.ndim == 1 and valid_mask(rows) is None and "steps_to_next_obs" not in rows.keys()
+    is_whole = rows.ndim == 1 and valid_mask(rows, loss.mask_keys) is None
+    return loss.lmbda > 0 and is_whole and "steps_to_next_obs" not in rows.keys()
 
 
 @contextmanager
@@ -234,7 +256,8 @@ class BatchSampler(Iterator[TensorDictBase]):
         seed: of the generator.
         target_interval: batches between two renewals of the targets along the trajectories
             (:meth:`SPARLoss.value_targets`), which take one pass over the data. With None, and for rows of several
-            steps (``"steps_to_next_obs"``) or sequences ``[B, T]``, targets are one-step ones (ours: 2,000).
+            steps (``"steps_to_next_obs"``) or sequences ``[B, T]``, targets are those in the data, or one-step ones
+            where it has none (ours: 2,000).
 
     Returns:
         On ``next(sampler)``, a block ``[length, B]`` on the data's device.
@@ -265,17 +288,18 @@ class BatchSampler(Iterator[TensorDictBase]):
         check_options(
             (target_interval is None or target_interval >= 1, "target_interval", target_interval, "at least 1, or None")
         )
-        if keys.anchor_action not in whole_of(replay_buffer).keys(True):
+        self.source = None if keys.anchor_action in whole_of(replay_buffer).keys(True) else replay_buffer
+        if self.source is not None:
             replay_buffer = with_anchor_actions(loss, replay_buffer)
         self.loss, self.data = loss, whole_of(replay_buffer)
         self.shape = (length, batch_size_of(replay_buffer))
         self.generator = torch.Generator(self.data[keys.action].device).manual_seed(seed)
         self.made = (keys.value_target, keys.advantage_std)
-        self.rows = self.data.exclude("episode", "return_to_go", *self.made)
+        self.rows = self.data.exclude("episode", "return_to_go")
         self.drawn = self.due = 0
         self.target_interval = target_interval if has_trajectories(loss, replay_buffer) else None
         if self.target_interval is not None:
-            self.ends = episode_ends(self.data, done_key=keys.done)
+            self.ends = ends_of(loss, self.data)
             check_present(self.data, [under_next(keys.reward)])
             for key in self.made:
                 self.rows.set(key, torch.zeros_like(self.data[under_next(keys.reward)]))
@@ -303,7 +327,7 @@ class BatchSampler(Iterator[TensorDictBase]):
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes a :meth:`state_dict`.
+        """Takes a :meth:`state_dict`, after the loss took its own: the anchor is asked again.
 
         Raises:
             InputError: if it has no targets of the critics, where this sampler has.
@@ -312,5 +336,9 @@ class BatchSampler(Iterator[TensorDictBase]):
             if "targets" not in state:
                 raise InputError("the sampler's state has no targets: it is of another version, or of one-step targets")
             self.rows.update(TensorDict(state["targets"], self.rows.batch_size, device=self.generator.device))
+        if self.source is not None:
+            anchored, key = with_anchor_actions(self.loss, self.source)[:], self.loss.tensor_keys.anchor_action
+            for rows in (self.data, self.rows):
+                rows.update({key: anchored[key]}).set(under_next(key), anchored[under_next(key)])
         self.generator.set_state(state["generator"].cpu())
         self.drawn, self.due = state["drawn"], state["due"]

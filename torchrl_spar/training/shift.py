@@ -7,9 +7,10 @@ from tensordict import TensorDictBase
 from torch import Tensor
 from torchrl.data import ReplayBuffer
 
-from torchrl_spar.data.returns import OrderError, episode_ends
+from torchrl_spar.data.returns import OrderError
 from torchrl_spar.data.rows import valid_mask, whole_of
 from torchrl_spar.objective import SPARLoss
+from torchrl_spar.training.sampling import ends_of
 
 # Rows in a window; ages that are looked at; windows of an age that tell what is usual, and the most that are kept.
 LENGTH, AGES, FEWEST, MOST = 32, 20, 20, 100
@@ -68,10 +69,10 @@ class CoherentShift:
 
 def _windows(rows: TensorDictBase, loss: SPARLoss) -> list[Tensor]:
     """Of each age, which rows its windows hold, ``[W, 32]``; evenly spread over the episodes."""
-    if rows.ndim > 1 or valid_mask(rows) is not None:
+    if rows.ndim > 1 or valid_mask(rows, loss.mask_keys) is not None:
         return []
     try:
-        end = episode_ends(rows, done_key=loss.tensor_keys.done).flatten()
+        end = ends_of(loss, rows).flatten()
     except OrderError:
         return []
     after = end.nonzero().flatten() + 1
