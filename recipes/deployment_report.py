@@ -20,6 +20,7 @@ from harness.log_values import estimate_spar, fqe_options
 from harness.options import option, recipe_options
 from harness.output import write_json, write_text
 from harness.printing import values_in
+from harness.same_rows import check_same, digest_of
 from harness.spar_options import OPE
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from omegaconf import DictConfig, OmegaConf
@@ -70,6 +71,7 @@ def main(cfg: DictConfig) -> None:
     options = cast(DictConfig, OmegaConf.merge({"select": None}, options, own))
     device = best_device(cfg.device)
     data, _, _ = load_any(options, device)
+    check_same(options.dataset, digest_of(data), results.get("rows_sha256"))
     policy, _ = read_actor(run / "policy.pt", device)
     if not isinstance(policy, SPARActor):
         raise InputError(f"run={run}: {results['method']}'s policy has no anchor to be compared with")

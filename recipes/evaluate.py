@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import imageio.v3 as imageio
 import numpy as np
@@ -26,6 +26,7 @@ from harness.environment import (
     choose_environment,
     has_no_environment,
     is_same,
+    of_another_log,
     read,
     say_what_differs,
     shown,
@@ -35,6 +36,7 @@ from harness.launch import best_device, describe, run_recipe, summarize
 from harness.log_values import Support, estimate_any, estimate_spar
 from harness.options import option, recipe_options
 from harness.printing import show_estimates
+from harness.same_rows import check_same, digest_of
 from harness.spar_options import OPE
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
@@ -178,8 +180,10 @@ def judge(
     if cfg.dataset == OWN and not own:
         raise InputError(f"{name}: names no log; give one as dataset=...")
     given = {name: cfg[name] for name in LOG_OPTIONS if cfg[name] not in UNSAID}
-    cfg = cast(DictConfig, OmegaConf.merge(cfg, own, given))
+    cfg = OmegaConf.create({**{str(name): value for name, value in cfg.items()}, **of_another_log(own, given)})
     data = read(cfg, batch_size=BATCH_SIZE, device=device)
+    if "dataset" not in given:
+        check_same(cfg.dataset, digest_of(data), facts.get("rows_sha256"))
     options = {"seed": cfg.seed, **cfg.ope, "gamma": trained_with if cfg.ope.gamma is None else cfg.ope.gamma}
     check_sizes(cfg, name, policy, data)
     distance = Support(data, cfg.ope.held_out, cfg.seed).of_policy(policy)

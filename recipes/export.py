@@ -6,7 +6,8 @@ python recipes/export.py policy=outputs/.../policy.pt out=deployed guard=0.999  
 deployed/policy.pt2     torch.export.load("policy.pt2").module()(observation)
 deployed/policy.onnx    onnxruntime.InferenceSession("policy.onnx").run(["action"], {"observation": observation})[0]
 
-Observations are raw, float32 `[n, observation_dim]` for any n; actions `[n, action_dim]` in the environment's units.
+Observations are raw, float32 `[n, observation_dim]` for any n, or float64 where float32 is too coarse for the data, as
+for Unix times: what is printed last says so. Actions are `[n, action_dim]` in the environment's units.
 With a guard there is a second output, `fallback` `[n]`: whether the action is the anchor's.
 """
 
@@ -27,10 +28,11 @@ from typing import Any
 import torch
 from harness.actors import ACTOR, POLICY, load_actor
 from harness.checkpoints import named_error
-from harness.environment import LOG_OPTIONS, read
+from harness.environment import LOG_OPTIONS, of_another_log, read
 from harness.launch import run_recipe
 from harness.options import option, recipe_options
 from harness.output import check_unused
+from harness.same_rows import check_same, digest_of
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
@@ -80,9 +82,11 @@ def guarded(
     if cfg.dataset is None and not log:
         raise InputError(f"guard={cfg.guard}: {name} does not say how its data is read; give dataset=...")
     source = dict.fromkeys(LOG_OPTIONS) | {"clip_actions": False, "end_at_success": False} | log
+    source = of_another_log(source, {} if cfg.dataset is None else {"dataset": cfg.dataset})
     source |= {"env": facts.get("env"), "env_kwargs": facts.get("env_kwargs") or None}
-    source |= {} if cfg.dataset is None else {"dataset": cfg.dataset}
     data = read(OmegaConf.create(source))
+    if cfg.dataset is None:
+        check_same(source["dataset"], digest_of(data), facts.get("rows_sha256"))
     observation = data[:]["observation"]
     if (found := observation.shape[1]) != (own := len(norm.loc)):
         raise InputError(f"dataset={source['dataset']}: its observations have size {found}, the policy's have {own}")
@@ -211,7 +215,8 @@ def main(cfg: DictConfig) -> None:
         what = f"{name}: torch.export does not take it with observation_dim={len(norm.loc)}"
         raise InputError(f"{what} ({first_line(err)})") from err
     Console().print(compare(policy, norm, load(out, cfg.formats, cfg.threads)))
-    print(f"files in {out}")
+    kind = str(norm.loc.dtype).removeprefix("torch.")
+    print(f"files in {out}; observations are {kind} [n, {len(norm.loc)}]")
 
 
 if __name__ == "__main__":

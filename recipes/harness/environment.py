@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torchrl.data import Bounded
 from harness.launch import RECIPES, RESERVED
 from torchrl_spar import InputError, OfflineReplayBuffer, environment_sizes, load_offline_dataset, make_env
 from torchrl_spar.data.buffer import ActionError
+from torchrl_spar.data.tables import SUFFIXES
 from torchrl_spar.errors import first_line
 from torchrl_spar.evaluation.protocols import d4rl_protocol
 from torchrl_spar.paths import user_path
@@ -95,6 +97,15 @@ def log_options(cfg: DictConfig) -> dict[str, Any]:
     """The options that read this log again."""
     plain: Any = OmegaConf.to_container(cfg, resolve=True)
     return {name: plain[name] for name in LOG_OPTIONS}
+
+
+def of_another_log(own: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """How another log is read: as a policy's own, but for what is given; columns are of tables and LeRobot sets."""
+    options = {**own, **given}
+    source = str(options["dataset"])
+    if "columns" not in given and not (source.startswith("lerobot:") or Path(source).suffix.lower() in SUFFIXES):
+        options["columns"] = None
+    return options
 
 
 def match(cfg: DictConfig, data: OfflineReplayBuffer) -> tuple[str, dict[str, Any]]:

@@ -26,6 +26,7 @@ from harness.log_values import Support, estimate_any, fqe_options
 from harness.loggers import make_logger
 from harness.output import MetricLog, save_config, write_json
 from harness.printing import show
+from harness.same_rows import SameRows
 from harness.scores import LogScores, Scores
 from torchrl_spar import Progress, save_policy
 
@@ -88,6 +89,8 @@ class Run:
         self.data_scores = summarize(self.env, self.data.episode_returns, self.data.env_kwargs)
         limit = step_limit_of(self.env, self.env_kwargs) if self.env else None
         self.steps = {"data": self.data.longest_episode, "evaluation": limit}
+        # Before anything is written: it refuses data of too few episodes.
+        self.support = Support(self.data, cfg.ope.held_out, self.seed) if self.env is None or cfg.select else None
 
     @property
     def method(self) -> str:
@@ -110,12 +113,13 @@ class Run:
         scores: Scores
         if self.env is None:
             self.data_scores["support_distance"] = 1.0
-            scores = LogScores(self.out, Support(self.data, cfg.ope.held_out, self.seed), self.critics_values, log)
+            scores = LogScores(self.out, cast(Support, self.support), self.critics_values, log)
         else:
             scores = Scores(self.out, self.env, self.env_kwargs, self.seed, log, background=cfg.eval.background)
         self.scores = self.keep("scores", scores)
         self.scores.write()
         self.progress = self.keep("progress", Progress(self.checkpoints.step))
+        self.rows = self.keep("rows", SameRows(dataset_name(cfg), self.data))
 
     def keep(self, name: str, part: P) -> P:
         """Adds a part of this run to its checkpoints and restores the state it had."""
@@ -160,6 +164,7 @@ class Run:
             "dataset": dataset_name(cfg), "env": self.env, "env_kwargs": self.env_kwargs, "seed": self.seed,
             "method": self.method,
             "updates": cfg.spar.updates, **self.scores.results, "data": self.data_scores, "steps": self.steps,
+            "rows_sha256": self.rows.digest,
             "episodes": cfg.eval.final_episodes, "updates_per_second": updates_per_second,
             "wall_seconds": self.checkpoints.seconds,
             "versions": {name: version(name) for name in VERSIONED}, "commit": commit(),
@@ -178,7 +183,7 @@ class Run:
         """Adds values from the log alone, and the score of the deployed policy if it is another one."""
         with self.checkpoints.interruptible():
             results["estimates"], self.deployed = self.estimate()
-            if self.env is not None and self.deployed is not self.policy:
+            if self.deployed is not self.policy:
                 self.scores.add_result("selected", on_cpu(self.deployed), self.cfg.eval.final_episodes)
                 self.scores.collect(wait=True)
                 results["selected"] = self.scores.results["selected"]
@@ -189,7 +194,7 @@ class Run:
 
     def save(self, results: dict[str, Any]) -> None:
         """Writes the policy to deploy."""
-        facts = {key: results[key] for key in ("env", "env_kwargs", "dataset", "seed")}
+        facts = {key: results[key] for key in ("env", "env_kwargs", "dataset", "seed", "rows_sha256")}
         facts["log"] = log_options(self.cfg) | {"gamma": self.cfg.spar.loss.gamma}
         if self.network is not None:
             facts[FACT] = self.network

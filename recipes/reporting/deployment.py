@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from harness.checkpoints import sha256
 from harness.log_values import Support, actions_of
+from harness.same_rows import digest_of
 from omegaconf import DictConfig
 from tensordict import TensorDictBase
 from torch import Tensor
@@ -205,8 +205,4 @@ def quantile(values: Tensor, q: float) -> float:
 
 def checksums(paths: Sequence[Path], data: OfflineReplayBuffer) -> dict[str, str]:
     """SHA-256 of files, and of the rows as they were read."""
-    found = {path.name: sha256(path) for path in paths}
-    digest, rows = hashlib.sha256(), data[:].cpu()
-    for key in ("observation", "action", ("next", "observation"), ("next", "reward"), ("next", "terminated")):
-        digest.update(rows[key].contiguous().numpy())
-    return found | {"rows of the log": digest.hexdigest()}
+    return {path.name: sha256(path) for path in paths} | {"rows of the log": digest_of(data)}

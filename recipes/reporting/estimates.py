@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from statistics import mean, stdev
 
-from reporting.names import NAMES, label, method_of, row, score_of
+from reporting.names import NAMES, label, method_of, row
 from reporting.runs import Run
 from torchrl_spar import InputError
 
@@ -25,8 +25,14 @@ def are_of_logs(runs: list[Run]) -> bool:
     return bool(logs)
 
 
+def deployed(run: Run) -> str:
+    """What policy.pt is, by its name in the results and in the estimates."""
+    return "policy" if "policy" in run else "selected" if "selected" in run else "spar"
+
+
 def estimate_of(run: Run) -> dict[str, float]:
-    return run["estimates"]["policy" if "policy" in run else "spar"]
+    name, estimates = deployed(run), run["estimates"]
+    return estimates[estimates["choice"] if name == "selected" else name]
 
 
 def table(runs: list[Run]) -> str:
@@ -41,7 +47,7 @@ def table(runs: list[Run]) -> str:
             lines.append(row(dataset, "SPAR's anchor", *map(_spread, values), ""))
         for method, group in methods.items():
             values = [[estimate_of(run)[name] for run in group] for name in ("mean", "low")]
-            distance = mean(run["policy" if "policy" in run else "spar"]["support_distance"] for run in group)
+            distance = mean(run[deployed(run)]["support_distance"] for run in group)
             lines.append(row(dataset, label(method), *map(_spread, values), f"{distance:.2f}"))
     gamma = runs[0]["estimates"]["gamma"]
     note = f"Values: returns discounted by {gamma:g} a step, estimated from the log by FQE (number of seeds)."
@@ -56,8 +62,10 @@ def choices(runs: list[Run]) -> list[str]:
         chosen = max(bounds, key=lambda method: bounds[method])
         line = f"{dataset}: by its log alone, {label(chosen)} would be chosen of {len(methods)}"
         every = [run for group in methods.values() for run in group]
-        if all(run["env"] and score_of(run) is not None for run in every):
-            scores = {method: mean(map(score_of, group)) for method, group in methods.items()}
+        if all(run["env"] and run[deployed(run)]["normalized"] is not None for run in every):
+            scores = {
+                method: mean(run[deployed(run)]["normalized"] for run in group) for method, group in methods.items()
+            }
             best = max(scores, key=lambda method: scores[method])
             regret = scores[best] - scores[chosen]
             line += f" ({scores[chosen]:.1f} points, regret {regret:.1f} to {label(best)})"

@@ -25,10 +25,12 @@ from torchrl_spar import InputError, fit_fqe, load_offline_dataset, load_policy,
 pytest.importorskip("hydra")
 import deployment_report
 import evaluate
+import export
 import report
 import spar_offline_to_online
 from harness import log_values
 from harness.environment import load_any
+from harness.same_rows import SameRows
 from harness.spar_run import EarlierPolicies, check_options
 from omegaconf import OmegaConf
 from reporting import deployment
@@ -149,6 +151,14 @@ def test_evaluate_reads_the_policys_own_log(finished, capsys, monkeypatch):
     # Another log is read with the same columns; its rewards are half.
     (cwd / "new.csv").write_text((cwd / "log.csv").read_text().replace(",2,", ",1,"))
     assert f"{VALUE / 2:.4g}" in main("dataset=new.csv")
+    # So is a file that is no table, and columns that are given replace the policy's own.
+    table = np.genfromtxt(cwd / "new.csv", delimiter=",", names=True)
+    pairs = {"observations": ("x", "v"), "actions": ("u", "w")}
+    arrays = {name: np.stack([table[key] for key in keys], 1) for name, keys in pairs.items()}
+    np.savez(cwd / "new.npz", **arrays, rewards=table["r"], terminals=table["end"])
+    assert f"{VALUE / 2:.4g}" in main("dataset=new.npz", "action_bounds=[[-40,0],[40,1]]")
+    renamed = COLUMNS.replace(",episode:id,terminated:end", ",done:end")
+    assert f"{VALUE / 2:.4g}" in main("dataset=new.csv", renamed)
     for options, message in (
         (["dataset=new.csv", COLUMNS.replace("[x,v]", "[x]")], r"does not fit dataset=new\.csv"),
         (["video=a.gif"], "video=a.gif: needs an environment"),
@@ -158,8 +168,42 @@ def test_evaluate_reads_the_policys_own_log(finished, capsys, monkeypatch):
             main(*options)
 
 
+def test_a_log_that_has_changed_since_the_training_is_refused(finished, tmp_path, monkeypatch):
+    _, cwd = finished
+    shutil.copytree(cwd / "result", tmp_path / "result")
+    log = (cwd / "log.csv").read_text()
+    monkeypatch.chdir(tmp_path)
+    commands = {
+        evaluate: ["evaluate", "policy=result/policy.pt", *FEW[:2]],
+        deployment_report: ["deployment_report", "run=result"],
+        export: ["export", "policy=result/policy.pt", "guard=0.9", "formats=[pt2]", "out=exported"],
+    }
+    for changed in (log.replace(",2,", ",1,", 1), log.rsplit("\n", LENGTH)[0]):
+        (tmp_path / "log.csv").write_text(changed)
+        for recipe, options in commands.items():
+            with pytest.raises(InputError, match=r"dataset=log\.csv: holds other rows than those that were trained on"):
+                recipe.main(compose_recipe(*options))
+    same, other = (SameRows("log", small_data(episodes=count)) for count in (8, 9))
+    same.load_state_dict(same.state_dict())
+    with pytest.raises(InputError, match="dataset=log: holds other rows"):
+        other.load_state_dict(same.state_dict())
+
+
+@pytest.mark.parametrize("env", ["none", "Pendulum-v1"])
+def test_too_few_episodes_are_refused_before_anything_is_written(env, tmp_path):
+    rng = np.random.default_rng(0)
+    arrays = {"observations": rng.normal(size=(30, 3)).cumsum(0), "actions": rng.uniform(-1, 1, (30, 1))}
+    flags = {"terminals": np.zeros(30), "timeouts": np.arange(30) % 10 == 9}
+    np.savez(tmp_path / "few.npz", **arrays, **flags, rewards=np.ones(30))
+    data = [f"dataset={tmp_path / 'few.npz'}", "action_bounds=[[-2],[2]]"]
+    done = run("spar_d4rl", *TINY, *data, f"env={env}", "select=ope", "out=result", cwd=tmp_path)
+    assert done.returncode == 2 and "3 episodes: at least 4 are needed" in done.stderr
+    assert not (tmp_path / "result" / "config.yaml").exists() and not (tmp_path / "result" / "metrics.csv").exists()
+
+
 def test_the_chosen_residual_is_what_is_saved(monkeypatch):
     """The choice itself is select_policy's; here it is given."""
+    torch.manual_seed(0)  # no action at its bound
     data = small_data()
     actor = make_spar_loss(data, hidden=[8]).actor
     nn.init.constant_(actor.head.module.mlp[-1].bias, 0.4)
@@ -284,6 +328,18 @@ def test_the_table_of_logs_has_values_and_the_choice(tmp_path, capsys):
     assert "| a | SPAR (head A) | 12 +- 2.8 (2) | 11 +- 2.8 (2) | 1.25 |" in shown
     assert "| a | IQL | 13 +- 0 (2) | 12 +- 0 (2) | 1.25 |" in shown
     assert "IQL would be chosen of 3." in shown and "regret" not in shown
+
+
+def test_the_table_is_of_the_policies_that_are_saved(tmp_path, capsys):
+    write_runs(tmp_path, {"spar": {0: 10.0}, "iql": {0: 9.0}})
+    path = tmp_path / "spar-0-None.json"
+    facts = json.loads(path.read_text())
+    facts["selected"] = {"support_distance": 1.03}
+    facts["estimates"] |= {"choice": "anchor", "anchor": {"mean": 7.0, "low": 6.5, "high": 7.5}}
+    path.write_text(json.dumps(facts))
+    report.main(tmp_path)
+    shown = capsys.readouterr().out
+    assert "| a | SPAR (head A) | 7 (1) | 6.5 (1) | 1.03 |" in shown and "IQL would be chosen of 2." in shown
 
 
 def test_the_choice_costs_its_regret_where_scores_are_known(tmp_path, capsys):

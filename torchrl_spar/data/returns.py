@@ -29,8 +29,8 @@ def returns_to_go(
     """Discounted return from each row to the end of its episode, ``[N, 1]``.
 
     An episode that was cut off rather than terminated goes on with the mean return-to-go of the
-    rows that lie at least three horizons, ``3 / (1 - gamma)`` steps, before such a cut (of
-    all rows where there are none).
+    rows that lie at least three horizons, ``3 / (1 - gamma)`` steps, before such a cut. Where there are none, it is
+    that of all rows, each of which goes on likewise; with ``gamma`` 1, up to the cuts alone.
 
     Args:
         data: ``[N]`` rows in TED form, episodes in order; they end where :func:`episode_ends` says.
@@ -81,8 +81,10 @@ def returns_to_go(
         left = last - row + 1
         before_cut = cut[last]
         settled = before_cut & (left > (3 / (1 - gamma) if gamma < 1 else math.inf))
-        beyond = returns[settled].mean() if settled.any() else returns.mean()
-        returns += before_cut * beyond * torch.pow(torch.tensor(gamma, dtype=torch.float64), left.cpu()).to(returns)
+        share = before_cut * torch.pow(torch.tensor(gamma, dtype=torch.float64), left.cpu()).to(returns)
+        lasting = 1 - share.mean() if gamma < 1 else 1.0
+        beyond = returns[settled].mean() if settled.any() else returns.mean() / lasting
+        returns += share * beyond
     return returns.to(reward.dtype).view_as(reward)
 
 
