@@ -480,8 +480,6 @@ class SPARLossBase(Conventions):
         def attempt(name: str, module: TensorDictModuleBase, run: Callable[[], Any], at: TensorDictBase = row) -> Any:
             try:
                 return run()
-            except InputError:
-                raise
             except (RuntimeError, ValueError) as err:
                 read = dict.fromkeys((*module.in_keys, keys.action))  # residuals have the action's type
                 present = {key: at[key] for key in read if at.get(key, None) is not None}

@@ -10,8 +10,6 @@ import torch.nn.functional as F
 from torch import nn
 from torchrl.modules import MLP
 
-from torchrl_spar.errors import InputError
-
 
 def functional_of(network: Any) -> Callable[..., Any] | None:
     """``network.functional``, its call with other parameters, if it equals a call of the network; else None.
@@ -65,7 +63,7 @@ class ObservationNorm(nn.Module):
 
 def _standardised(observation: torch.Tensor, loc: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     if observation.shape[-1] != loc.shape[-1]:  # a single column would be repeated in silence
-        raise InputError(f"observations have size {observation.shape[-1]}, the network reads {loc.shape[-1]}")
+        raise RuntimeError(f"observations have size {observation.shape[-1]}, the network reads {loc.shape[-1]}")
     return ((observation - loc) / scale).to(scale.dtype)
 
 

@@ -170,7 +170,9 @@ def slow_returns_to_go(rows, gamma):
 
     returns, left, to_cut = run(0.0)
     settled = [x for x, steps, cut in zip(returns, left, to_cut) if cut and steps > 3 / (1 - gamma)]
-    mean = sum(settled) / len(settled) if settled else sum(returns) / n
+    mean = sum(settled) / len(settled) if settled else 0.0
+    for _ in range(0 if settled else 2_000):  # what goes on goes on as the rows do in the mean
+        mean = sum(run(mean)[0]) / n
     return run(mean)[0] if any(cut and end for cut, end in zip(to_cut, last)) else returns
 
 

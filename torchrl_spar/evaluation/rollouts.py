@@ -113,7 +113,7 @@ def evaluate(
 def _act(act: Callable[[torch.Tensor], torch.Tensor], observation: torch.Tensor, env_id: str, space: Any) -> np.ndarray:
     try:
         action = act(observation)
-    except (RuntimeError, InputError) as err:
+    except RuntimeError as err:
         kind = f"{str(observation.dtype).removeprefix('torch.')} on {observation.device}"
         raise InputError(
             f"the policy fails on {env_id!r}'s observations of size {observation.shape[-1]}, {kind}: {err}"

@@ -281,11 +281,13 @@ def fit_critics(
         >>> bool(loss.reward_scale != 1)
         True
     """
-    data = rows_of(replay_buffer, loss.mask_keys)
+    is_spar = isinstance(loss, SPARLoss)
+    data = rows_of(replay_buffer, loss.mask_keys) if is_spar else rows_of(replay_buffer)
     returns = data.get("return_to_go", None)
     if returns is None:
         keys = {f"{name}_key": getattr(loss.tensor_keys, name) for name in ("reward", "done", "terminated")}
-        keys["observation_key"] = observation_key_of(loss, data)
+        if is_spar:
+            keys["observation_key"] = observation_key_of(loss, data)
         returns = returns_to_go(data, float(loss.value_estimator.gamma), **keys)
     has_scale = varies(data["next"][loss.tensor_keys.reward]) and varies(returns)
     loss.reward_scale.copy_(1 / returns.std() if has_scale else torch.ones(()))
@@ -299,7 +301,7 @@ def fit_critics(
 
     progress = progress or Progress()
     params = loss.qvalue_network_params
-    explain = partial(loss.explain, following=False) if isinstance(loss, SPARLoss) else None
+    explain = partial(loss.explain, following=False) if is_spar else None
     options: dict[str, Any] = {"explain": explain, "compile": compile}
     finish = partial(loss.sync_targets, "qvalue_network")
     _fit("loss_qvalue", regression, params, batches, steps, lr, progress, report, finish=finish, **options)
