@@ -6,10 +6,16 @@ import json
 
 import pytest
 import torch
+from benchmarks import stages, updates
 from benchmarks.flops import update_flops
 from benchmarks.matmul import MatmulTrace
 from benchmarks.updates import ACTION_DIM, BLOCK, OBSERVATION_DIM, make_data, make_losses, spar
-from helpers import run
+from helpers import compose_recipe
+
+from torchrl_spar import InputError
+
+pytest.importorskip("hydra")
+import benchmark
 
 CPU = torch.device("cpu")
 
@@ -37,12 +43,14 @@ def test_needed_flops_are_what_the_update_does(sizes):
     assert trace.flops() / BLOCK == needed
 
 
-def test_benchmark_writes_its_keys(tmp_path):
+def test_benchmark_writes_its_keys(tmp_path, monkeypatch):
+    for module in (benchmark, stages, updates):
+        monkeypatch.setattr(module, "BLOCK", 4)  # updates in a block: fewer take less
+    monkeypatch.setattr(updates.spar, "__kwdefaults__", {**updates.spar.__kwdefaults__, "block": 4})
     out = tmp_path / "benchmark.json"
     options = "rounds=1 window=0.01 hidden=[8] batch_size=8 seeds=[2] load_steps=2000 stage_steps=2 env=Pendulum-v1"
-    options = [*options.split(), "device=cpu"]
-    done = run("benchmark", *options, f"out={out}", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    options = [*options.split(), "device=cpu", f"out={out}"]
+    benchmark.main(compose_recipe("benchmark", *options))
     results = json.loads(out.read_text())
     assert {"fp32", "bf16"} <= set(results["matmul_gflops"])
     for name in ("spar", "spar_plain_loop", "torchrl_iql", "torchrl_td3bc", "spar_2_seeds"):
@@ -51,11 +59,9 @@ def test_benchmark_writes_its_keys(tmp_path):
     assert {"steps_per_second", "bare_gymnasium"} <= set(results["evaluation"])
     assert "rows_per_second" in results["load"] and results["machine"]
     assert results["checkpoint"]["bytes"] > 0 and 0 < results["checkpoint"]["share_of_run"] < 1
-    stages = results["stages"]
-    updates = {"updates", "updates of the head alone"}
-    assert {"loading", "anchor", "vae", "critics", "targets", "evaluation", *updates} <= set(stages)
-    assert min(stages.values()) > 0
-    again = run("benchmark", *options, f"out={out}", cwd=tmp_path)
-    assert again.returncode == 2 and "exists; give another file" in again.stderr
-    wrong = run("benchmark", *options, "seeds=[0,1]", "out=other.json", cwd=tmp_path)
-    assert wrong.returncode == 2 and "seeds=[0, 1]: numbers of runs" in wrong.stderr
+    phases = {"loading", "anchor", "vae", "critics", "targets", "updates", "updates of the head alone", "evaluation"}
+    assert phases <= set(results["stages"]) and min(results["stages"].values()) > 0
+    with pytest.raises(InputError, match="exists; give another file"):
+        benchmark.main(compose_recipe("benchmark", *options))
+    with pytest.raises(InputError, match=r"seeds=\[0, 1\]: numbers of runs"):
+        benchmark.main(compose_recipe("benchmark", *options[:-1], "seeds=[0,1]", f"out={tmp_path / 'other.json'}"))
