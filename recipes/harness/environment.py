@@ -13,6 +13,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from torchrl.data import Bounded
 
 from harness.launch import RECIPES, RESERVED
+from harness.same_rows import digest_of
 from torchrl_spar import InputError, OfflineReplayBuffer, environment_sizes, load_offline_dataset, make_env
 from torchrl_spar.data.buffer import ActionError
 from torchrl_spar.data.tables import SUFFIXES
@@ -77,7 +78,9 @@ def read(cfg: DictConfig, **options: Any) -> OfflineReplayBuffer:
         "encoder": None if cfg.encoder is None else function_at(cfg.encoder),
     }  # fmt: skip
     try:
-        return load_offline_dataset(source_of(cfg), **options)
+        data = load_offline_dataset(source_of(cfg), **options)
+        digest_of(data)  # before actions are rescaled
+        return data
     except ActionError as err:
         if action_spec is None:
             raise

@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import hashlib
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torchrl_spar import InputError, OfflineReplayBuffer
 
 _LEAVES = ("observation", "action", *(("next", name) for name in ("observation", "reward", "terminated", "truncated")))
+# Actions may be rescaled for an environment after they were read.
+_DIGESTS: WeakKeyDictionary[OfflineReplayBuffer, str] = WeakKeyDictionary()
 
 
 def digest_of(data: OfflineReplayBuffer) -> str:
-    """SHA-256 of the rows as they were read, their episodes included."""
+    """SHA-256 of the rows, their episodes included, as they were when it was first asked for."""
+    if data not in _DIGESTS:
+        _DIGESTS[data] = _digest(data)
+    return _DIGESTS[data]
+
+
+def _digest(data: OfflineReplayBuffer) -> str:
     digest, rows = hashlib.sha256(), data[:].cpu()
     for key in (*_LEAVES, "episode"):
         if rows.get(key, None) is not None:

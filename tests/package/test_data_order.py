@@ -176,6 +176,23 @@ def test_a_clock_is_no_count(tmp_path, clock, order):
     assert (buffer[:]["next", "observation"] - buffer[:]["observation"]).abs().max() < 0.6
 
 
+@pytest.mark.parametrize("longest", [2, 4, 39])
+def test_ids_that_are_used_again_by_short_episodes_are_told_apart(tmp_path, longest):
+    rng = np.random.default_rng(0)
+    steps = rng.integers(1, longest + 1, 200)
+    states = np.repeat(rng.normal(size=(200, 2)), steps, axis=0) + 0.05 * rng.normal(size=(steps.sum(), 2))
+    step = np.concatenate([np.arange(count) for count in steps])
+    arrays = {"observations": states, "actions": np.tanh(states), "rewards": np.ones(len(step))}
+    arrays |= {"terminals": np.zeros(len(step)), "episode": np.repeat(np.tile(np.arange(20), 10), steps)}
+    assert with_steps(tmp_path, arrays, step).episode_returns.tolist() == steps.tolist()
+
+
+def test_irregular_times_put_shuffled_rows_in_order(tmp_path):
+    times = np.random.default_rng(2).exponential(size=EPISODES * STEPS).cumsum()[SHUFFLED]
+    buffer = with_steps(tmp_path, {name: array[SHUFFLED] for name, array in DATA.items()}, times)
+    np.testing.assert_allclose(buffer.episode_returns, RETURNS)
+
+
 @pytest.mark.parametrize("digits", [4, 12])
 def test_durations_of_steps_tell_no_order(tmp_path, digits):
     lasted = np.round(0.02 + 1e-4 * np.random.default_rng(3).normal(size=EPISODES * STEPS), digits)
@@ -314,7 +331,7 @@ def test_resets_that_vector_environments_log_as_steps_are_named(tmp_path, mode):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         load(tmp_path, dict(zip(names, map(np.array, zip(*rows)), strict=True)))
-    told = [str(warning.message) for warning in caught if "vector environments" in str(warning.message)]
+    told = [str(warning.message) for warning in caught if "log their resets" in str(warning.message)]
     first = [row[4] for row in rows].index(True) + 1
     assert (len(told) == 1 and f"first row {first}:" in told[0]) if mode == "NEXT_STEP" else not told
 

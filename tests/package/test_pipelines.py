@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from types import SimpleNamespace
 
 import pytest
 import torch
+from tensordict import LazyStackedTensorDict
 from tensordict.nn import NormalParamExtractor, TensorDictModule
 from torch import nn
 from torchrl.data import LazyStackStorage, LazyTensorStorage, ListStorage, TensorDictReplayBuffer
@@ -37,6 +39,8 @@ from torchrl_spar import (
     with_member_weights,
     with_value_targets,
 )
+from torchrl_spar.data.returns import episode_ends
+from torchrl_spar.training.sampling import ends_of
 
 STEPS = 6
 TOY = make_toy_data(episodes=16, steps=STEPS, batch_size=96)
@@ -76,6 +80,9 @@ def test_whole_reads_leave_the_rows_of_a_transformed_buffer_alone():
         for _ in range(2):
             block = next(BatchSampler(loss_of(), buffer, length=1, seed=0))
             assert set(block[REWARD].unique().tolist()) <= set(scaled[REWARD].unique().tolist())
+    sequences = buffer_of(ROWS.reshape(16, STEPS), LazyTensorStorage(96, ndim=2), transform=halving())
+    scales = [fit_critics(loss_of(), buffer, steps=0).reward_scale for buffer in (plain, sequences, sequences)]
+    assert scales[0] == scales[1] == scales[2]
     with pytest.raises(InputError, match="LazyStackStorage"):
         fit_critics(loss_of(), buffer_of(ROWS, LazyStackStorage(96), transform=halving()), steps=1)
 
@@ -157,6 +164,30 @@ def test_a_sampler_that_resumes_asks_the_loaded_anchor():
     after.load_state_dict(before.state_dict())
     second.load_state_dict(first.state_dict())
     torch.testing.assert_close(next(second), next(first), rtol=0, atol=0)
+
+
+def test_entries_of_several_shapes_that_nobody_reads_are_left_alone():
+    rows = [row.set("extra", torch.zeros(1 + i % 3)) for i, row in enumerate(ROWS.clone().unbind(0))]
+    data = TensorDictReplayBuffer(storage=LazyStackStorage(96), batch_size=96)
+    data.extend(LazyStackedTensorDict(*rows))
+    loss = loss_of()
+    found, expected = (with_anchor_actions(loss, source)[:]["anchor_action"] for source in (data, buffer_of(ROWS)))
+    torch.testing.assert_close(found, expected)
+
+
+def test_an_entry_that_changes_regularly_does_not_hide_disorder():
+    rows = ROWS.exclude("episode").clone()
+    time = torch.arange(96.0).remainder(STEPS)[:, None]
+    rows["time"], rows["next", "time"] = time, (time + 1).remainder(STEPS)
+    loss = loss_of()
+    shuffled = rows[torch.randperm(96, generator=torch.Generator().manual_seed(0))]
+    for source, is_ordered in ((rows, True), (shuffled, False)):
+        read = SimpleNamespace(tensor_keys=loss.tensor_keys, in_keys=["time", "observation", "action"])
+        if is_ordered:
+            assert torch.equal(ends_of(read, source), episode_ends(source))
+        else:
+            with pytest.raises(InputError, match="shuffled or interleaved"):
+                ends_of(read, source)
 
 
 def test_each_draw_of_a_lazy_stack_has_its_own_noise():

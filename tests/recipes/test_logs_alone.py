@@ -30,7 +30,7 @@ import report
 import spar_offline_to_online
 from harness import log_values
 from harness.environment import load_any
-from harness.same_rows import SameRows
+from harness.same_rows import SameRows, digest_of
 from harness.spar_run import EarlierPolicies, check_options
 from omegaconf import OmegaConf
 from reporting import deployment
@@ -183,6 +183,10 @@ def test_a_log_that_has_changed_since_the_training_is_refused(finished, tmp_path
         for recipe, options in commands.items():
             with pytest.raises(InputError, match=r"dataset=log\.csv: holds other rows than those that were trained on"):
                 recipe.main(compose_recipe(*options))
+    data = small_data()
+    before = digest_of(data)
+    data[:]["action"].mul_(2)  # as where actions are rescaled for an environment
+    assert digest_of(data) == before
     same, other = (SameRows("log", small_data(episodes=count)) for count in (8, 9))
     same.load_state_dict(same.state_dict())
     with pytest.raises(InputError, match="dataset=log: holds other rows"):

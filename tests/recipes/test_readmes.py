@@ -256,3 +256,24 @@ def test_the_speeds_are_the_committed_benchmark():
 def test_the_citation_has_the_version():
     versions = re.findall(r"^version: (\S+)$", (ROOT / "CITATION.cff").read_text(), flags=re.M)
     assert versions == [torchrl_spar.__version__]
+
+
+def test_the_long_runs_are_the_committed_ones():
+    def runs(file: str) -> list[dict]:
+        first, *lines = [json.loads(line) for line in (RESULTS / file).read_text().splitlines()]
+        return [first["common"] | line for line in lines]
+
+    (shown,) = [rows for rows in tables((RESULTS / "README.md").read_text()) if "after 100,000" in rows[0]]
+    of_seed_0 = [one for one in runs("six_sets/runs.jsonl") if (one["method"], one["seed"]) == ("spar", 0)]
+    short = {one["dataset"]: one for one in of_seed_0}
+    expected = []
+    for one in runs("long/runs.jsonl"):
+        curve = one["curve"]["normalized"]
+        half = curve[len(curve) // 2 :]
+        numbers = (one["anchor"], short[one["dataset"]]["spar"], one["spar"])
+        scores = [f"{row['normalized']:.1f}" for row in numbers]
+        expected.append([*scores, f"{min(half):.1f} to {max(half):.1f}"])
+        assert one["updates"] == 100_000 and max(half) - min(half) < 15
+    assert sorted(row[1:] for row in shown[2:]) == sorted(expected)
+    found = {one["method"]: one.get("spar", one.get("policy"))["normalized"] for one in runs("antmaze/runs.jsonl")}
+    assert found == {"bc": 0, "iql": 0, "spar": 5}

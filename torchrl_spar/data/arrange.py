@@ -15,10 +15,10 @@ from torchrl_spar.data.order import Links, are_unrelated, chained, equal_rows, f
 MOSTLY_CUT = 0.25
 # Steps that differ in more of the rows are no count of rows, but times.
 SOME_GAPS = 0.1
-# Ids used again fall back to their first step after whole episodes; what falls more often is in disorder.
-OFTEN = 0.25
-# Counts and times, once in order, grow evenly; noise in order has many steps far below the median.
-UNEVEN = 0.3
+# Where ids are used again, this share of the stretches of rows begins at the id's first step.
+AGAIN = 0.9
+# Rows in order of their steps differ from their followers by less; where by so much more, the steps are none.
+ROUGHER = 1.2
 
 
 def arrange(fields: dict[str, Any], *, sequence: np.ndarray | None = None) -> dict[str, Any]:
@@ -47,7 +47,7 @@ def arrange(fields: dict[str, Any], *, sequence: np.ndarray | None = None) -> di
         if not once.all():
             fields |= {name: array[once] for name, array in fields.items()}
             stop, label, step, n = stop[once], label[once], step[once], int(once.sum())
-        label, step = _clocked(label, step, notes)
+        label, step = _clocked(fields["observation"], label, step, notes)
     fields["row"] = np.flatnonzero(once)
 
     def take(order: np.ndarray) -> None:
@@ -66,7 +66,7 @@ def arrange(fields: dict[str, Any], *, sequence: np.ndarray | None = None) -> di
         if order is not None:
             take(order)
         if step is not None and label is not None:
-            stop[:-1] |= _gaps(label, step if order is None else step[order], notes)
+            stop[:-1] |= _gaps(label, step if order is None else step[order], fields["row"], notes)
     ordered, cut = True, np.zeros(n, dtype=bool)
     if given:
         found = links()
@@ -119,28 +119,32 @@ def _once(fields: dict[str, Any], label: np.ndarray, step: np.ndarray, notes: li
     return once
 
 
-def _clocked(label: np.ndarray, step: np.ndarray, notes: list[str]) -> tuple[np.ndarray, np.ndarray | None]:
+def _clocked(
+    observation: np.ndarray, label: np.ndarray, step: np.ndarray, notes: list[str]
+) -> tuple[np.ndarray, np.ndarray | None]:
     """Labels told apart where they are used again, and the steps; None where these do not tell an order."""
-    order = np.argsort(label, kind="stable")
-    same = np.diff(label[order]) == 0
-    falls = same & (np.diff(step[order]) < 0)
-    if not falls.any():
-        return label, step
     by_step = np.lexsort((step, label))
-    grows = np.diff(step[by_step])[np.diff(label[by_step]) == 0]
-    if (grows == 0).any() and falls.mean() <= OFTEN:
-        runs = np.zeros(len(label), dtype=int)
-        runs[order[1:]] = np.cumsum(falls | ~same)
-        return runs, step
-    if np.quantile(grows, 0.1) < UNEVEN * np.median(grows) or not np.median(grows):
-        notes.append(
-            "the steps or times neither grow along the episodes nor count their rows, so these stay in their order"
+    same = np.diff(label[by_step]) == 0
+    if (same & (np.diff(step[by_step]) == 0)).any():
+        begins = np.concatenate([[True], (label[1:] != label[:-1]) | (step[1:] < step[:-1])])
+        first = step[by_step][np.concatenate([[True], ~same])]  # of each label, which are 0, 1, ...
+        if (step[begins] == first[label[begins]]).mean() > AGAIN:
+            return np.cumsum(begins) - 1, step
+    order = np.argsort(label, kind="stable")
+    if ((np.diff(label[order]) == 0) & (np.diff(step[order]) < 0)).any():
+        spread = np.maximum(observation.std(axis=0), 1e-12)
+        given, sorted_ = (
+            np.median((np.abs(np.diff(observation[rows], axis=0)) / spread).mean(axis=1)) for rows in (order, by_step)
         )
-        return label, None
+        if sorted_ > ROUGHER * given:
+            notes.append(
+                "the steps or times neither grow along the episodes nor count their rows, so these stay in order"
+            )
+            return label, None
     return label, step
 
 
-def _gaps(label: np.ndarray, step: np.ndarray, notes: list[str]) -> np.ndarray:
+def _gaps(label: np.ndarray, step: np.ndarray, row: np.ndarray, notes: list[str]) -> np.ndarray:
     """Rows whose following step is missing: whole numbers that grow by more than nearly everywhere else."""
     grows = np.diff(step)
     inside = label[1:] == label[:-1]
@@ -150,7 +154,9 @@ def _gaps(label: np.ndarray, step: np.ndarray, notes: list[str]) -> np.ndarray:
     gaps = inside & (grows > 1.5 * usual)  # at least one is missing; a clock's rounding is less
     if not usual or not gaps.any() or (grows[inside] != usual).mean() > SOME_GAPS:
         return np.zeros_like(inside)
-    notes.append(f"steps are missing after {gaps.sum()} rows, first after row {gaps.argmax()}: episodes are cut there")
+    notes.append(
+        f"steps are missing after {gaps.sum()} rows, first after row {row[gaps.argmax()]}: episodes are cut there"
+    )
     return gaps
 
 
@@ -181,7 +187,7 @@ def _episodes(
         pair = (fields["next_observation"][:-1], observation[1:])
         linked[:-1] = equal_rows(*map(torch.from_numpy, pair)).numpy()
         ends = told | (terminated & ~(again & linked))
-        notes.extend(_logged_resets(fields["reward"], ends & linked, ends))
+        notes.extend(_logged_resets(fields["reward"], ends & linked, ends, fields["row"]))
         return {"episode": _count(ends), "known": np.ones_like(told)}
     if len(told) > 1 and label is None and not (told[:-1].any() or terminated.any() or stop[-1]):
         notes.append(f"nothing tells where episodes end, so all {len(observation)} rows are taken for one episode")
@@ -200,7 +206,7 @@ def _episodes(
     elif jumps.any():
         notes.append(
             f"the observation jumps {jumps.sum()} times as at a reset where no episode is told to end, first after row "
-            f"{jumps.argmax()}: give those ends as 'timeouts', or the next observations"
+            f"{fields['row'][jumps.argmax()]}: give those ends as 'timeouts', or the next observations"
         )
     following = np.concatenate([observation[1:], observation[-1:]])
     masked = ends | terminated
@@ -223,7 +229,7 @@ def _staying(observation: np.ndarray, terminated: np.ndarray, told: np.ndarray) 
     return again
 
 
-def _logged_resets(reward: np.ndarray, led_on: np.ndarray, ends: np.ndarray) -> list[str]:
+def _logged_resets(reward: np.ndarray, led_on: np.ndarray, ends: np.ndarray, row: np.ndarray) -> list[str]:
     """A note where the rows after ends begin where those ended, and none of them earns what other rows do."""
     rows = 1 + np.flatnonzero(led_on[:-1])
     others = np.setdiff1d(np.flatnonzero(reward != 0), rows)
@@ -235,9 +241,9 @@ def _logged_resets(reward: np.ndarray, led_on: np.ndarray, ends: np.ndarray) -> 
     ):
         return []
     return [
-        f"after {len(rows)} of {ends.sum()} ends the next row starts at the last one's next observation, with a reward "
-        f"of 0, first row {rows[0]}: so vector environments of Gymnasium log their resets; leave these rows out, or "
-        "collect with AutoresetMode.SAME_STEP or DISABLED"
+        f"after {len(rows)} of {ends.sum()} ends the next row starts at the last one's next observation, with a "
+        f"reward of 0, first row {row[rows[0]]}: so Gymnasium's vector environments log their resets; leave these "
+        "rows out, or collect with AutoresetMode.SAME_STEP or DISABLED"
     ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -56,7 +57,9 @@ def parts_of(source: Any) -> Iterator[TensorDictBase]:
                 "transforms change the rows of a LazyStackStorage whenever they are read: use another storage"
             )
         try:
-            content = source[torch.arange(len(source))] if transformed else source[:]
+            # Of storages of several dimensions it hands out a transposed copy of the structure.
+            in_place = transformed and source.storage.ndim == 1
+            content = source[torch.arange(len(source))] if in_place else source[:]
         except Exception as err:  # its collate function's or its transforms'
             raise InputError(
                 f"its rows cannot be stacked ({type(err).__name__}: {first_line(err)}); "
@@ -171,8 +174,12 @@ def whole_of(replay_buffer: ReplayBuffer) -> TensorDictBase:
     parts = list(parts_of(replay_buffer))
     if len(parts) > 1:
         return rows_of(replay_buffer)
-    # Rows drawn of a lazy stack are the stack's own: what is set in one draw would be in all.
-    return _on_its_device(parts[0].contiguous() if isinstance(parts[0], LazyStackedTensorDict) else parts[0])
+    whole = parts[0]
+    if isinstance(whole, LazyStackedTensorDict):
+        # Rows drawn of a lazy stack are the stack's own: what is set in one draw would be in all.
+        with suppress(RuntimeError):  # entries of several shapes, which are not read, do not stack
+            whole = whole.contiguous()
+    return _on_its_device(whole)
 
 
 def _on_its_device(part: TensorDictBase) -> TensorDictBase:

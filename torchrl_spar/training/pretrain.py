@@ -32,10 +32,10 @@ from torchrl_spar.training.sampling import (
     batch_size_of,
     batches_of,
     has_trajectories,
-    observation_key_of,
     uniform_batches,
     with_anchor_actions,
     with_member_weights,
+    with_state,
     with_value_targets,
 )
 
@@ -286,9 +286,8 @@ def fit_critics(
     returns = data.get("return_to_go", None)
     if returns is None:
         keys = {f"{name}_key": getattr(loss.tensor_keys, name) for name in ("reward", "done", "terminated")}
-        if is_spar:
-            keys["observation_key"] = observation_key_of(loss, data)
-        returns = returns_to_go(data, float(loss.value_estimator.gamma), **keys)
+        rows, keys["observation_key"] = with_state(loss, data) if is_spar else (data, "observation")
+        returns = returns_to_go(rows, float(loss.value_estimator.gamma), **keys)
     has_scale = varies(data["next"][loss.tensor_keys.reward]) and varies(returns)
     loss.reward_scale.copy_(1 / returns.std() if has_scale else torch.ones(()))
     # Not strict: the anchor is not asked here.

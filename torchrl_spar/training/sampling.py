@@ -121,21 +121,23 @@ def _is_kept(tensor: torch.Tensor, read_again: torch.Tensor, found: torch.Tensor
     return fits and tensor.data_ptr() == read_again.data_ptr()
 
 
-def observation_key_of(loss: Any, rows: TensorDictBase) -> NestedKey:
-    """Of what the networks read, the entry that tells which row follows: the one that changes in the most rows."""
+def with_state(loss: Any, rows: TensorDictBase) -> tuple[TensorDictBase, NestedKey]:
+    """The rows, and the key of all that the networks read of a state, by which the following row is told."""
     keys, outcome = loss.tensor_keys, rows.get("next", None)
-    if outcome is None:
-        return "observation"
     read = [key for key in loss.in_keys if key not in (keys.action, keys.anchor_action) and key[0] != "next"]
-    both = {key: (rows.get(key, None), outcome.get(key, None)) for key in read}
-    pairs = {key: pair for key, pair in both.items() if all(isinstance(x, torch.Tensor) and x.ndim == 2 for x in pair)}
-    changes = {key: (now != then).any(-1).sum() for key, (now, then) in pairs.items() if now.shape == then.shape}
-    return max(changes, key=lambda key: int(changes[key])) if len(changes) > 1 else next(iter(pairs), "observation")
+    found = [key for key in read if outcome is not None and None not in (rows.get(key, None), outcome.get(key, None))]
+    if len(found) <= 1:
+        return rows, next(iter(found), "observation")
+    joined = rows.copy().set("next", rows["next"].copy())
+    for part in (joined, joined["next"]):
+        part.set("state of all entries", torch.cat([part[key].reshape(len(rows), -1) for key in found], -1))
+    return joined, "state of all entries"
 
 
 def ends_of(loss: Any, rows: TensorDictBase) -> torch.Tensor:
     """:func:`episode_ends` by the loss's keys."""
-    return episode_ends(rows, done_key=loss.tensor_keys.done, observation_key=observation_key_of(loss, rows))
+    rows, key = with_state(loss, rows)
+    return episode_ends(rows, done_key=loss.tensor_keys.done, observation_key=key)
 
 
 def with_member_weights(
@@ -257,7 +259,7 @@ class BatchSampler(Iterator[TensorDictBase]):
         target_interval: batches between two renewals of the targets along the trajectories
             (:meth:`SPARLoss.value_targets`), which take one pass over the data. With None, and for rows of several
             steps (``"steps_to_next_obs"``) or sequences ``[B, T]``, targets are those in the data, or one-step ones
-            where it has none (ours: 2,000).
+            where it has none or ``loss.lmbda`` is 0 (ours: 2,000).
 
     Returns:
         On ``next(sampler)``, a block ``[length, B]`` on the data's device.
@@ -295,7 +297,7 @@ class BatchSampler(Iterator[TensorDictBase]):
         self.shape = (length, batch_size_of(replay_buffer))
         self.generator = torch.Generator(self.data[keys.action].device).manual_seed(seed)
         self.made = (keys.value_target, keys.advantage_std)
-        self.rows = self.data.exclude("episode", "return_to_go")
+        self.rows = self.data.exclude("episode", "return_to_go", *(self.made if loss.lmbda == 0 else ()))
         self.drawn = self.due = 0
         self.target_interval = target_interval if has_trajectories(loss, replay_buffer) else None
         if self.target_interval is not None:
