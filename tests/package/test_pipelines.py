@@ -175,19 +175,19 @@ def test_entries_of_several_shapes_that_nobody_reads_are_left_alone():
     torch.testing.assert_close(found, expected)
 
 
-def test_an_entry_that_changes_regularly_does_not_hide_disorder():
+@pytest.mark.parametrize("name", ["observation", "place"])
+def test_an_entry_that_changes_regularly_does_not_hide_disorder(name):
     rows = ROWS.exclude("episode").clone()
+    expected = episode_ends(rows)
     time = torch.arange(96.0).remainder(STEPS)[:, None]
     rows["time"], rows["next", "time"] = time, (time + 1).remainder(STEPS)
-    loss = loss_of()
-    shuffled = rows[torch.randperm(96, generator=torch.Generator().manual_seed(0))]
-    for source, is_ordered in ((rows, True), (shuffled, False)):
-        read = SimpleNamespace(tensor_keys=loss.tensor_keys, in_keys=["time", "observation", "action"])
-        if is_ordered:
-            assert torch.equal(ends_of(read, source), episode_ends(source))
-        else:
-            with pytest.raises(InputError, match="shuffled or interleaved"):
-                ends_of(read, source)
+    if name != "observation":
+        rows.rename_key_("observation", name)
+        rows["next"].rename_key_("observation", name)
+    read = SimpleNamespace(tensor_keys=loss_of().tensor_keys, in_keys=["time", name, "action"])
+    assert torch.equal(ends_of(read, rows), expected)
+    with pytest.raises(InputError, match="shuffled or interleaved"):
+        ends_of(read, rows[torch.randperm(96, generator=torch.Generator().manual_seed(0))])
 
 
 def test_each_draw_of_a_lazy_stack_has_its_own_noise():

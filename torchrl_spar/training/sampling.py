@@ -122,12 +122,14 @@ def _is_kept(tensor: torch.Tensor, read_again: torch.Tensor, found: torch.Tensor
 
 
 def with_state(loss: Any, rows: TensorDictBase) -> tuple[TensorDictBase, NestedKey]:
-    """The rows, and the key of all that the networks read of a state, by which the following row is told."""
-    keys, outcome = loss.tensor_keys, rows.get("next", None)
+    """The rows, and the key by which the following row is told: the observation's, or of all that the networks read."""
+    keys, parts = loss.tensor_keys, (rows, rows.get("next", None))
     read = [key for key in loss.in_keys if key not in (keys.action, keys.anchor_action) and key[0] != "next"]
-    found = [key for key in read if outcome is not None and None not in (rows.get(key, None), outcome.get(key, None))]
-    if len(found) <= 1:
-        return rows, next(iter(found), "observation")
+    found = [key for key in read if all(part is not None and part.get(key, None) is not None for part in parts)]
+    if "observation" in found or not found:
+        return rows, "observation"
+    if len(found) == 1:
+        return rows, found[0]
     joined = rows.copy().set("next", rows["next"].copy())
     for part in (joined, joined["next"]):
         part.set("state of all entries", torch.cat([part[key].reshape(len(rows), -1) for key in found], -1))
