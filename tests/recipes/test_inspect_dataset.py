@@ -53,7 +53,7 @@ def test_the_environment_is_the_one_that_training_would_take(tmp_path):
         write(tmp_path, bound=1.0), "figure=null", "action_scale=env", "env_kwargs={max_episode_steps:60}"
     )
     assert code == 0, printed + errors
-    assert "action bounds │ -2 to 2 │ -2 to 2" in printed and "steps up to │ 41 │ 60" in printed
+    assert "action bounds │ -2 to 2 │ -2 to 2" in printed and "steps up to │ 40 │ 60" in printed
     with np.load(write(tmp_path)) as arrays:
         columns = {f"x{i}": arrays["observations"][:, i] for i in range(3)}
         columns |= {"u": arrays["actions"][:, 0], "r": arrays["rewards"], "id": np.repeat(np.arange(3), 40)}
