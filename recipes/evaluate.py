@@ -148,7 +148,7 @@ def check_actions(policy: TensorDictModuleBase, facts: dict[str, Any], name: str
 
 
 def check_sizes(cfg: DictConfig, name: str, policy: TensorDictModuleBase, data: OfflineReplayBuffer) -> None:
-    """Refuses a log of other sizes than the policy's; otherwise a vector of size one would be repeated silently."""
+    """Refuses a log of other sizes than the policy's."""
     norms = (module.loc for module in policy.modules() if isinstance(module, ObservationNorm))
     pairs = (
         ("observations", next(norms, None), data.observation_loc),
