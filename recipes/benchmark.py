@@ -42,7 +42,7 @@ from benchmarks.updates import (
 from benchmarks.windows import measure_rates, median_ratio
 from harness.launch import best_device, run_recipe
 from harness.options import option, recipe_options
-from harness.output import write_json
+from harness.output import named_error, write_json
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
@@ -85,6 +85,8 @@ def main(cfg: DictConfig) -> None:
     out = Path(cfg.out)
     if out.exists():
         raise InputError(f"out={out}: exists; give another file or remove it")
+    with named_error(out.parent, "cannot be made"):
+        out.parent.mkdir(parents=True, exist_ok=True)
     if 0 in (cfg.seeds or ()):
         raise InputError(f"seeds={cfg.seeds}: numbers of runs trained at once, such as [2] or [8,32]")
     if device.type != "cuda":
@@ -106,7 +108,6 @@ def main(cfg: DictConfig) -> None:
     if cfg.load_steps:
         results["load"] = measure_loading(cfg.load_steps)
         results["load_short_episodes"] = measure_loading(cfg.load_steps, episode_length=125)
-    out.parent.mkdir(parents=True, exist_ok=True)
     write_json(out, results)
     show(results, out)
 

@@ -45,6 +45,8 @@ from rivals.base import Problem
 from torchrl_spar import InputError, check_finite
 from torchrl_spar.training.compiling import check_compiler
 
+# What the directories of runs are named by, and where they lie.
+SWEEPS = ("dataset", "method", "seed", "runs")
 SPAR_RUNS: dict[str, type[SPARRun]] = {"spar": SPARRun, **ablations.RUNS}
 
 
@@ -66,22 +68,35 @@ class Options(spar_options.Options):
 
 
 def main(cfg: DictConfig) -> None:
+    prepare(cfg)
+    start(cfg, cfg.seed, directory_of(cfg))
+
+
+def prepare(cfg: DictConfig) -> None:
+    """What a process of a sweep needs, and what no run here can have."""
     # A worker of Ray or Slurm may start elsewhere.
     os.chdir(HydraConfig.get().runtime.cwd)
     if cfg.seeds is not None:
         raise InputError(f"seeds={cfg.seeds}: an option of spar_d4rl.py; here it is seed=0,1,2")
+    if cfg.out is not None:
+        raise InputError(f"out={cfg.out}: an option of spar_d4rl.py; here it is runs=..., a directory for all runs")
     if multiprocessing.get_start_method(allow_none=True) == "loky":
         if cfg.eval.background:
             raise InputError("eval.background=true: joblib's processes cannot start another; evaluate in line")
         stop_with_parent()
-    start(cfg, cfg.seed, run_directory(Path(cfg.runs), dataset_name(cfg), cfg.method.name, cfg.seed))
+    if cfg.method.algorithm in SPAR_RUNS and (unknown := method_options(cfg.method, "")):
+        raise InputError(f"method.{next(iter(unknown))}: {cfg.method.name} has no options of its own, but spar.*")
+    if cfg.method.name == "spar" and cfg.spar.loss.head != "residual":
+        raise InputError(f"spar.loss.head={cfg.spar.loss.head}: that is method=spar_latent, a row of its own")
+
+
+def directory_of(cfg: DictConfig) -> Path:
+    return run_directory(Path(cfg.runs), dataset_name(cfg), cfg.method.name, cfg.seed)
 
 
 def start(cfg: DictConfig, seed: int, out: Path) -> None:
     """One run of any method."""
     if run_class := SPAR_RUNS.get(cfg.method.algorithm):
-        if unknown := method_options(cfg.method, ""):
-            raise InputError(f"method.{next(iter(unknown))}: {cfg.method.name} has no options of its own, but spar.*")
         timed = type(run_class.__name__, (Timed, run_class), {})
         spar_d4rl.train(cfg, [seed], [out], run_class=timed, wait=True)
     else:
@@ -141,4 +156,4 @@ def train(cfg: DictConfig, seed: int, out: Path, run_class: type[RivalRun] = Riv
 if __name__ == "__main__":
     # Slurm's processes start with Python's own path.
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(RECIPES), os.environ.get("PYTHONPATH"))))
-    run_recipe(main, "compare")
+    run_recipe(main, "compare", sweeps=SWEEPS)

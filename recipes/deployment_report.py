@@ -5,7 +5,6 @@ python recipes/deployment_report.py run=outputs/.../    # writes deployment.html
 
 from __future__ import annotations
 
-import json
 import platform
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any, cast
 import torch
 from harness.actors import read_actor
 from harness.checkpoints import sha256
+from harness.directory import read_run
 from harness.environment import load_any, source_of
 from harness.launch import best_device, run_recipe
 from harness.log_values import estimate_spar, fqe_options
@@ -42,13 +42,6 @@ class Options:
     threads: int = option(1, "Torch threads.", least=1)
 
 
-def read_run(run: Path) -> tuple[DictConfig, dict[str, Any]]:
-    """The options and the results of a finished run."""
-    if missing := [name for name in NEEDED if not (run / name).is_file()]:
-        raise InputError(f"run={run}: has no {missing[0]}; give the directory of a finished run of SPAR")
-    return cast(DictConfig, OmegaConf.load(run / "config.yaml")), json.loads((run / "results.json").read_text())
-
-
 def page(facts: dict[str, Any]) -> str:
     """The HTML of the facts."""
     templates = Environment(
@@ -63,6 +56,8 @@ def page(facts: dict[str, Any]) -> str:
 def main(cfg: DictConfig) -> None:
     torch.set_num_threads(cfg.threads)
     run = Path(cfg.run)
+    if missing := [name for name in NEEDED if not (run / name).is_file()]:
+        raise InputError(f"run={run}: has no {missing[0]}; give the directory of a finished run of SPAR")
     options, results = read_run(run)
     estimates = results.get("estimates")
     if estimates is not None and cfg.ope != OmegaConf.structured(OPE()):

@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness.directory import check_options
+from harness.directory import check_options, claim
 from harness.environment import dataset_name, load, log_options, step_limit_of
 from harness.launch import best_device, describe, run_recipe, summarize
 from harness.options import option, recipe_options
-from harness.output import check_unused, save_config
+from harness.output import check_unused, save_config, write_text
 from harness.run import Phase
+from harness.same_rows import SameRows
 from harness.scores import RESULT_SEED
 from harness.spar_options import Loss, SharedOptions
 from omegaconf import DictConfig
@@ -136,7 +137,12 @@ def rotation(out: Path) -> CheckpointRotation:
 
 
 def make_trainer(
-    loss: SPARLoss, replay_buffer: ReplayBuffer, cfg: DictConfig, out: Path, saved: Path | None = None
+    loss: SPARLoss,
+    replay_buffer: ReplayBuffer,
+    cfg: DictConfig,
+    out: Path,
+    saved: Path | None = None,
+    rows: SameRows | None = None,
 ) -> Trainer:
     """TorchRL's Trainer on a data set; its csv logs and checkpoints lie in `out`.
 
@@ -146,6 +152,7 @@ def make_trainer(
         cfg: the options `trainer`.
         out: the directory.
         saved: the checkpoint to resume from.
+        rows: what the data must still hold then.
     """
     optimizer = torch.optim.Adam(loss.parameters(), lr=cfg.lr)
     trainer = Trainer(
@@ -158,7 +165,7 @@ def make_trainer(
         optimization_stepper=DetachedStepper(),
         logger=CSVLogger("log", str(out)),
         log_interval=cfg.log_interval,
-        checkpoint=Checkpoint(rng=GlobalRNGState()),
+        checkpoint=Checkpoint(rng=GlobalRNGState(), **({} if rows is None else {"rows": rows})),
         checkpoint_rotation=rotation(out),
         save_trainer_interval=cfg.save_interval,
     )
@@ -169,7 +176,10 @@ def make_trainer(
         try:
             trainer.load_from_file(saved)
         except CheckpointError as err:
+            if isinstance(err.__cause__, InputError):  # of other rows
+                raise err.__cause__ from None
             raise InputError(f"out={out}: its checkpoint cannot be loaded, remove it: {err}") from None
+        cut_logs(out, trainer.collected_frames)
     # Now, since they are asked of the loss as it was saved.
     replay_buffer = with_anchor_actions(loss, replay_buffer)
     if has_trajectories(loss, replay_buffer):
@@ -179,6 +189,13 @@ def make_trainer(
     # Not registered as a module: the data set would be in every checkpoint.
     trainer.register_op("process_optim_batch", ReplayBufferTrainer(replay_buffer).sample)
     return trainer
+
+
+def cut_logs(out: Path, updates: int) -> None:
+    """Takes out of the logs what was written after the checkpoint: it is written again."""
+    for path in (out / "log" / "scalars").glob("*.csv"):
+        lines = [line for line in path.read_text().splitlines(True) if int(line.partition(",")[0]) <= updates]
+        write_text(path, "".join(lines))
 
 
 def show(steps: int, losses: TensorDictBase) -> dict[str, Any]:
@@ -195,6 +212,11 @@ def main(cfg: DictConfig) -> None:
         check_options(out, cfg)
     else:
         check_unused(out)
+    with claim(out, wait=False):
+        train(cfg, out)
+
+
+def train(cfg: DictConfig, out: Path) -> None:
     data, env, env_kwargs = load(cfg, best_device(cfg.device))
     loss = make_spar_loss(data, **cfg.loss)  # a wrong option ends here, not after the anchor
     save_config(out, cfg)
@@ -204,10 +226,10 @@ def main(cfg: DictConfig) -> None:
         phases = {name: cfg[name] for name in ("anchor", "vae", "critics")}
         bars = {name: Phase(name, phase.steps, [], phase.steps, 0) for name, phase in phases.items()}
         loss, _ = pretrain(data, **phases, report=bars.get, **cfg.loss)
-    trainer = make_trainer(loss, data, cfg.trainer, out, saved)
+    trainer = make_trainer(loss, data, cfg.trainer, out, saved, SameRows(dataset_name(cfg), data))
     if saved is None:
         trainer.save_trainer(force_save=True)
-    if trainer.collected_frames < updates:
+    if trainer.collected_frames < cfg.trainer.updates:
         trainer.train()
     facts = {"env": env, "env_kwargs": env_kwargs, "dataset": dataset_name(cfg), "seed": cfg.seed}
     save_policy(loss, out / "policy.pt", **facts, log=log_options(cfg))

@@ -45,6 +45,8 @@ from torchrl_spar.networks import ObservationNorm
 
 NEEDED = {"pt2": (), "onnx": ("onnx", "onnxscript", "onnxruntime")}
 COMPARED_ROWS, TIMED_CALLS = 1000, 2000
+# Of the largest action, what another order of the sums makes of it at most.
+ROUNDING = 1e-5
 
 Outputs = Tensor | tuple[Tensor, ...]
 Act = Callable[[Tensor], Outputs]
@@ -69,7 +71,8 @@ def norm_of(policy: TensorDictModuleBase, observation_dim: int | None, name: str
         return found
     if observation_dim is None:
         raise InputError(f"observation_dim: must be given, the size of the observation that {name} reads")
-    return ObservationNorm(torch.zeros(observation_dim), torch.ones(observation_dim))
+    kind = next((x.dtype for x in policy.state_dict().values() if x.is_floating_point()), torch.float32)
+    return ObservationNorm(torch.zeros(observation_dim, dtype=kind), torch.ones(observation_dim, dtype=kind))
 
 
 def guarded(
@@ -110,8 +113,10 @@ def check_formats(formats: Sequence[str]) -> None:
 
 
 @torch.no_grad()
-def write(policy: TensorDictModuleBase, norm: ObservationNorm, formats: Sequence[str], out: Path) -> None:
-    """Writes all files, or none."""
+def write(
+    policy: TensorDictModuleBase, norm: ObservationNorm, formats: Sequence[str], out: Path, threads: int
+) -> Table:
+    """Writes all files and compares them with the policy, or writes none."""
     rows = {0: torch.export.Dim("batch")}
     module = Deployed(policy).requires_grad_(False)
     program = torch.export.export(
@@ -125,7 +130,9 @@ def write(policy: TensorDictModuleBase, norm: ObservationNorm, formats: Sequence
                 torch.export.save(program, partial / "policy.pt2")
             if "onnx" in formats:
                 write_onnx(program, ["action", *policy.out_keys[1:]], partial / "policy.onnx")
+            table = compare(policy, norm, load(partial, formats, threads))
             partial.replace(out)
+            return table
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
@@ -156,15 +163,25 @@ def load(out: Path, formats: Sequence[str], threads: int) -> dict[str, Act]:
 
 @torch.no_grad()
 def compare(policy: TensorDictModuleBase, norm: ObservationNorm, calls: dict[str, Act]) -> Table:
-    """Milliseconds of a call for one observation, and how far the outputs are from the policy's."""
-    observation = norm.loc + norm.scale * torch.randn(COMPARED_ROWS, len(norm.loc))
+    """Milliseconds of a call for one observation, and how far the outputs are from the policy's.
+
+    Raises:
+        InputError: if they are not the policy's up to rounding, as those of a random one.
+    """
+    observation = norm.loc + norm.scale * torch.randn(COMPARED_ROWS, len(norm.loc), dtype=norm.loc.dtype)
     expected = as_tuple(policy(observation=observation))
     table = Table("", "ms", "off by at most", title="One observation a call, median")
     one = observation[:1]
     for name, act in {"the policy itself": lambda x: policy(observation=x), **calls}.items():
         seconds = median(timeit.repeat(partial(act, one), number=1, repeat=TIMED_CALLS))
-        pairs = zip(as_tuple(act(observation)), expected, strict=True)
-        off = max((found.float() - own.float()).abs().max().item() for found, own in pairs)
+        pairs = [*zip(as_tuple(act(observation)), expected, strict=True)]
+        off = max((found.double() - own.double()).abs().max().item() for found, own in pairs)
+        # Of a guard, the distance of a row may be the threshold's, up to rounding.
+        row_off = sum((found.double() - own.double()).abs().reshape(len(found), -1).sum(1) for found, own in pairs)
+        if not (row_off <= ROUNDING * expected[0].abs().max().clamp_min(1)).double().mean() > 0.99:
+            raise InputError(
+                f"{name}: its outputs are off by {off:.1e}: the policy is random, or its actions not finite"
+            )
         table.add_row(name, f"{1e3 * seconds:.3f}", f"{off:.1e}")
     return table
 
@@ -208,13 +225,13 @@ def main(cfg: DictConfig) -> None:
     if cfg.guard is not None:
         policy = guarded(cfg, policy, facts, norm, name)
     try:
-        write(policy, norm, cfg.formats, out)
+        table = write(policy, norm, cfg.formats, out, cfg.threads)
     except InputError:
         raise
     except Exception as err:  # of networks that torch.export does not take, any
         what = f"{name}: torch.export does not take it with observation_dim={len(norm.loc)}"
         raise InputError(f"{what} ({first_line(err)})") from err
-    Console().print(compare(policy, norm, load(out, cfg.formats, cfg.threads)))
+    Console().print(table)
     kind = str(norm.loc.dtype).removeprefix("torch.")
     print(f"files in {out}; observations are {kind} [n, {len(norm.loc)}]")
 

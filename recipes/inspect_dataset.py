@@ -17,7 +17,7 @@ from harness.environment import NO_ENV, match, read, step_limit_of
 from harness.launch import run_recipe, summarize
 from harness.options import option, recipe_options
 from harness.output import named_error
-from harness.plots import BLUE, GREY, ORANGE, plt, save_figure
+from harness.plots import BLUE, GREY, ORANGE, check_figure, plt, save_figure
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
@@ -196,6 +196,8 @@ def draw(data: OfflineReplayBuffer, path: Path) -> None:
 
 
 def main(cfg: DictConfig) -> None:
+    if cfg.figure:
+        check_figure(Path(cfg.figure))
     data, problems = read_with_warnings(cfg)
     environment = environment_table(cfg, data, problems)
     share = duplicate_share(data)

@@ -18,12 +18,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import gymnasium
 import h5py
 import numpy as np
 import torch
 from behaviours import Behaviour, sac, waypoints
 from harness.launch import ARGUMENTS, RECIPES, best_device, run_recipe
 from harness.options import option, recipe_options
+from harness.output import named_error
+from minari.dataset.minari_dataset import parse_dataset_id
 from omegaconf import DictConfig
 from tqdm import tqdm
 
@@ -160,10 +163,18 @@ def compress(path: Path) -> None:
     os.replace(packed, path)
 
 
-def require_vector(name: str) -> None:
-    with closing(make_env(name)) as env:
-        if len(env.observation_space.shape or ()) != 1:
-            raise InputError(f"env={name}: its observations are no plain vectors, which SAC learns from here")
+def check_learnable(cfg: DictConfig) -> None:
+    """Refuses at once what SAC cannot learn from here."""
+    with closing(make_env(cfg.env)) as env:
+        if len(env.observation_space.shape or ()) != 1 or not isinstance(env.action_space, gymnasium.spaces.Box):
+            raise InputError(f"env={cfg.env}: SAC learns here from plain vectors, with continuous actions")
+    try:
+        reference_returns(cfg.env)
+    except InputError:
+        raise InputError(f"env={cfg.env}: D4RL has no score for it, by which SAC would know its level") from None
+    frames, rate = cfg.train.frames_per_batch, cfg.train.updates_per_step
+    if frames * rate != round(frames * rate):
+        raise InputError(f"train.updates_per_step={rate}: times train.frames_per_batch={frames} it must be whole")
 
 
 @dataclass
@@ -204,7 +215,7 @@ class Options:
     )
     dataset: str = option("torchrl-spar/hopper/medium-v0", "Minari id of the data set that is written.")
     root: str = option(str(RECIPES / "data"), "Minari root that it is written under; a set there is never overwritten.")
-    steps: int = option(92_000, "Steps to record; the last episode is finished, so a few more are written.", least=0)
+    steps: int = option(92_000, "Steps to record; the last episode is finished, so a few more are written.", least=1)
     level: float = option(
         25.0, "D4RL-normalised score at which the behaviour policy stops learning (its own stochastic episodes)."
     )
@@ -223,12 +234,17 @@ def main(cfg: DictConfig) -> None:
     torch.manual_seed(cfg.seed)
     os.environ["MINARI_DATASETS_PATH"] = str(Path(cfg.root).resolve())
     target = Path(cfg.root) / cfg.dataset
+    try:
+        parse_dataset_id(cfg.dataset)
+    except (ValueError, TypeError):  # the latter without a version
+        raise InputError(f"dataset={cfg.dataset}: must be as maker/task/name-v0, Minari's form of an id") from None
     if target.exists():
         raise InputError(f"dataset={cfg.dataset}: {target} exists already; choose another name or remove it")
-    Path(cfg.root).mkdir(parents=True, exist_ok=True)
+    with named_error(target.parent, "cannot be made"):
+        target.parent.mkdir(parents=True, exist_ok=True)
     in_maze = str(cfg.env).startswith("PointMaze")
     if not in_maze:
-        require_vector(str(cfg.env))
+        check_learnable(cfg)
     behaviour = waypoints.make(cfg) if in_maze else sac.make(cfg, best_device(cfg.device))
     episodes = record(cfg, behaviour.act)
     path = write(cfg, episodes, behaviour)

@@ -23,10 +23,10 @@ import torch
 from harness.environment import EMBEDDED
 from harness.launch import RECIPES, run_recipe
 from harness.options import option, recipe_options
-from harness.output import check_unused, write_json
+from harness.output import new_directory, write_json
 from harness.spar_options import Loss, Phase
 from mixing import joint_loss as mixes
-from omegaconf import DictConfig
+from omegaconf import DictConfig, ListConfig
 from rich.console import Console
 from rich.table import Table
 from rivals.models import Networks
@@ -122,16 +122,30 @@ def adders(cfg: DictConfig) -> dict[str, Callable[[mixes.Mix, Networks], None] |
     }
 
 
+def names_of(cfg: DictConfig) -> list[str]:
+    """The mixes that are asked for; refuses options that they do not read, before anything is trained."""
+    names = [cfg.mix] if isinstance(cfg.mix, str) else cfg.mix
+    known, loss = list(adders(cfg)), cfg.spar.loss
+    if not isinstance(names, ListConfig | list) or not names or len({*names}) < len(names) or {*names} - {*known}:
+        raise InputError(f"mix={cfg.mix}: must be some of {', '.join(known)}, each once")
+    if changed := [name for name in ("lmbda", "cut_margin", "cut_temperature") if loss[name] != getattr(Loss(), name)]:
+        raise InputError(f"spar.loss.{changed[0]}={loss[changed[0]]}: without effect, targets are one-step here")
+    for name in {"encoder", "aux"} & {*names}:
+        for key in ("head", "value_mix", "joint_vae"):
+            if loss[key] != getattr(Loss(), key):
+                raise InputError(f"spar.loss.{key}={loss[key]}: mix={name} has networks and terms of its own")
+    if "cql" in names and loss.num_qvalue_nets != 2:
+        raise InputError(f"spar.loss.num_qvalue_nets={loss.num_qvalue_nets}: mix=cql needs 2, as TorchRL's CQLLoss has")
+    return [*names]
+
+
 def main(cfg: DictConfig) -> None:
-    names = [cfg.mix] if isinstance(cfg.mix, str) else list(cfg.mix)
-    if unknown := [name for name in names if name not in adders(cfg)]:
-        raise InputError(f"mix={cfg.mix}: {unknown[0]!r} is none of {', '.join(adders(cfg))}")
+    names = names_of(cfg)
     torch.set_num_threads(cfg.threads)
     out = Path(cfg.out)
-    check_unused(out)
+    new_directory(out)
     data = load_offline_dataset(RECIPES / "data" / EMBEDDED, batch_size=cfg.batch_size)
     networks = Networks.of(data, hidden=cfg.spar.loss.hidden)
-    out.mkdir(parents=True, exist_ok=True)
     runs: list[dict[str, Any]] = []
     for seed in cfg.seeds:
         torch.manual_seed(seed)

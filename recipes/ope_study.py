@@ -22,6 +22,7 @@ from typing import Any, cast
 import torch
 from harness.actors import read_actor
 from harness.checkpoints import sha256
+from harness.directory import read_run
 from harness.environment import LOG_OPTIONS, load
 from harness.launch import best_device, run_recipe, summarize
 from harness.log_values import fqe_options, plain, slice_length
@@ -138,7 +139,7 @@ def main(cfg: DictConfig) -> None:
     asked = asked_for(cfg, runs)
     facts = finished_study(cfg, asked, file)
     options = options_of(runs)
-    methods = {str(run): json.loads((run / "results.json").read_text())["method"] for run in runs}
+    methods = {str(run): read_run(run)[1]["method"] for run in runs}
     policies, families = policies_of(methods, cfg.scales, device)
     data, env, env_kwargs = load(options[0], device)
     if facts is None:
@@ -251,7 +252,7 @@ def check_same(out: Path, asked: Mapping[str, Any], done: Mapping[str, Any]) -> 
 
 def options_of(runs: Sequence[Path]) -> list[DictConfig]:
     """The options of runs, which must be of the same data, environment and discount."""
-    options = [cast(DictConfig, OmegaConf.load(run / "config.yaml")) for run in runs]
+    options = [read_run(run)[0] for run in runs]
     for run, other in zip(runs, options):
         differing = [key for key in ("env", "env_kwargs", *LOG_OPTIONS) if other.get(key) != options[0].get(key)]
         if differing or other.spar.loss.gamma != options[0].spar.loss.gamma:

@@ -18,7 +18,7 @@ from statistics import mean, stdev
 from harness.output import data_score, write_text
 from reporting import estimates
 from reporting.estimates import are_of_logs
-from reporting.runs import Run, read_runs, write_table
+from reporting.runs import Run, check_comparable, read_runs, write_table
 
 from torchrl_spar import InputError
 from torchrl_spar.paths import user_path
@@ -52,7 +52,8 @@ def compare(runs: list[Run], source: Path) -> str:
     from reporting.figures import plot_all
     from reporting.statistics import REPETITIONS, Comparison
 
-    folder = source if source.is_dir() else source.parent
+    folder = Path(str(source).partition("@")[0])
+    folder = folder if folder.is_dir() else folder.parent
     comparison = Comparison(runs)
     episodes = "/".join(sorted({str(run["episodes"]) for run in runs}))
     text = (
@@ -77,7 +78,10 @@ def compare(runs: list[Run], source: Path) -> str:
 def main(*sources: Path) -> None:
     runs = read_runs(sources[0])
     datasets = {run["dataset"] for run in runs}
-    runs += [run for source in sources[1:] for run in read_runs(source) if run["dataset"] in datasets]
+    for source in sources[1:]:
+        if not (more := [run for run in read_runs(source) if run["dataset"] in datasets]):
+            raise InputError(f"{source}: has no run on a data set of {sources[0]}; report it apart")
+        runs += more
     logs = are_of_logs(runs)
     if not logs and (unscored := [run for run in runs if None in _scores(run)]):
         raise InputError(f"{sources[0]}: {unscored[0]['env']} has no normalised score; move its runs elsewhere")
@@ -88,6 +92,7 @@ def main(*sources: Path) -> None:
         raise InputError(
             f"runs of {' and '.join(map(str, sorted(budgets)))} updates are not comparable; report them apart"
         )
+    check_comparable(runs)
     alone = all("spar" in run and run.get("method", "spar") == "spar" for run in runs)
     print(estimates.table(runs) if logs else table(runs) if alone else compare(runs, sources[0]))
     if not alone and all("estimates" in run for run in runs):

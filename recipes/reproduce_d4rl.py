@@ -24,7 +24,7 @@ from statistics import mean, stdev
 import compare  # noqa: F401 - registers the options
 from harness.directory import run_directory
 from harness.launch import RECIPES
-from harness.options import checked
+from harness.options import checked, explain
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
@@ -100,6 +100,11 @@ def table(tasks: dict[Task, str], methods: list[str], runs: Path, seeds: list[in
     return "\n".join(lines)
 
 
+def quoted(value: str) -> str:
+    """As Hydra's grammar reads it whole."""
+    return "'" + value.replace("'", "\\'") + "'"
+
+
 def run_to_its_end(command: list[str]) -> int:
     """Waits until it has saved and ended after a Ctrl-C, which it gets itself; passes SIGTERM on."""
     child = subprocess.Popen(command)
@@ -112,11 +117,15 @@ def run_to_its_end(command: list[str]) -> int:
 
 
 def main(arguments: list[str]) -> int:
-    given = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
+    if bare := [argument for argument in arguments if "=" not in argument]:
+        raise InputError(f"{bare[0]}: options are given as name=value, such as tasks=hopper-medium")
+    given = dict(argument.split("=", 1) for argument in arguments)
     if taken := sorted(given.keys() & {"dataset", "env", "preset", "seeds"}):
         raise InputError(f"{taken[0]}={given[taken[0]]}: the task sets it; for others there is compare.py")
     own = DEFAULTS | {name: given[name] for name in DEFAULTS.keys() & given.keys()}
     rest = [argument for argument in arguments if argument.split("=", 1)[0] not in DEFAULTS]
+    with initialize_config_dir(str(RECIPES / "config"), version_base=None):
+        checked(compose("compare", rest), "compare")
     folder = Path(user_path(own["files"])) if own["files"] else None
     if folder and not folder.is_dir():
         raise InputError(f"files={folder}: no such folder")
@@ -127,8 +136,8 @@ def main(arguments: list[str]) -> int:
     seeds = [int(number) for number in numbers]
     sweeps = defaultdict(list)
     for task, (dataset, env) in sources.items():
-        sweeps[f"env={env}", f"preset={task.preset}"].append(f"'{dataset}'")
-    common = [f"runs='{user_path(own['runs'])}'", *rest]
+        sweeps[f"env={env}", f"preset={task.preset}"].append(quoted(dataset))
+    common = [f"runs={quoted(str(user_path(own['runs'])))}", *rest]
     jobs = [
         [f"dataset={data}", f"method={method}", *options, *common]
         for options, found in sweeps.items()
@@ -156,4 +165,5 @@ if __name__ == "__main__":
     try:
         sys.exit(main(sys.argv[1:]))
     except (InputError, HydraException, OmegaConfBaseException, ValueError) as err:
-        sys.exit(f"error: {err}")
+        known = isinstance(err, (InputError, ValueError))
+        sys.exit(f"error: {err if known else explain(err, 'compare')}")

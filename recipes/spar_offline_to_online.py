@@ -11,20 +11,19 @@ a kill: finished runs are not repeated, a run's offline phase goes on from its c
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import compare
 import spar_d4rl
-from harness.directory import run_directory
 from harness.environment import dataset_name
 from harness.launch import run_recipe
+from harness.method_options import method_options
 from harness.options import option, recipe_options
 from harness.spar_run import SPARRun
 from omegaconf import DictConfig
 from online.curves import report
 from online.phase import check, count_updates, go_online
-from online.warm_start import warm_start
+from online.warm_start import check_warm_start, warm_start
 
 from torchrl_spar import InputError, SPARUpdate
 
@@ -109,16 +108,18 @@ class OnlineTD3(compare.RivalRun):
 
 
 def main(cfg: DictConfig) -> None:
+    compare.prepare(cfg)
     check(cfg)
-    out = run_directory(Path(cfg.runs), dataset_name(cfg), cfg.method.name, cfg.seed)
+    out = compare.directory_of(cfg)
     if cfg.method.algorithm == "spar":
         spar_d4rl.train(cfg, [cfg.seed], [out], run_class=OnlineSPAR, wait=True)
     elif cfg.method.algorithm == "td3_bc":
+        check_warm_start(**method_options(cfg.method, dataset_name(cfg)))
         compare.train(cfg, cfg.seed, out, run_class=OnlineTD3)
     else:
         raise InputError(f"method={cfg.method.name}: only spar and td3_bc go on online")
-    report(out.parents[1])
+    report(out)
 
 
 if __name__ == "__main__":
-    run_recipe(main, "spar_offline_to_online")
+    run_recipe(main, "spar_offline_to_online", sweeps=compare.SWEEPS)

@@ -538,6 +538,8 @@ def critics_of(network: Any) -> list[TensorDictModuleBase]:
         raise InputError("qvalue_network: an empty list; give one critic at least")
     for critic in critics:
         check_module("qvalue_network", critic)
+    if len({id(critic) for critic in critics}) < len(critics):
+        raise InputError("qvalue_network: one critic is there twice; give copies of it (copy.deepcopy)")
     shapes = [{name: parameter.shape for name, parameter in critic.named_parameters()} for critic in critics]
     if any(each != shapes[0] for each in shapes):
         raise InputError("qvalue_network: the critics differ in their parameters; an ensemble has one architecture")

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from harness.launch import run_recipe
-from harness.output import check_unused, rounded, whole_file, write_json
+from harness.output import new_directory, rounded, whole_file, write_json
 from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
@@ -47,7 +47,7 @@ def run_claim(
         start = time.perf_counter()
         torch.set_num_threads(cfg.threads)
         out = Path(cfg.out)
-        check_unused(out)
+        new_directory(out)
         result = measure(cfg)
         options = {key: value for key, value in OmegaConf.to_container(cfg, resolve=True).items() if key != "out"}  # type: ignore[union-attr]
         facts = {
@@ -56,7 +56,6 @@ def run_claim(
             "wall_seconds": round(time.perf_counter() - start, 1), "cpu_seconds": round(time.process_time(), 1),
             "versions": {package: version(package) for package in ("torchrl-spar", "torch", "torchrl", "tensordict")},
         }  # fmt: skip
-        out.mkdir(parents=True, exist_ok=True)
         save_small(draw(facts), out / f"{name}.png")
         write_json(out / f"{name}.json", facts)
         show(facts, out)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from omegaconf import Container, DictConfig, OmegaConf
+from yaml import YAMLError
 
 from harness.checkpoints import NAME, Checkpoints, all_checkpoints, named_error, remove_checkpoints
 from harness.stopping import stop
 from torchrl_spar import InputError, NonFiniteError
+from torchrl_spar.errors import first_line
 
 # What makes it no other run: where it lies, the threads, evaluation beside training, checkpoints.
 FREE = ("runs", "out", "threads", "eval.background", "resume", "checkpoint.seconds")
@@ -113,6 +116,24 @@ def contents(out: Path) -> set[str]:
         return {out.name} if out.exists() else set()
     found = {path.name for path in out.iterdir() if not path.match(".*.partial")} - {LOCK}
     return found if all_checkpoints(out) else found - {NAME}
+
+
+def read_run(run: Path) -> tuple[DictConfig, dict[str, Any]]:
+    """The options and the results of a finished run.
+
+    Raises:
+        InputError: if a file cannot be read.
+    """
+    config, results = run / "config.yaml", run / "results.json"
+    try:
+        options = OmegaConf.load(config)
+    except (OSError, ValueError, YAMLError) as err:
+        raise InputError(f"{config}: damaged, or no run's options: {first_line(err)}") from None
+    try:
+        found = json.loads(results.read_text())
+    except (OSError, ValueError) as err:
+        raise InputError(f"{results}: damaged, or no run's results: {first_line(err)}") from None
+    return cast(DictConfig, options), found
 
 
 def is_finished(out: Path, cfg: DictConfig) -> bool:

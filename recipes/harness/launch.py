@@ -16,6 +16,7 @@ import hydra
 import torch
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -33,10 +34,20 @@ RESERVED = {"id", "render_mode", *inspect.signature(evaluate).parameters}
 ARGUMENTS = tuple(sys.argv[1:])
 
 
-def run_recipe(main: Callable[[DictConfig], None], name: str) -> None:
-    """Runs `main` under Hydra. An `InputError` ends in one line and an exit code, in a sweep after the other runs."""
-    if {"--help", "-h"} & {*sys.argv} and name in OPTIONS:
-        print_help(name, inspect.getdoc(sys.modules["__main__"]) or "")
+def run_recipe(main: Callable[[DictConfig], None], name: str, *, sweeps: Sequence[str] | None = None) -> None:
+    """Runs `main` under Hydra. An `InputError` ends in one line and an exit code, in a sweep after the other runs.
+
+    Args:
+        main: of the recipe.
+        name: of its options.
+        sweeps: the options of which commas give several runs; None allows all.
+    """
+    if {"--help", "-h"} & {*sys.argv}:
+        about = inspect.getdoc(sys.modules["__main__"]) or ""
+        if name in OPTIONS:
+            print_help(name, about)
+        else:
+            print(f"{about}\n\n{(RECIPES / 'config' / f'{name}.yaml').read_text()}")
         return
 
     def guarded(cfg: DictConfig) -> None:
@@ -60,9 +71,10 @@ def run_recipe(main: Callable[[DictConfig], None], name: str) -> None:
     # Each recipe owns its output: Hydra's log files are not used, and what --multirun notes lies aside.
     own = ["hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none"]
     own += ["hydra.sweep.dir=outputs/multirun", "hydra.sweep.subdir=."]
-    sys.argv[1:] = with_overrides([quote_home(argument) for argument in sys.argv[1:]], own)
+    sys.argv[1:] = with_overrides([quote(argument) for argument in sys.argv[1:]], own)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here instead of being printed
     try:
+        check_sweeps(sys.argv[1:], sweeps)
         with stop.handled():
             hydra.main(version_base=None, config_path=str(RECIPES / "config"), config_name=name)(guarded)()
     except (InputError, HydraException, OmegaConfBaseException) as err:
@@ -86,16 +98,31 @@ def with_overrides(arguments: Sequence[str], added: Sequence[str]) -> list[str]:
     return [*given.overrides, *added, *flags]
 
 
-def quote_home(argument: str) -> str:
-    """Quotes the values of an override that hold a `~`, which Hydra's grammar accepts only in quotes.
+def quote(argument: str) -> str:
+    """Quotes the values of an override that hold what Hydra's grammar accepts only in quotes, as paths may.
 
     Examples:
-        >>> quote_home("out=~/x"), quote_home("dataset=~/a,b,~/c"), quote_home("~trainer")
+        >>> quote("out=~/x"), quote("dataset=~/a,b,~/c"), quote("~trainer")
         ("out='~/x'", "dataset='~/a',b,'~/c'", '~trainer')
+        >>> quote("runs=/tmp/données"), quote("runs=/tmp/a (1)"), quote("seed=range(0,3)")
+        ("runs='/tmp/données'", "runs='/tmp/a (1)'", 'seed=range(0,3)')
     """
     if {"'", '"'} & {*argument}:
         return argument
-    return re.sub(r"(?<=[=,\[])[^=,\[\]{}]*~[^,\[\]{}]*", lambda value: f"'{value[0]}'", argument)
+    special = r"~#&;!<>^`\x80-\U0010ffff"
+    if not re.search(r"[=,\[]\s*\w+\(", argument):  # a function of Hydra's
+        special += "()"
+    return re.sub(rf"(?<=[=,\[])[^=,\[\]{{}}]*[{special}][^,\[\]{{}}]*", lambda value: f"'{value[0]}'", argument)
+
+
+def check_sweeps(arguments: Sequence[str], sweeps: Sequence[str] | None) -> None:
+    """Refuses several values of an option whose runs would share a directory."""
+    for override in OverridesParser.create().parse_overrides(get_args_parser().parse_args(arguments).overrides):
+        name = override.key_or_group
+        if override.is_sweep_override() and sweeps is not None and name not in sweeps and "hydra" not in name:
+            raise InputError(
+                f"{name}: one value at a time, with a runs=... of its own; commas are for {', '.join(sweeps)}"
+            )
 
 
 def expand_home(cfg: DictConfig) -> None:

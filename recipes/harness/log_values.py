@@ -73,7 +73,7 @@ def actions_of(policy: TensorDictModuleBase, rows: TensorDictBase) -> Tensor:
     """The policy's actions, on the CPU."""
     device = next((tensor.device for tensor in policy.state_dict().values()), torch.device("cpu"))
     chunks = rows.select(*policy.in_keys).split(ROWS_PER_CALL)
-    return torch.cat([policy(chunk.to(device).clone())["action"].cpu() for chunk in chunks])
+    return torch.cat([policy(chunk.to(device).clone())["action"].cpu() for chunk in chunks]).to(rows["action"])
 
 
 def estimate_any(policy: TensorDictModuleBase, data: OfflineReplayBuffer, options: dict[str, Any]) -> dict[str, Any]:

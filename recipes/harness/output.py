@@ -24,6 +24,13 @@ def check_unused(out: Path) -> None:
         raise InputError(f"out={out}: exists and is not empty; give another directory or remove it")
 
 
+def new_directory(out: Path) -> None:
+    """Makes a directory; refuses one that holds anything, or a place where none can be."""
+    check_unused(out)
+    with named_error(out, "cannot be made"):
+        out.mkdir(parents=True, exist_ok=True)
+
+
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """Where to write a file that appears whole or not at all."""

@@ -9,9 +9,11 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.backend_bases import FigureCanvasBase
 from matplotlib.figure import Figure
 
 from harness.output import whole_file
+from torchrl_spar import InputError
 
 plt.rcParams.update({
     "figure.constrained_layout.use": True, "axes.grid": True, "grid.alpha": 0.3, "axes.titlesize": 10,
@@ -28,6 +30,13 @@ def save_figure(figure: Figure, path: Path, *, dpi: int = 150) -> None:
     with whole_file(path) as partial:
         figure.savefig(partial, format=path.suffix[1:], dpi=dpi)
     plt.close(figure)
+
+
+def check_figure(path: Path) -> None:
+    """Refuses a name that tells no kind of figure."""
+    kinds = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix[1:] not in kinds:
+        raise InputError(f"figure={path}: must end in one of .{', .'.join(sorted(kinds))}")
 
 
 def plot_learning_curve(path: Path, curve: list[dict[str, float]], results: dict[str, Any]) -> None:

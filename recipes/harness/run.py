@@ -166,7 +166,6 @@ class Run:
             "updates": cfg.spar.updates, **self.scores.results, "data": self.data_scores, "steps": self.steps,
             "rows_sha256": self.rows.digest,
             "episodes": cfg.eval.final_episodes, "updates_per_second": updates_per_second,
-            "wall_seconds": self.checkpoints.seconds,
             "versions": {name: version(name) for name in VERSIONED}, "commit": commit(),
             "curve": self.scores.curve,
         }  # fmt: skip
@@ -174,6 +173,7 @@ class Run:
         if self.env is None or cfg.select:
             self.estimate_into(results)
         self.go_on(results)
+        results["wall_seconds"] = self.checkpoints.seconds
         self.save(results)
         self.draw(results)
         write_json(self.out / "results.json", results)  # last: with it the run is finished
@@ -187,7 +187,6 @@ class Run:
                 self.scores.add_result("selected", on_cpu(self.deployed), self.cfg.eval.final_episodes)
                 self.scores.collect(wait=True)
                 results["selected"] = self.scores.results["selected"]
-        results["wall_seconds"] = self.checkpoints.seconds
 
     def go_on(self, results: dict[str, Any]) -> None:
         """Adds to the results what follows the offline phase; nothing by default."""

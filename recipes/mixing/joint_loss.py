@@ -16,7 +16,7 @@ from torchrl.modules import MLP, TanhModule, ValueOperator
 from torchrl.objectives import CQLLoss, IQLLoss
 from torchrl.objectives.common import LossModule
 
-from torchrl_spar import InputError, ResidualHead, ResidualVAE, SPARActor, SPARLoss, share_critics
+from torchrl_spar import ResidualHead, ResidualVAE, SPARActor, SPARLoss, share_critics
 
 # CQL's loss for its actor while it warms up by cloning; it would pull against the other one.
 LEFT_OUT = ("loss_actor_bc",)
@@ -85,8 +85,6 @@ def add_iql(mix: Mix, networks: Networks, *, temperature: float) -> None:
 def add_cql(mix: Mix, networks: Networks, *, min_q_weight: float, num_random: int) -> None:
     """CQL's critics are SPAR's: its penalty, and its targets from an actor of its own, beside SPAR's."""
     spar = mix.spar
-    if spar.num_qvalue_nets != 2:
-        raise InputError(f"mix=cql: TorchRL's CQLLoss has 2 critics, spar.loss.num_qvalue_nets={spar.num_qvalue_nets}")
     loss = CQLLoss(
         networks.squashed_actor(), critics_like(spar), loss_function="l2", action_spec=networks.action_spec,
         min_q_weight=min_q_weight, num_random=num_random, deactivate_vmap=True,

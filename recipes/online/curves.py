@@ -16,14 +16,32 @@ NAMES = {"spar": "SPAR", "td3_bc": "TD3, from TD3+BC"}
 COLORS = {"spar": BLUE, "td3_bc": VERMILION}
 
 
-def report(folder: Path) -> None:
-    """Writes online.json and online.png into the data set's folder, from the results of the runs below it."""
-    runs = [json.loads(path.read_text()) for path in sorted(folder.glob("*/seed*/results.json"))]
-    runs = [run for run in runs if "online" in run]
-    for run in runs:
-        print(describe(run))
+def report(out: Path) -> None:
+    """Writes online.json and online.png into the data set's folder, from a finished run and the others like it there.
+
+    Those on other rows, in another environment or with other evaluations are named and left out.
+    """
+    folder = out.parents[1]
+    found = {path: json.loads(path.read_text()) for path in sorted(folder.glob("*/seed*/results.json"))}
+    own = protocol(found[out / "results.json"])
+    runs = []
+    for path, run in found.items():
+        if "online" not in run:
+            continue
+        if different := [name for name, value in protocol(run).items() if value != own[name]]:
+            print(f"{path.parent}: left out of online.json, for other {', '.join(different)}")
+        else:
+            runs.append(run)
+            print(describe(run))
     write_json(folder / "online.json", gather(runs))
     draw(folder / "online.png", runs)
+
+
+def protocol(run: dict[str, Any]) -> dict[str, Any]:
+    """What runs must have in common to stand in one figure."""
+    steps = [row["step"] for row in run["online"]["curve"]]
+    same = {name: run.get(name) for name in ("env", "env_kwargs", "rows_sha256")}
+    return {**same, "evaluations": steps, "episodes": run["online"]["episodes"]}
 
 
 def gather(runs: list[dict[str, Any]]) -> dict[str, Any]:

@@ -35,6 +35,15 @@ def check(cfg: DictConfig) -> None:
     for name in ("steps", "eval_interval"):
         if not online[name] or online[name] % frames:
             raise InputError(f"online.{name}={online[name]}: must be a multiple of collector.frames_per_batch={frames}")
+    if (rate := frames * online.updates_per_step) != round(rate):
+        raise InputError(
+            f"online.updates_per_step={online.updates_per_step}: times collector.frames_per_batch={frames} it must be "
+            "a whole number, the updates of a round"
+        )
+    if online.first_update >= online.steps:
+        raise InputError(f"online.first_update={online.first_update}: must be below online.steps={online.steps}")
+    if cfg.select:
+        raise InputError("select=ope: chooses among offline policies; here the online one is saved")
     if cfg.end_at_success:
         raise InputError("end_at_success=true: the environment does not relabel its rewards and ends; offline only")
 

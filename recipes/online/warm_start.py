@@ -18,6 +18,14 @@ class WarmTD3Loss(TD3Loss):
     qvalue_loss = TD3Loss.value_loss
 
 
+def check_warm_start(*, critics: dict[str, Any], start: bool = False, **_: Any) -> None:
+    """Refuses options of TD3+BC that its online phase cannot go on with."""
+    if critics["bound"] != "min":
+        raise InputError(f"method.critics.bound={critics['bound']}: TorchRL's TD3Loss has the minimum alone")
+    if start:
+        raise InputError("method.start=true: TorchRL's TD3Loss has no scaled rewards; give method.start=false")
+
+
 def warm_start(
     pretrained: Rival, problem: Problem, *, critics: dict[str, Any], alpha: float, **options: Any
 ) -> ActorCritic:
@@ -28,10 +36,6 @@ def warm_start(
         alpha: TD3+BC's own; without a cloning error it has no use here.
         critics, **options: TD3+BC's own, see `alternate`.
     """
-    if critics["bound"] != "min":
-        raise InputError(f"method.critics.bound={critics['bound']}: TorchRL's TD3Loss has the minimum alone")
-    if options.get("start"):
-        raise InputError("method.start=true: TorchRL's TD3Loss has no scaled rewards; give method.start=false")
     make_loss = partial(WarmTD3Loss, num_qvalue_nets=critics["num"], loss_function="l2", deactivate_vmap=True)
     rival = alternate(make_loss, problem, problem.data, critics=critics, actor_metrics=(), **options)
     assert pretrained.loss is not None and rival.loss is not None

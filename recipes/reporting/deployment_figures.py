@@ -31,7 +31,7 @@ def draw_residuals(residual: dict[str, Any]) -> Figure:
         edges = np.linspace(-bound, bound, len(counts) + 1)
         axes.stairs(counts / max(1, counts.sum()), edges, fill=True, color=BLUE)
         axes.axvline(0, color=GREY, linewidth=0.8)
-        axes.set_title(f"action {name}", fontsize=9)
+        axes.set_title(f"action {name}".replace("$", r"\$"), fontsize=9)  # else mathematics
     for axes in panels.flat[len(residual) :]:
         axes.remove()
     figure.supxlabel("policy less anchor, action units", fontsize=9)

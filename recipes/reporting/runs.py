@@ -13,7 +13,7 @@ from typing import Any
 
 from harness.directory import flatten
 from harness.method_options import method_options
-from harness.output import rounded, write_text
+from harness.output import named_error, rounded, write_text
 from omegaconf import DictConfig, OmegaConf
 
 from torchrl_spar import InputError
@@ -33,11 +33,15 @@ def read_runs(source: Path) -> list[Run]:
     """
     path, _, method = str(source).partition("@")
     folder = Path(path)
-    found = [folder] if folder.is_file() else [*sorted(folder.rglob("*.json")), *sorted(folder.rglob("*.jsonl"))]
+    found = [folder]
+    if not folder.is_file():
+        found = [*sorted(folder.rglob("results.json")), *sorted(folder.rglob("*.jsonl"))]
     runs = [run for file in found for run in (read_table(file) if file.suffix == ".jsonl" else _read_result(file))]
     runs = [run for run in runs if method in ("", run.get("method", "spar"))]
     if not runs:
-        raise InputError(f"{source}: holds no results file (*.json) and no table (*.jsonl)")
+        raise InputError(
+            f"{source}: holds no results.json and no table (*.jsonl)" + (f" of {method}" if method else "")
+        )
     return runs
 
 
@@ -47,8 +51,8 @@ def read_table(path: Path) -> list[Run]:
         first, *rows = map(json.loads, path.read_text().splitlines())
         common = first["common"]
         return [
-            _checked(common | row | {"options": common["options"] | row["options"], "curve": _rows(row["curve"])})
-            for row in rows
+            _checked({**run, "options": common["options"] | run["options"], "curve": _rows(run["curve"])})
+            for run in ({**common, "options": {}, **row} for row in rows)
         ]
     except (ValueError, KeyError, TypeError) as err:
         raise InputError(f"{path}: not a table of report.py ({err!r})") from None
@@ -59,7 +63,7 @@ def write_table(path: Path, sources: Sequence[Path]) -> int:
     runs: dict[Path, Run] = {}
     for source in sources:
         folder, _, method = str(source).partition("@")
-        files = {file: json.loads(file.read_text()) for file in Path(folder).rglob("results.json")}
+        files = {file: run for file in Path(folder).rglob("results.json") for run in _read_result(file)}
         found = {file: run for file, run in files.items() if method in ("", run.get("method", "spar"))}
         if not found:
             raise InputError(f"{source}: no finished run")
@@ -85,12 +89,8 @@ def table_text(runs: Sequence[Run]) -> str:
 def _read_result(path: Path) -> list[Run]:
     try:
         result = json.loads(path.read_text())
-        if "claim" in result or "matmul_gflops" in result or "runs" in result or "methods" in result:
-            return []  # of claim.py, benchmark.py, mix_objectives.py and spar_offline_to_online.py
-        if "checksums" in result:
-            return []  # of deployment_report.py
-        return [_checked(result)]
-    except (ValueError, KeyError, TypeError) as err:
+        return [] if "runs" in result else [_checked(result)]  # of mix_objectives.py
+    except (ValueError, KeyError, TypeError, AttributeError) as err:
         raise InputError(
             f"{path}: not a results file of spar_d4rl.py or compare.py ({err!r}); move it elsewhere"
         ) from None
@@ -102,13 +102,39 @@ def _checked(run: Run) -> Run:
     else:
         for name in ("data", *(("policy",) if "policy" in run else ("anchor", "spar"))):
             run[name]["normalized"]
-    run["dataset"], run["seed"]
+    for name in ("dataset", "seed", "updates", "episodes"):
+        run[name]
+    run["curve"][0]["step"]
     return run
+
+
+def check_comparable(runs: Sequence[Run]) -> None:
+    """Refuses runs of one data set that differ in what their scores are of.
+
+    Tables of before ``rows_sha256`` was noted are taken to be of the same rows.
+    """
+    protocols: dict[str, Run] = {}
+    for run in runs:
+        protocol = {
+            "updates": run["updates"], "episodes": run["episodes"],
+            "evaluations at": [row["step"] for row in run["curve"]],
+            "env": run["env"], "env_kwargs": run.get("env_kwargs", {}), "rows_sha256": run.get("rows_sha256"),
+        }  # fmt: skip
+        first = protocols.setdefault(run["dataset"], protocol)
+        first["rows_sha256"] = first["rows_sha256"] or protocol["rows_sha256"]
+        protocol["rows_sha256"] = protocol["rows_sha256"] or first["rows_sha256"]
+        if different := [name for name in protocol if protocol[name] != first[name]]:
+            name = different[0]
+            raise InputError(
+                f"{run['dataset']}: runs of {name} {first[name]} and {protocol[name]} are not comparable; "
+                "put them into directories of their own"
+            )
 
 
 def _options(path: Path, dataset: str) -> dict[str, Any]:
     """A run's options, dotted; a method's own as they were on this data set."""
-    cfg = OmegaConf.load(path)
+    with named_error(path, "is needed beside the results"):
+        cfg = OmegaConf.load(path)
     assert isinstance(cfg, DictConfig)
     if "method" in cfg:
         cfg.method = {"algorithm": cfg.method.algorithm, **method_options(cfg.method, dataset)}

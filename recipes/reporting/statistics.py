@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from statistics import mean, stdev
-from typing import Any
 
 import numpy as np
 from harness.output import data_score
@@ -22,7 +21,7 @@ from reporting.bootstrap import (
     sign_test,
 )
 from reporting.names import NAMES, label, method_of, row, score_of
-from reporting.runs import Run
+from reporting.runs import Run, check_comparable
 from torchrl_spar import InputError
 
 REFERENCE = "spar"
@@ -52,29 +51,20 @@ class Comparison:
         runs: results, in any order.
 
     Raises:
-        InputError: if a run is there twice, or runs of one data set differ in their updates or evaluations.
+        InputError: if a run is there twice, or runs of one data set are not comparable.
     """
 
     def __init__(self, runs: list[Run]) -> None:
         self.runs: dict[tuple[str, str], dict[int, Run]] = defaultdict(dict)
-        protocols: dict[str, dict[str, Any]] = {}
+        check_comparable(runs)
         for run in runs:
             method, dataset, seed = method_of(run), run["dataset"], run["seed"]
             if seed in self.runs[method, dataset]:
                 raise InputError(f"{method} on {dataset} with seed {seed} is there twice; remove one of them")
-            curve = [row["step"] for row in run["curve"]]
-            protocol = {"updates": run["updates"], "episodes": run["episodes"], "evaluations at": curve}
-            first = protocols.setdefault(dataset, protocol)
-            if different := [name for name in protocol if protocol[name] != first[name]]:
-                name = different[0]
-                raise InputError(
-                    f"{dataset}: runs of {name} {first[name]} and {protocol[name]} are not comparable; "
-                    "put them into directories of their own"
-                )
             self.runs[method, dataset][seed] = run
         found = {method for method, _ in self.runs}
         self.methods = [name for name in NAMES if name in found] + sorted(found - NAMES.keys())
-        self.datasets = sorted(protocols)
+        self.datasets = sorted({run["dataset"] for run in runs})
 
     def seeds(self, method: str) -> list[int]:
         """The seeds that a method has on every data set."""

@@ -10,7 +10,15 @@ from tensordict.nn import TensorDictModule
 from torch import nn
 from torchrl.data import Bounded
 
-from torchrl_spar import GuardedActor, InputError, fit_detector, load_offline_dataset, make_anchor
+from torchrl_spar import (
+    GuardedActor,
+    InputError,
+    fit_detector,
+    load_offline_dataset,
+    make_anchor,
+    make_spar_loss,
+    make_toy_data,
+)
 
 EPISODES, LENGTH, SIZE = 200, 50, 5
 ROWS = EPISODES * LENGTH
@@ -86,6 +94,15 @@ def test_nan_and_infinity_are_unlike_the_data():
     for i, value in enumerate((float("nan"), float("inf"), 1e30)):
         rows[i, 2] = value
     assert detector(rows).tolist() == [True, True, True, False]
+
+
+def test_the_largest_number_of_a_broken_sensor_is_no_measurement():
+    data = make_toy_data()
+    guarded = GuardedActor(make_spar_loss(data).actor, fit_detector(data))
+    row = data[:1].select("observation")
+    action, fallback = guarded(observation=row["observation"].index_fill(1, torch.tensor(1), 3.4e38))
+    mean = row["observation"].index_copy(1, torch.tensor(1), data.observation_loc[None, 1:2])
+    assert fallback.all() and torch.equal(action, guarded.anchor(observation=mean))
 
 
 def test_the_anchor_acts_where_the_guard_says_so():

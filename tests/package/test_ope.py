@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import warnings
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from tensordict.nn import TensorDictModule
 from torch import nn
 from torchrl.data import Bounded
 from torchrl.envs.utils import ExplorationType
-from torchrl.modules import ProbabilisticActor, ValueOperator
+from torchrl.modules import MLP, ProbabilisticActor, ValueOperator
 from torchrl.objectives import SoftUpdate
 
 from torchrl_spar import (
@@ -336,6 +337,76 @@ def test_the_behaviours_value_is_its_mean_return():
     mean, (low, high) = estimate_value(None, data, gamma=GAMMA, held_out=0.5)
     assert low < mean < high and high - low < 0.5
     assert mean == pytest.approx(CHAIN.value(torch.full((3,), 0.5)), abs=0.25)
+
+
+@pytest.mark.parametrize("count", [2, 4, 10])
+def test_intervals_cover_where_episodes_are_few(count):
+    """Normal returns around 0, 400 times."""
+    covered = 0
+    for seed in range(400):
+        returns = torch.randn(1, count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        none = torch.zeros(1, count, 1, dtype=torch.float64)
+        _, drawn = bootstrap([EpisodeTerms(returns, none, none[0], False)], 500, seed)
+        covered += bool(drawn[0].quantile(0.05) < 0 < drawn[0].quantile(0.95))
+    assert 0.84 < covered / 400 < 0.96
+
+
+def log_of(reward, kind=torch.float32):
+    """Ten episodes of 20 steps that end at a time limit."""
+    generator = torch.Generator().manual_seed(0)
+    observation = torch.randn(200, 3, generator=generator).cumsum(0)
+    ends = (torch.arange(200) % 20 == 19)[:, None]
+    following = {"observation": observation + 1, "reward": reward, "done": ends, "terminated": torch.zeros_like(ends)}
+    action = torch.rand(200, 2, generator=generator)
+    rows = TensorDict({"observation": observation, "action": action, "next": following}, [200])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of next observations that go on nowhere
+        return load_offline_dataset(rows, batch_size=64)
+
+
+def test_rewards_that_do_not_vary_are_worth_their_sum():
+    mean, _ = estimate_value(
+        numpy_controller(),
+        log_of(torch.full((200, 1), 1e4)),
+        warm_steps=500,
+        steps=1,
+        slice_len=4,
+        hidden=[32],
+        lr=5e-3,
+    )
+    assert mean == pytest.approx(1e4 / (1 - 0.99), rel=0.05)
+
+
+def test_without_a_discount_a_cut_ends_the_sum():
+    data = log_of(torch.ones(200, 1))
+    assert estimate_value(None, data, gamma=1.0) == (20.0, (20.0, 20.0))
+
+
+def test_returns_that_hardly_vary_are_warned_of():
+    reward = -1e5 + torch.randn(200, 1, generator=torch.Generator().manual_seed(0))
+    with pytest.warns(UserWarning, match="subtract a constant from the rewards"):
+        fit_fqe(numpy_controller(), log_of(reward), warm_steps=1, steps=1, slice_len=4, hidden=[8])
+
+
+def numpy_controller():
+    return TensorDictModule(lambda observation: observation[..., :2].double().tanh(), ["observation"], ["action"])
+
+
+def critic_of(inputs):
+    return ValueOperator(MLP(inputs, 1), in_keys=["observation", "action"])
+
+
+def test_what_is_no_data_no_option_or_no_critic_is_named():
+    data = log_of(torch.rand(200, 1))
+    for call, words in (
+        (lambda: estimate_value(numpy_controller(), data[:]), "a TensorDict; give a replay buffer"),
+        (lambda: estimate_value(None, data, slice_len=3), "slice_len: nothing is fitted"),
+        (lambda: estimate_value(None, data, held_out=2.0), "held_out=2.0"),
+        (lambda: fit_fqe(numpy_controller(), data, qvalue_network=[critic_of(7)]), "cannot take"),
+        (lambda: fit_fqe(numpy_controller(), data, qvalue_network=[critic_of(5)] * 2), "there twice"),
+    ):
+        with pytest.raises(InputError, match=words):
+            call()
 
 
 @pytest.mark.parametrize("members", [3, 5])

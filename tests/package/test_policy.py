@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import ACTION, OBSERVATION
+from tensordict.nn import TensorDictModule
 from torchrl.data import Bounded
 
 from torchrl_spar import InputError, SPARLoss, load_policy, make_spar_loss, save_policy
@@ -95,6 +96,17 @@ def test_a_policy_that_is_loaded_saves_again_and_has_no_critics(make_loss, tmp_p
 class Shifted(StateMLP):
     def forward(self, *inputs):
         return super().forward(*inputs) + 1
+
+
+def test_a_policy_whose_types_would_round_the_weights_is_refused(tmp_path):
+    def actor(kind):
+        return TensorDictModule(torch.nn.Linear(3, 2, dtype=kind), ["observation"], ["action"])
+
+    save_policy(actor(torch.float64), tmp_path / "policy.pt")
+    with pytest.raises(InputError, match=r"module\.weight of type torch\.float64"):
+        load_policy(tmp_path / "policy.pt", policy=actor(torch.float32))
+    save_policy(actor(torch.float32), tmp_path / "policy.pt")
+    load_policy(tmp_path / "policy.pt", policy=actor(torch.float64))
 
 
 def test_a_network_of_another_class_is_not_taken_for_the_default(make_loss, tmp_path):

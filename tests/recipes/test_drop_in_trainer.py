@@ -109,6 +109,19 @@ def test_resume_gives_the_undisturbed_runs_bits(finished, tmp_path, capsys):
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+def test_it_does_not_go_on_with_other_rows_and_logs_nothing_twice(finished, tmp_path, monkeypatch):
+    _, out = finished
+    shutil.copytree(out, tmp_path / "out")
+    shutil.rmtree(tmp_path / "out" / "checkpoints" / f"checkpoint-{12:012d}")
+    monkeypatch.setattr("harness.same_rows._digest", lambda data: "another")
+    with pytest.raises(InputError, match="holds other rows"):
+        drop_in_trainer.main(options(tmp_path / "out", "resume=true"))
+    monkeypatch.undo()
+    drop_in_trainer.main(options(tmp_path / "out", "resume=true"))
+    for log in (out / "log" / "scalars").glob("loss_*.csv"):
+        assert (tmp_path / "out" / "log" / "scalars" / log.name).read_text() == log.read_text()
+
+
 def test_a_finished_run_trains_no_further(finished, tmp_path):
     _, out = finished
     shutil.copytree(out, tmp_path / "out")

@@ -144,10 +144,10 @@ def test_hydras_flags_stand_anywhere(typed, flags):
 )
 def test_hydra_takes_a_home_without_quotes(typed, value):
     parser = pytest.importorskip("hydra.core.override_parser.overrides_parser").OverridesParser.create()
-    assert parser.parse_override(launch.quote_home(typed)).value() == value
-    sweep = parser.parse_override(launch.quote_home("dataset=~/a,b,~/c"))
+    assert parser.parse_override(launch.quote(typed)).value() == value
+    sweep = parser.parse_override(launch.quote("dataset=~/a,b,~/c"))
     assert list(sweep.sweep_string_iterator()) == ["'~/a'", "b", "'~/c'"]
-    assert parser.parse_override(launch.quote_home("~trainer")).is_delete()
+    assert parser.parse_override(launch.quote("~trainer")).is_delete()
 
 
 def test_home_is_expanded_in_every_path(monkeypatch, tmp_path):

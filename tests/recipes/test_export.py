@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import OBSERVATION, build_loss, compose_recipe, run
+from tensordict.nn import TensorDictModule
 
 from torchrl_spar import InputError, load_policy, save_policy
 
@@ -119,7 +120,7 @@ def test_the_guard_decides_alike_in_all_files(tmp_path, monkeypatch, capsys):
     shifted[:, 3] += 3 * seen[:, 3].std()  # a sensor with an offset
     rows = torch.cat([seen, shifted, torch.full((1, OBSERVATION), 1e20), torch.full((1, OBSERVATION), torch.nan)])
     with torch.no_grad():
-        readable = torch.where(rows.isnan(), seen.mean(0), rows)
+        readable = torch.where(rows.abs() < 1e19, rows, seen.mean(0))  # else no measurement
         own, anchor = actor(observation=rows), actor.anchor(observation=readable)
     decisions = []
     for name, act in export.load(tmp_path / "out", cfg.formats, 1).items():
@@ -168,6 +169,35 @@ def test_pt2_alone_needs_no_onnx(tmp_path, monkeypatch):
         export.main(compose_recipe("export", *options))
     export.main(compose_recipe("export", *options, "formats=[pt2]"))
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["policy.pt2"]
+
+
+def numpy_policy(function, kind=torch.float32):
+    """A policy without parameters of its own but for its type."""
+
+    class Body(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("gain", torch.ones((), dtype=kind))
+
+        def forward(self, observation):
+            return function(observation[..., :2] * self.gain)
+
+    return TensorDictModule(Body(), ["observation"], ["action"])
+
+
+@pytest.mark.parametrize("function", [torch.rand_like, lambda x: x / 0 * 0], ids=["random", "not finite"])
+def test_a_file_that_does_not_give_the_policys_actions_is_not_left(function, tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "load_actor", lambda cfg: (numpy_policy(function), {}, "mine"))
+    with pytest.raises(InputError, match="the policy is random, or its actions not finite"):
+        export.main(compose_recipe("export", f"out={tmp_path / 'out'}", "formats=[pt2]", "observation_dim=3"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_networks_of_your_own_keep_their_type(tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "load_actor", lambda cfg: (numpy_policy(torch.tanh, torch.float64), {}, "mine"))
+    export.main(compose_recipe("export", f"out={tmp_path / 'out'}", "formats=[pt2]", "observation_dim=3"))
+    rows = torch.rand(4, 3, dtype=torch.float64)
+    assert torch.equal(export.load(tmp_path / "out", ["pt2"], 1)["policy.pt2"](rows), rows[:, :2].tanh())
 
 
 @pytest.mark.parametrize(

@@ -489,6 +489,12 @@ def test_checks_ask_for_a_look_where_something_is_wrong(signed):
 def test_the_page_needs_a_finished_run_of_spar(tmp_path):
     with pytest.raises(InputError, match=r"config\.yaml"):
         deployment_report.main(compose_recipe("deployment_report", f"run={tmp_path}"))
+    for name, content in (("config.yaml", "a: ["), ("policy.pt", ""), ("results.json", "{")):
+        (tmp_path / name).write_text(content)
+    for damaged in ("config", "results"):
+        with pytest.raises(InputError, match=rf"{damaged}\.\w+: damaged"):
+            deployment_report.main(compose_recipe("deployment_report", f"run={tmp_path}"))
+        (tmp_path / "config.yaml").write_text("a: 1")
 
 
 def test_options_of_evaluation_count_where_the_run_has_no_estimates(finished, tmp_path, monkeypatch):

@@ -146,9 +146,17 @@ def test_the_recipe_runs_every_mix(tmp_path, capsys):
     assert all(name in printed for name in REACHED)
 
 
-def test_a_wrong_mix_is_named(tmp_path, monkeypatch):
-    with pytest.raises(InputError, match="mix=sac: 'sac' is none of none, iql, cql, encoder, aux"):
+def test_a_wrong_mix_is_named(tmp_path):
+    with pytest.raises(InputError, match="mix=sac: must be some of none, iql, cql, encoder, aux, each once"):
         mix_objectives.main(compose_recipe("mix_objectives", "mix=sac", f"out={tmp_path / 'result'}"))
-    monkeypatch.setattr(mix_objectives, "prepare", lambda cfg, *_: (make_spar_loss(3, Bounded(-1, 1, (1,))), None))
-    with pytest.raises(InputError, match=r"CQLLoss has 2 critics, spar\.loss\.num_qvalue_nets=4"):
-        mix_objectives.main(compose_recipe("mix_objectives", "mix=cql", f"out={tmp_path / 'result'}"))
+    for options, words in (
+        (["mix=cql", "spar.loss.num_qvalue_nets=4"], "mix=cql needs 2"),
+        (["mix=[]"], "each once"),
+        (["mix=[none,none]"], "each once"),
+        (["mix=5"], "each once"),
+        (["mix=[none,encoder]", "spar.loss.head=latent"], "head=latent: mix=encoder has networks"),
+        (["mix=none", "spar.loss.lmbda=0.5"], "lmbda=0.5: without effect"),
+    ):
+        with pytest.raises(InputError, match=words):
+            mix_objectives.main(compose_recipe("mix_objectives", *options, f"out={tmp_path / 'result'}"))
+    assert not (tmp_path / "result").exists()

@@ -22,10 +22,10 @@ from harness.actors import read_actor
 from harness.scores import CURVE_SEED
 from omegaconf import OmegaConf
 from online.collecting import make_collector, make_torchrl_env, with_noise
-from online.curves import describe, start_of
+from online.curves import describe, report, start_of
 from online.phase import check, count_updates, go_online
 from online.replay import anneal, make_replay_buffer
-from online.warm_start import warm_start
+from online.warm_start import check_warm_start, warm_start
 from rivals import td3_bc
 from rivals.base import Problem
 
@@ -262,9 +262,9 @@ def test_td3_starts_from_what_td3_bc_trained():
     assert not torch.equal(td3.policy(state.clone())["action"], before)
     assert torch.equal(pretrained.policy(state)["action"], before)
     with pytest.raises(InputError, match="bound=lcb"):
-        warm_start(pretrained, problem, **{**options, "critics": {**options["critics"], "bound": "lcb"}})
+        check_warm_start(**{**options, "critics": {**options["critics"], "bound": "lcb"}})
     with pytest.raises(InputError, match=r"method\.start=true"):
-        warm_start(pretrained, problem, **options, start=True)
+        check_warm_start(**options, start=True)
 
 
 def test_the_start_is_judged_against_two_standard_errors():
@@ -289,11 +289,33 @@ def test_the_start_is_judged_against_two_standard_errors():
         ("online.offline_share.end=0.96", "end <= start"),
         ("online.updates_per_step=-1", "online.updates_per_step=-1"),
         ("end_at_success=true", "end_at_success=true"),
+        ("online.updates_per_step=0.004", "updates_per_step=0.004: times collector.frames_per_batch=100"),
+        ("online.first_update=10000", "must be below online.steps=10000"),
+        ("select=ope", "chooses among offline policies"),
     ],
 )
 def test_wrong_options_are_named(override, message):
     with pytest.raises(InputError, match=message):
         check(compose_recipe("spar_offline_to_online", override))
+
+
+def test_runs_that_differ_are_left_out_of_the_figure(tmp_path, capsys):
+    def run(seed, **other):
+        row = {"return_mean": 1.0, "return_std": 0.0}
+        facts = {"dataset": "d", "env": "E-v1", "env_kwargs": {}, "rows_sha256": "x", "versions": {}, "data": row}
+        online = {"episodes": 2, "curve": [{"step": step, **row} for step in (0, 10)]}
+        out = tmp_path / "spar" / f"seed{seed}"
+        out.mkdir(parents=True)
+        facts |= {"method": "spar", "seed": seed, "online": online, **other}
+        (out / "results.json").write_text(json.dumps(facts))
+        return out
+
+    run(0, env="E-v2")
+    run(1, online={"episodes": 2, "curve": [{"step": 0, "return_mean": 1.0, "return_std": 0.0}] * 3})
+    report(run(2))
+    assert list(json.loads((tmp_path / "online.json").read_text())["methods"]["spar"]) == ["seed 2"]
+    printed = capsys.readouterr().out
+    assert "seed0: left out of online.json, for other env\n" in printed and "for other evaluations\n" in printed
 
 
 def test_workers_must_share_the_frames():

@@ -283,6 +283,29 @@ def test_unknown_option_is_named(script, tmp_path):
     assert not os.listdir(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("script", "options", "words"),
+    [
+        ("compare", ["spar.loss.kappa=0.5,1"], ("spar.loss.kappa: one value at a time", "dataset, method, seed, runs")),
+        ("compare", ["method=bc", "out=mine"], ("out=mine: an option of spar_d4rl.py", "runs=")),
+        ("compare", ["method=spar", "spar.loss.head=latent"], ("method=spar_latent",)),
+        ("spar_offline_to_online", ["method=spar", "seeds=[1]"], ("seeds=[1]: an option of spar_d4rl.py",)),
+        ("spar_offline_to_online", ["method=td3_bc_critics"], ("method.critics.bound=lcb",)),
+        ("make_dataset", ["dataset=mine"], ("dataset=mine: must be as maker/task/name-v0",)),
+        ("make_dataset", ["dataset=mine/task-v0", "env=CartPole-v1"], ("continuous actions",)),
+        ("make_dataset", ["dataset=mine/task-v0", "env=Pendulum-v1"], ("D4RL has no score for it",)),
+        ("inspect_dataset", ["figure=x.foo"], ("figure=x.foo: must end in one of",)),
+        ("claim", ["drift", "out=file/x"], ("file/x", "cannot be made")),
+    ],
+)
+def test_what_could_not_be_used_is_refused_before_any_work(script, options, words, tmp_path):
+    (tmp_path / "file").touch()
+    if script == "make_dataset":
+        options = [*options, "root=data"]
+    done = run(script, *options, *(["hydra/launcher=basic"] if "method=" in str(options) else []), cwd=tmp_path)
+    assert_one_line(done, *words)
+
+
 def test_damaged_policy_is_named(tmp_path):
     (tmp_path / "policy.pt").write_bytes(b"nonsense")
     assert_one_line(run("evaluate", "policy=policy.pt", cwd=tmp_path), "policy.pt")

@@ -11,7 +11,7 @@ import time
 
 import numpy as np
 import pytest
-from helpers import RECIPES, TINY
+from helpers import RECIPES, TINY, assert_one_line, run
 
 pytest.importorskip("hydra")
 import h5py
@@ -120,12 +120,18 @@ def test_the_whole_way_on_made_up_data(folder):
         ("preset=smoke", "preset=smoke: the task sets it"),
         ("files=nowhere", "files=.*nowhere: no such folder"),
         ("seed=0,0", "seed=0,0: must be different whole numbers"),
+        ("pen-human", "pen-human: options are given as name=value"),
         ("seed=range(2)", "must be different whole numbers"),
     ],
 )
 def test_what_would_train_something_else_is_refused(option, message):
     with pytest.raises(InputError, match=message):
         reproduce.main(["tasks=pen-human", option])
+
+
+def test_an_unknown_option_is_named_before_files_are_looked_for():
+    done = run("reproduce_d4rl", "task=pen-human", cwd=RECIPES)
+    assert_one_line(done, "task: no such option, did you mean")
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])

@@ -348,7 +348,10 @@ def write_runs(folder, scores):
                     "data": {"normalized": 5.0}, "episodes": 2, "curve": [{"step": 0, **row}, {"step": 10, **row}],
                     **(spar if method == "spar" else {"policy": row}),
                 }  # fmt: skip
-                (folder / f"{method}-{dataset}-{seed}.json").write_text(json.dumps(facts))
+                out = folder / f"{method}-{dataset}-{seed}"
+                (out / "checkpoints").mkdir(parents=True)
+                (out / "checkpoints" / "sha256.json").write_text("{}")  # of a run that goes on
+                (out / "results.json").write_text(json.dumps(facts))
 
 
 SCORES = {
@@ -407,7 +410,7 @@ def test_further_sources_count_on_the_firsts_data_sets(tmp_path, capsys):
 
 def test_runs_of_different_budgets_are_refused(tmp_path):
     write_runs(tmp_path, SCORES)
-    changed = tmp_path / "iql-b-0.json"
+    changed = tmp_path / "iql-b-0" / "results.json"
     changed.write_text(json.dumps({**json.loads(changed.read_text()), "updates": 11}))
     with pytest.raises(InputError, match="runs of 10 and 11 updates are not comparable"):
         report.main(tmp_path)
@@ -472,3 +475,24 @@ def test_report_refuses_what_is_not_comparable(tmp_path):
         comparison.Comparison([*runs, {**runs[0], "seed": 7, "episodes": 3}])
     with pytest.raises(InputError, match="runs of evaluations at"):
         comparison.Comparison([*runs, {**runs[0], "seed": 7, "curve": runs[0]["curve"][:-1]}])
+    known = {**runs[0], "rows_sha256": "one"}
+    for other in ({"env": "Hopper-v4"}, {"env_kwargs": {"max_episode_steps": 50}}, {"rows_sha256": "two"}):
+        with pytest.raises(InputError, match=f"runs of {next(iter(other))} "):
+            report.check_comparable([known, *runs[1:], {**known, "seed": 7, **other}])
+
+
+def test_one_run_makes_a_table_and_a_folder_is_the_runs_own(tmp_path, capsys):
+    write_runs(tmp_path / "mine", {"iql": {"a": {0: 20.0}}})
+    out = tmp_path / "mine" / "iql-a-0"
+    (out / "config.yaml").write_text("method: {name: iql, algorithm: iql}")
+    table = tmp_path / "runs.jsonl"
+    assert write_table(table, [tmp_path / "mine"]) == 1
+    assert read_runs(table)[0]["curve"] == [{"step": 0, "normalized": 20.0}, {"step": 10, "normalized": 20.0}]
+    report.main(Path(f"{tmp_path / 'mine'}@iql"))
+    assert (tmp_path / "mine" / "report.md").is_file() and not (tmp_path / "report.md").exists()
+    write_runs(tmp_path / "theirs", {"iql": {"b": {0: 20.0}}})
+    with pytest.raises(InputError, match="theirs: has no run on a data set of"):
+        report.main(tmp_path / "mine", tmp_path / "theirs")
+    (out / "results.json").write_text("{")
+    with pytest.raises(InputError, match=r"results\.json: not a results file"):
+        write_table(table, [tmp_path / "mine"])

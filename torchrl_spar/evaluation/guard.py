@@ -14,6 +14,9 @@ from torchrl_spar.networks import ObservationNorm
 from torchrl_spar.ope.fit import episodes_of, split_episodes
 from torchrl_spar.residual import SPARActor
 
+# Standardised observations from here on are no measurements.
+ABSURD = 1e6
+
 # Rows that the Gaussians are fitted to, and rounds of k-means.
 ROWS, ROUNDS = 50_000, 5
 # Least share of the pooled covariance in each Gaussian's own, and variance added to it.
@@ -117,8 +120,9 @@ class GuardedActor(TensorDictModuleBase):
         fallback = self.detector(tensordict["observation"])
         state = tensordict.select(*self.anchor.in_keys)
         if isinstance(self.detector, SupportDetector) and "observation" in state.keys():
-            seen = state["observation"]  # a broken sensor's NaN would be the anchor's, too
-            state.set("observation", torch.where(seen.isfinite(), seen, self.detector.norm.loc))
+            seen, norm = state["observation"], self.detector.norm
+            # A broken sensor's NaN, infinity or largest number would be the anchor's, too.
+            state.set("observation", torch.where(norm(seen).abs() < ABSURD, seen, norm.loc))
         safe = self.anchor(state)[self.action_key]
         if isinstance(self.actor, SPARActor):  # which clamps an anchor that leaves the bounds
             safe = safe.clamp(self.actor.low, self.actor.high)

@@ -128,7 +128,7 @@ def load_policy(
         built: TensorDictModuleBase | None
         if isinstance(policy, TensorDictModuleBase):
             built = policy
-            if misfits := _misfits(policy, weights):
+            if misfits := _misfits(policy, weights) or _rounded(policy, weights):
                 more = f", ... ({len(misfits)} in all)" if len(misfits) > 6 else ""
                 raise InputError(f"{path}: does not fit the policy that was given: {', '.join(misfits[:6])}{more}")
         elif architecture is not None:
@@ -166,6 +166,13 @@ def _misfits(policy: TensorDictModuleBase, weights: dict[str, torch.Tensor]) -> 
     own = {name: tensor.shape for name, tensor in policy.state_dict().items()}
     given = {name: tensor.shape for name, tensor in weights.items()}
     return [name for name in {**own, **given} if own.get(name) != given.get(name)]
+
+
+def _rounded(policy: TensorDictModuleBase, weights: dict[str, torch.Tensor]) -> list[str]:
+    """Names of entries that the policy's own types cannot hold, with the type that they need."""
+    own = policy.state_dict()
+    needed = {name: torch.promote_types(own[name].dtype, tensor.dtype) for name, tensor in weights.items()}
+    return [f"{name} of type {kind}" for name, kind in needed.items() if kind != own[name].dtype]
 
 
 def _is_plain(value: Any) -> bool:

@@ -113,6 +113,8 @@ def estimate_value(
         (draws >= 1, "draws", draws, "at least 1"),
     )
     if policy is None:
+        if options:
+            raise InputError(f"{next(iter(options))}: nothing is fitted to the data's own value, leave it out")
         terms = behaviour_terms(split_episodes(episodes_of(data, gamma), held_out, seed)[1])
     else:
         if behaviour is not None:
@@ -209,8 +211,9 @@ def estimates_of_critics(terms: EpisodeTerms) -> Tensor:
 def bootstrap(policies: list[EpisodeTerms], draws: int, seed: int) -> tuple[Tensor, Tensor]:
     """Estimates ``[P]`` of policies evaluated on the same episodes, and joint draws ``[P, D]`` around them.
 
-    Episodes are resampled, the same for all policies. To that comes Student's t of the critics' own differences
-    with their covariance between policies: a critic is another one's copy but for its data and initialisation.
+    Episodes are resampled, the same for all policies; as few of them vary too little in a resample, the draws are
+    spread as Student's t is. To that comes Student's t of the critics' own differences with their covariance between
+    policies: a critic is another one's copy but for its data and initialisation.
     """
     generator = torch.Generator().manual_seed(seed)
     members, count = policies[0].initial.shape
@@ -219,6 +222,10 @@ def bootstrap(policies: list[EpisodeTerms], draws: int, seed: int) -> tuple[Tens
     values = torch.stack([estimates_of_critics(terms) for terms in policies])
     means = values.mean(1)
     resampled = torch.stack([estimates(terms, counts).mean(1) for terms in policies])
+    if count > 1:
+        students = torch.Generator().manual_seed(seed + 1)
+        chi_square = torch.randn(count - 1, draws, generator=students, dtype=torch.float64).pow(2).mean(0)
+        resampled = means[:, None] + (resampled - means[:, None]) * (count / (count - 1) / chi_square).sqrt()
     if members == 1:
         return means, resampled
     normal = torch.randn(members, draws, generator=generator, dtype=torch.float64)

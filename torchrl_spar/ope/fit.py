@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from typing import Any, NamedTuple
@@ -19,7 +20,7 @@ from torchrl_spar.build import HIDDEN, DefaultNetworks
 from torchrl_spar.data.buffer import OfflineReplayBuffer
 from torchrl_spar.data.returns import episode_ends, returns_to_go
 from torchrl_spar.data.rows import rows_of
-from torchrl_spar.errors import InputError, check_options
+from torchrl_spar.errors import InputError, check_options, first_line
 from torchrl_spar.ope.fqe_loss import FQELoss
 from torchrl_spar.ope.many_policies import StackedFQELoss
 from torchrl_spar.training.asking import actions_of
@@ -28,6 +29,8 @@ from torchrl_spar.training.progress import Progress
 from torchrl_spar.training.sampling import Batches, batch_size_of
 
 MASK = ("collector", "mask")
+# Mean over spread of the returns up to which critics still reach the mean and tell returns apart (measured: 860).
+LARGEST_OFFSET = 1_000
 
 
 class FQEFit(NamedTuple):
@@ -168,6 +171,10 @@ def fit_fqe_each(
         trains.append(train)
         fits[name] = FQEFit(loss, held)
     losses, train = [fit.loss for fit in fits.values()], trains[0]
+    try:
+        losses[0].state_value(train[:1])
+    except (RuntimeError, KeyError) as err:
+        raise InputError(f"qvalue_network: the critics cannot take the data: {first_line(err)}") from err
     if len(losses) > 1:
         for key in ("policy_action", ("next", "policy_action")):
             train.set(key, torch.stack([part[key] for part in trains], 1))
@@ -197,7 +204,16 @@ def fit_fqe_each(
 
 def _warm_start(loss: FQELoss, returns: Tensor, batches: Batches, steps: int, lr: float) -> None:
     """Regression on the returns-to-go, which also give the scale of the rewards."""
-    loss.reward_scale.copy_(1 / returns.std() if varies(returns) else torch.ones(()))
+    mean, spread = returns.double().mean().abs(), returns.double().std()
+    if not varies(returns):
+        spread = mean if mean > 0 else torch.ones_like(mean)
+    elif mean > LARGEST_OFFSET * spread:
+        warnings.warn(
+            f"the data's returns vary by {spread / mean:.1g} of their mean, too little for critics to learn: subtract "
+            "a constant from the rewards",
+            stacklevel=4,
+        )
+    loss.reward_scale.copy_(1 / spread)
 
     def regression(batch: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
         return loss.qvalue_regression(batch, batch["return_to_go"].squeeze(-1) * loss.reward_scale)
@@ -223,6 +239,7 @@ def episodes_of(data: ReplayBuffer, gamma: float) -> TensorDictBase:
 
 def split_episodes(rows: TensorDictBase, share: float, seed: int) -> tuple[TensorDictBase, TensorDictBase]:
     """The rows to train on and those held out, a share of the episodes, at least two on each side; ids from 0."""
+    check_options((0 < share < 1, "held_out", share, "between 0 and 1, exclusive"))
     episode = rows["episode"]
     count = int(episode[-1]) + 1
     if count < 4:

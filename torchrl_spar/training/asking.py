@@ -23,7 +23,7 @@ def actions_of(
     if_missing: str = "",
     if_random: str | None = None,
 ) -> Tensor:
-    """The actions ``[*B, action_dim]`` that an actor writes for rows ``[*B]``.
+    """The actions ``[*B, action_dim]`` that an actor writes for rows ``[*B]``, in the type of the data's.
 
     Args:
         name: of the actor, such as ``"the anchor"``.
@@ -50,7 +50,7 @@ def actions_of(
         raise InputError(f"the data lacks {missing}, which {name} reads{if_missing}")
     rows = rows.select(*in_keys)
     try:
-        actions = torch.cat([act(part) for part in rows.split(ROWS_PER_CALL)])
+        actions = torch.cat([act(part) for part in rows.split(ROWS_PER_CALL)]).to(like.dtype)
         first, again = (act(rows[:1]) for _ in range(2))
     except RuntimeError as err:
         kinds = {key: f"{list(rows[key].shape[1:])} {rows[key].dtype} {rows[key].device}" for key in in_keys}

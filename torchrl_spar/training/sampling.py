@@ -212,6 +212,8 @@ def _fixed_buffer(rows: TensorDictBase, batch_size: int | None) -> TensorDictRep
 
 def batch_size_of(replay_buffer: ReplayBuffer) -> int:
     """Rows in a batch, which TorchRL's buffers may leave open."""
+    if not isinstance(replay_buffer, ReplayBuffer):
+        raise InputError(f"a {type(replay_buffer).__name__}; give a replay buffer, as load_offline_dataset returns it")
     if replay_buffer.batch_size is None:
         raise InputError("the replay buffer has no batch_size: build it with batch_size=...")
     return replay_buffer.batch_size
