@@ -14,7 +14,7 @@ from helpers import SHARED
 from tensordict import TensorDict
 
 from torchrl_spar import InputError, fit_critics, load_offline_dataset, make_spar_loss, returns_to_go
-from torchrl_spar.data.jumps import is_disordered
+from torchrl_spar.data.jumps import find_jumps, is_disordered
 
 EPISODES, STEPS = 20, 100
 
@@ -372,3 +372,19 @@ def test_real_sets_raise_no_alarm(tmp_path, name, given):
         buffer = load(tmp_path, arrays)
     if "antmaze" not in name:
         assert len(buffer.episode_returns) == np.count_nonzero(arrays["terminals"] | arrays["timeouts"])
+
+
+def test_a_contact_is_no_reset_where_ends_are_told():
+    """A ball that is stopped by the floor in each of 20 episodes of 100 steps, from heights that differ."""
+    rng, time = np.random.default_rng(0), np.arange(100)
+    speed = np.where(time < 60, -time / 60, 0)
+    episodes = []
+    for height in 3 + 0.1 * rng.random(20):
+        episodes.append(np.stack([height + np.cumsum(speed) / 20, speed], 1))
+    observation = np.concatenate(episodes)
+    end = np.arange(2_000) % 100 == 99
+    assert not find_jumps(observation, end).any()
+    told = end.copy()
+    told[499] = False
+    assert np.flatnonzero(find_jumps(observation, told)).tolist() == [499]
+    assert 59 in np.flatnonzero(find_jumps(observation, end & (np.arange(2_000) > 1_500)))  # too few are told

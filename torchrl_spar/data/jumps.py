@@ -18,6 +18,8 @@ LAGS = 64
 # Fewer rows say nothing; more than these are not needed for the quantiles (of one lag in many, and of all).
 FEWEST, FEW, SAMPLED = 100, 2_000, 20_000
 _BLOCK = 65_536
+# Where so many episodes are told to begin, a jump to a row unlike their first ones is a contact, not a reset.
+FEWEST_BEGINS, BEGINS, ALIKE = 10, 500, 1.5
 
 
 def find_jumps(observation: np.ndarray, end: np.ndarray) -> np.ndarray:
@@ -46,7 +48,20 @@ def find_jumps(observation: np.ndarray, end: np.ndarray) -> np.ndarray:
         steps = _steps(observation, rows)[:, live]
         far = np.minimum(steps / spread, 2).mean(axis=1) > SPREADS
         jumps[rows[far]] = np.minimum(steps[far] / usual, 10).mean(axis=1) > level
+    begins = 1 + np.flatnonzero(end[:-1])
+    if jumps.any() and len(begins) >= FEWEST_BEGINS:
+        scaled = observation[:, live] / spread
+        rows = np.flatnonzero(jumps)
+        jumps[rows] = _begin_alike(scaled[rows + 1], scaled[begins])
     return jumps
+
+
+def _begin_alike(rows: np.ndarray, begins: np.ndarray) -> np.ndarray:
+    """Whether rows ``[m, d]`` are as near to first rows of episodes as nearly all of these are to each other."""
+    begins = begins[_sample(np.arange(len(begins)), BEGINS)]
+    among = np.stack([np.sort(np.abs(begins - row).mean(axis=1))[1] for row in begins])
+    reach = ALIKE * np.quantile(among, 0.95) + 0.01
+    return np.array([np.abs(begins - row).mean(axis=1).min() < reach for row in rows])
 
 
 def go_on(observation: np.ndarray, rows: np.ndarray) -> np.ndarray:
@@ -111,8 +126,8 @@ def is_disordered(observation: np.ndarray, end: np.ndarray) -> bool:
     return False
 
 
-def _sample(rows: np.ndarray) -> np.ndarray:
-    return rows[np.linspace(0, len(rows) - 1, min(len(rows), SAMPLED)).astype(int)]
+def _sample(rows: np.ndarray, most: int = SAMPLED) -> np.ndarray:
+    return rows[np.linspace(0, len(rows) - 1, min(len(rows), most)).astype(int)]
 
 
 def _live_columns(observation: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -70,7 +70,8 @@ class HealthCheck:
 
     * No policy's value leaves ``[r_min, r_max] / (1 - gamma)`` (with zero in the interval, for what ends). Means of
       the critics (``pred_value``) beyond it, by a tenth of its width, are divergence.
-    * ``residual_ratio`` above 0.7 is how policies that left the data were seen to look.
+    * ``residual_ratio`` above 0.7 is how policies that left the data were seen to look; some that gained most, on data
+      that mixes good and bad behaviour, did, too.
     * ``coherent_shift`` (:class:`~torchrl_spar.training.shift.CoherentShift`) above 5 is how policies looked that
       fell although each of their steps was near the data. It is measured at each step that 2,000 divides.
 
@@ -126,8 +127,9 @@ class HealthCheck:
             )
         if (ratio := metrics.get("residual_ratio")) is not None:
             self._judge(
-                f"the policy leaves the data: at step {step} its residual is {float(ratio):.2f} of the data's, where "
-                "0.3 to 0.5 is healthy; raise trust_coeff, or lower lsi_coeff",
+                f"the policy goes far from its anchor: at step {step} its residual is {float(ratio):.2f} of the "
+                "data's, where 0.3 to 0.5 is usual, and about 1 where the data mixes good and bad behaviour; if it is "
+                "worse than the anchor, raise trust_coeff, or lower lsi_coeff",
                 "collapse",
                 float(ratio) > RESIDUAL_RATIO_LIMIT,
             )
