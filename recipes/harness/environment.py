@@ -283,9 +283,10 @@ def say_what_differs(
     source: str, known: str | None, kwargs: Mapping[str, Any], env: str, env_kwargs: Mapping[str, Any]
 ) -> None:
     """Prints a line if the environment is not the source's, and one if it is not D4RL's task."""
+    changed = {name: value for name, value in env_kwargs.items() if name not in kwargs or kwargs[name] != value}
     if known is not None and env != known:
         print(f"env={env}{in_words(env_kwargs)}: {source} is of {known}{in_words(kwargs)}")
-    elif changed := {name: value for name, value in env_kwargs.items() if name not in kwargs or kwargs[name] != value}:
+    elif known is not None and changed:
         of_source = {name: kwargs[name] for name in changed if name in kwargs}
         print(f"{env}{in_words(changed)}: of {source} it is made{in_words(of_source) or ' without'}")
     protocol = d4rl_protocol(env)

@@ -169,3 +169,10 @@ def test_an_encoder_is_found_by_its_path():
     for path in ("no_such_module.encode", "torch.no_such_function", "torch.pi"):
         with pytest.raises(InputError, match=f"encoder={path}: no function is found there"):
             function_at(path)
+
+
+def test_a_source_that_names_no_environment_differs_from_none(capsys):
+    say_what_differs("log.npz", None, {}, "LunarLander-v3", {"continuous": True})
+    assert capsys.readouterr().out == ""
+    say_what_differs("log", "LunarLander-v3", {}, "LunarLander-v3", {"continuous": True})
+    assert "LunarLander-v3 with {'continuous': True}: of log it is made without" in capsys.readouterr().out

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from typing import Any, NamedTuple
@@ -24,13 +23,11 @@ from torchrl_spar.errors import InputError, check_options, first_line
 from torchrl_spar.ope.fqe_loss import FQELoss
 from torchrl_spar.ope.many_policies import StackedFQELoss
 from torchrl_spar.training.asking import actions_of
-from torchrl_spar.training.pretrain import Report, _fit, varies
+from torchrl_spar.training.pretrain import Report, _fit, varies, warn_of_offset
 from torchrl_spar.training.progress import Progress
 from torchrl_spar.training.sampling import Batches, batch_size_of
 
 MASK = ("collector", "mask")
-# Mean over spread of the returns up to which critics still reach the mean and tell returns apart (measured: 860).
-LARGEST_OFFSET = 1_000
 
 
 class FQEFit(NamedTuple):
@@ -204,15 +201,11 @@ def fit_fqe_each(
 
 def _warm_start(loss: FQELoss, returns: Tensor, batches: Batches, steps: int, lr: float) -> None:
     """Regression on the returns-to-go, which also give the scale of the rewards."""
-    mean, spread = returns.double().mean().abs(), returns.double().std()
-    if not varies(returns):
+    mean, spread = returns.mean().abs(), returns.std()
+    if varies(returns):
+        warn_of_offset(returns)
+    else:
         spread = mean if mean > 0 else torch.ones_like(mean)
-    elif mean > LARGEST_OFFSET * spread:
-        warnings.warn(
-            f"the data's returns vary by {spread / mean:.1g} of their mean, too little for critics to learn: subtract "
-            "a constant from the rewards",
-            stacklevel=4,
-        )
     loss.reward_scale.copy_(1 / spread)
 
     def regression(batch: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:

@@ -42,6 +42,8 @@ from torchrl_spar.training.sampling import (
 Report = Callable[[int, dict[str, Tensor]], None]
 # In half action ranges: a dimension the anchor reproduces exactly still gets a usable scale.
 RESIDUAL_SCALE_FLOOR = 1e-2
+# Mean over spread of the returns up to which critics learn both (of FQE's, 860 was well).
+LARGEST_OFFSET = 1_000
 NO_OPTIONS: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -289,6 +291,8 @@ def fit_critics(
         rows, keys["observation_key"] = with_state(loss, data) if is_spar else (data, "observation")
         returns = returns_to_go(rows, float(loss.value_estimator.gamma), **keys)
     has_scale = varies(data["next"][loss.tensor_keys.reward]) and varies(returns)
+    if has_scale:
+        warn_of_offset(returns)
     loss.reward_scale.copy_(1 / returns.std() if has_scale else torch.ones(()))
     # Not strict: the anchor is not asked here.
     rows = data.select(*loss.in_keys, strict=False).exclude("next").set("return", returns * loss.reward_scale)
@@ -314,6 +318,17 @@ def varies(values: Tensor) -> bool:
     """Whether the values vary by more than rounding: constant rewards have no scale."""
     values = values.double()
     return bool(values.max() - values.min() > 1e-6 * values.abs().mean())
+
+
+def warn_of_offset(returns: Tensor) -> None:
+    """Tells of returns that hardly vary beside their mean: critics reach neither."""
+    mean, spread = returns.double().mean().abs(), returns.double().std()
+    if mean > LARGEST_OFFSET * spread:
+        warnings.warn(
+            f"the data's returns vary by {spread / mean:.1g} of their mean, too little for critics to learn: subtract "
+            "a constant from the rewards",
+            stacklevel=4,
+        )
 
 
 @torch.no_grad()
