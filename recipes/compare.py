@@ -73,17 +73,22 @@ def main(cfg: DictConfig) -> None:
 
 
 def prepare(cfg: DictConfig) -> None:
-    """What a process of a sweep needs, and what no run here can have."""
+    """What a process of a sweep needs."""
     # A worker of Ray or Slurm may start elsewhere.
     os.chdir(HydraConfig.get().runtime.cwd)
-    if cfg.seeds is not None:
-        raise InputError(f"seeds={cfg.seeds}: an option of spar_d4rl.py; here it is seed=0,1,2")
-    if cfg.out is not None:
-        raise InputError(f"out={cfg.out}: an option of spar_d4rl.py; here it is runs=..., a directory for all runs")
+    check(cfg)
     if multiprocessing.get_start_method(allow_none=True) == "loky":
         if cfg.eval.background:
             raise InputError("eval.background=true: joblib's processes cannot start another; evaluate in line")
         stop_with_parent()
+
+
+def check(cfg: DictConfig) -> None:
+    """Refuses what no run of a sweep can have."""
+    if cfg.seeds is not None:
+        raise InputError(f"seeds={cfg.seeds}: an option of spar_d4rl.py; here it is seed=0,1,2")
+    if cfg.out is not None:
+        raise InputError(f"out={cfg.out}: an option of spar_d4rl.py; here it is runs=..., a directory for all runs")
     if cfg.method.algorithm in SPAR_RUNS and (unknown := method_options(cfg.method, "")):
         raise InputError(f"method.{next(iter(unknown))}: {cfg.method.name} has no options of its own, but spar.*")
     if cfg.method.name == "spar" and cfg.spar.loss.head != "residual":

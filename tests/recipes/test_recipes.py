@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib import import_module
 
 import numpy as np
 import pytest
@@ -17,10 +18,12 @@ from torchrl_spar import InputError, evaluate, load_policy
 from torchrl_spar.training import health
 
 pytest.importorskip("hydra")
+import compare
 import gymnasium
 import h5py
 import spar_d4rl
-from harness.launch import check_seeds
+from harness.launch import check_seeds, check_sweeps
+from harness.output import new_directory
 from omegaconf import OmegaConf
 from PIL import Image
 
@@ -284,26 +287,33 @@ def test_unknown_option_is_named(script, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("script", "options", "words"),
+    ("recipe", "options", "words"),
     [
-        ("compare", ["spar.loss.kappa=0.5,1"], ("spar.loss.kappa: one value at a time", "dataset, method, seed, runs")),
-        ("compare", ["method=bc", "out=mine"], ("out=mine: an option of spar_d4rl.py", "runs=")),
-        ("compare", ["method=spar", "spar.loss.head=latent"], ("method=spar_latent",)),
-        ("spar_offline_to_online", ["method=spar", "seeds=[1]"], ("seeds=[1]: an option of spar_d4rl.py",)),
-        ("spar_offline_to_online", ["method=td3_bc_critics"], ("method.critics.bound=lcb",)),
-        ("make_dataset", ["dataset=mine"], ("dataset=mine: must be as maker/task/name-v0",)),
-        ("make_dataset", ["dataset=mine/task-v0", "env=CartPole-v1"], ("continuous actions",)),
-        ("make_dataset", ["dataset=mine/task-v0", "env=Pendulum-v1"], ("D4RL has no score for it",)),
-        ("inspect_dataset", ["figure=x.foo"], ("figure=x.foo: must end in one of",)),
-        ("claim", ["drift", "out=file/x"], ("file/x", "cannot be made")),
+        ("compare", ["method=bc", "out=mine"], "out=mine: an option of spar_d4rl.py; here it is runs="),
+        ("compare", ["method=spar", "spar.loss.head=latent"], "head=latent: that is method=spar_latent"),
+        ("compare", ["method=spar", "+method.foo=1"], "method.foo: spar has no options of its own"),
+        ("compare", ["seeds=[1]"], r"seeds=\[1\]: an option of spar_d4rl.py"),
+        ("make_dataset", ["dataset=mine"], "dataset=mine: must be as maker/task/name-v0"),
+        ("make_dataset", ["env=CartPole-v1"], "continuous actions"),
+        ("make_dataset", ["env=Pendulum-v1"], "D4RL has no score for it"),
+        ("inspect_dataset", ["figure=x.foo"], "figure=x.foo: must end in one of"),
     ],
 )
-def test_what_could_not_be_used_is_refused_before_any_work(script, options, words, tmp_path):
+def test_what_could_not_be_used_is_refused_before_any_work(recipe, options, words, tmp_path):
+    if recipe == "make_dataset":
+        options = ["dataset=mine/task/set-v0", f"root={tmp_path / 'data'}", *options]
+    check = compare.check if recipe == "compare" else import_module(recipe).main
+    with pytest.raises(InputError, match=words):
+        check(compose_recipe(recipe, *options))
+
+
+def test_several_values_of_an_option_need_directories_of_their_own(tmp_path):
+    check_sweeps(["method=bc,spar", "seed=range(0,3)", "spar.loss.hidden=[8,8]"], compare.SWEEPS)
+    with pytest.raises(InputError, match=r"spar\.loss\.kappa: one value at a time.* commas are for dataset, method"):
+        check_sweeps(["method=bc,spar", "spar.loss.kappa=0.5,1"], compare.SWEEPS)
     (tmp_path / "file").touch()
-    if script == "make_dataset":
-        options = [*options, "root=data"]
-    done = run(script, *options, *(["hydra/launcher=basic"] if "method=" in str(options) else []), cwd=tmp_path)
-    assert_one_line(done, *words)
+    with pytest.raises(InputError, match=r"file.x: cannot be made"):
+        new_directory(tmp_path / "file" / "x")
 
 
 def test_damaged_policy_is_named(tmp_path):
