@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -173,7 +174,7 @@ def check_learnable(cfg: DictConfig) -> None:
     except InputError:
         raise InputError(f"env={cfg.env}: D4RL has no score for it, by which SAC would know its level") from None
     frames, rate = cfg.train.frames_per_batch, cfg.train.updates_per_step
-    if frames * rate != round(frames * rate):
+    if not math.isclose(frames * rate, round(frames * rate)):
         raise InputError(f"train.updates_per_step={rate}: times train.frames_per_batch={frames} it must be whole")
 
 

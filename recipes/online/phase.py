@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -35,7 +36,7 @@ def check(cfg: DictConfig) -> None:
     for name in ("steps", "eval_interval"):
         if not online[name] or online[name] % frames:
             raise InputError(f"online.{name}={online[name]}: must be a multiple of collector.frames_per_batch={frames}")
-    if (rate := frames * online.updates_per_step) != round(rate):
+    if not math.isclose(rate := frames * online.updates_per_step, round(rate)):
         raise InputError(
             f"online.updates_per_step={online.updates_per_step}: times collector.frames_per_batch={frames} it must be "
             "a whole number, the updates of a round"

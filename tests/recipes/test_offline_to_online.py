@@ -318,6 +318,12 @@ def test_runs_that_differ_are_left_out_of_the_figure(tmp_path, capsys):
     assert "seed0: left out of online.json, for other env\n" in printed and "for other evaluations\n" in printed
 
 
+def test_updates_of_a_round_may_be_whole_up_to_rounding():
+    cfg = compose_recipe("spar_offline_to_online", "online.updates_per_step=0.07", "online.first_update=0")
+    check(cfg)  # 100 times it is 7.000000000000001
+    assert count_updates(cfg) == 700
+
+
 def test_workers_must_share_the_frames():
     with pytest.raises(InputError, match=r"multiple of collector\.workers=3"):
         check(compose_recipe("spar_offline_to_online", "collector.backend=process", "collector.workers=3"))
