@@ -74,8 +74,8 @@ def main(cfg: DictConfig) -> None:
 
 def prepare(cfg: DictConfig) -> None:
     """What a process of a sweep needs."""
-    # A worker of Ray or Slurm may start elsewhere.
-    os.chdir(HydraConfig.get().runtime.cwd)
+    if HydraConfig.initialized():  # a worker of Ray or Slurm may start elsewhere
+        os.chdir(HydraConfig.get().runtime.cwd)
     check(cfg)
     if multiprocessing.get_start_method(allow_none=True) == "loky":
         if cfg.eval.background:

@@ -517,13 +517,13 @@ def test_a_policy_that_never_acts_like_the_data_is_judged_by_its_critics_alone()
     torch.testing.assert_close(estimates_of_critics(terms), terms.initial.mean(1))
 
 
-def test_returns_that_differ_by_rounding_have_no_scale():
-    """Their spread, 1e-8, would make rewards and values a hundred million times as large."""
+def test_returns_that_differ_by_rounding_have_the_scale_of_their_mean():
+    """Their spread, 1e-8, would make rewards and values a hundred million times as large; their mean makes them 1."""
     rows = episodes(16, 1)
     rows[REWARD] = 0.1 + 7e-9 * (torch.arange(16).view(16, 1) % 2)
     assert rows[REWARD].std() > 0
     data = load_offline_dataset(rows.set(TERMINATED, torch.ones(16, 1, dtype=torch.bool)), batch_size=8)
-    assert fit_fqe(make_anchor(data), data, **SMALL).loss.reward_scale == 1
+    torch.testing.assert_close(fit_fqe(make_anchor(data), data, **SMALL).loss.reward_scale, torch.tensor(10.0))
 
 
 def test_options_of_evaluation_that_give_no_interval():

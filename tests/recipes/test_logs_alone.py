@@ -318,7 +318,9 @@ def write_runs(folder, values, env=None, scores=None):
                 "curve": [{"step": 0, "normalized": 1.0}], "data": {"normalized": 1.0}, name: row,
                 "anchor": {"normalized": 1.0}, "estimates": estimated,
             }  # fmt: skip
-            (folder / f"{method}-{seed}-{env}.json").write_text(json.dumps(facts))
+            out = folder / f"{method}-{seed}-{env}"
+            out.mkdir(parents=True)
+            (out / "results.json").write_text(json.dumps(facts))
 
 
 VALUES = {"spar": {0: 10.0, 1: 14.0}, "iql": {0: 13.0, 1: 13.0}, "bc": {0: 3.0, 1: 3.0}}
@@ -336,7 +338,7 @@ def test_the_table_of_logs_has_values_and_the_choice(tmp_path, capsys):
 
 def test_the_table_is_of_the_policies_that_are_saved(tmp_path, capsys):
     write_runs(tmp_path, {"spar": {0: 10.0}, "iql": {0: 9.0}})
-    path = tmp_path / "spar-0-None.json"
+    path = tmp_path / "spar-0-None" / "results.json"
     facts = json.loads(path.read_text())
     facts["selected"] = {"support_distance": 1.03}
     facts["estimates"] |= {"choice": "anchor", "anchor": {"mean": 7.0, "low": 6.5, "high": 7.5}}
@@ -361,7 +363,7 @@ def test_scores_and_values_are_not_mixed(tmp_path):
 
 def test_values_of_different_discounts_are_not_compared(tmp_path):
     write_runs(tmp_path, {"spar": {0: 1.0}, "iql": {0: 1.0}})
-    path = tmp_path / "iql-0-None.json"
+    path = tmp_path / "iql-0-None" / "results.json"
     path.write_text(path.read_text().replace("0.99", "0.9"))
     with pytest.raises(InputError, match=r"0\.9 and 0\.99"):
         report.main(tmp_path)

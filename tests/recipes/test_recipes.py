@@ -446,12 +446,14 @@ def test_report_gives_mean_and_spread_over_seeds(tmp_path):
     for seed, score in ((0, 10.0), (1, 30.0)):
         row = {"normalized": score}
         facts = {"dataset": "toy", "env": "Hopper-v5", "seed": seed, "data": row, "anchor": row, "spar": row}
-        (tmp_path / f"{seed}.json").write_text(json.dumps(facts))
+        facts |= {"updates": 1, "episodes": 2, "curve": [{"step": 1, **row}]}
+        (tmp_path / str(seed)).mkdir()
+        (tmp_path / str(seed) / "results.json").write_text(json.dumps(facts))
     spread = "20.0 +- 14.1 (10.0 / 30.0)"
     assert report(tmp_path, tmp_path).stdout.splitlines()[-1] == f"| toy | 0, 1 | 20.0 | {spread} | {spread} |"
-    (tmp_path / "claim.json").write_text(json.dumps({"claim": "drift", "findings": []}))
+    (tmp_path / "drift.json").write_text(json.dumps({"claim": "drift", "findings": []}))
     assert report(tmp_path, tmp_path).stdout.splitlines()[-1].startswith("| toy | 0, 1 |")
-    (tmp_path / "broken.json").write_text("{")
-    assert_one_line(report(tmp_path, tmp_path), "broken.json")
+    (tmp_path / "1" / "results.json").write_text("{")
+    assert_one_line(report(tmp_path, tmp_path), "results.json")
     (tmp_path / "empty").mkdir()
     assert_one_line(report(tmp_path / "empty", tmp_path), "empty")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
@@ -28,7 +30,7 @@ def returns_to_go(
 
     An episode that was cut off rather than terminated goes on with the mean return-to-go of the
     rows that lie at least three horizons, ``3 / (1 - gamma)`` steps, before such a cut. Where there are none, it is
-    that of all rows, each of which goes on likewise. With ``gamma`` 1 nothing is added beyond a cut.
+    that of all rows, each of which goes on likewise; with ``gamma`` 1, up to the cuts alone.
 
     Args:
         data: ``[N]`` rows in TED form, episodes in order; they end where :func:`episode_ends` says.
@@ -72,15 +74,16 @@ def returns_to_go(
     terminated = terminated.reshape(-1)
     returns = discounted_sums(reward.reshape(-1).double(), gamma * (~end).double())
     cut = end & ~terminated
-    if cut.any() and gamma < 1:
+    if cut.any():
         row = torch.arange(len(returns), device=returns.device)
         ends = end.nonzero().squeeze(-1)
         last = ends[torch.searchsorted(ends, row)]
         left = last - row + 1
         before_cut = cut[last]
-        settled = before_cut & (left > 3 / (1 - gamma))
+        settled = before_cut & (left > (3 / (1 - gamma) if gamma < 1 else math.inf))
         share = before_cut * torch.pow(torch.tensor(gamma, dtype=torch.float64), left.cpu()).to(returns)
-        beyond = returns[settled].mean() if settled.any() else returns.mean() / (1 - share.mean())
+        lasting = 1 - share.mean() if gamma < 1 else 1.0
+        beyond = returns[settled].mean() if settled.any() else returns.mean() / lasting
         returns += share * beyond
     return returns.to(reward.dtype).view_as(reward)
 

@@ -222,11 +222,18 @@ def _copy_critics(start: FQELoss, loss: FQELoss) -> None:
 
 
 def episodes_of(data: ReplayBuffer, gamma: float) -> TensorDictBase:
-    """The rows ``[N]`` in order, with their ``"episode"`` ``[N]`` 0, 1, ... and ``"return_to_go"`` ``[N, 1]``."""
+    """The rows ``[N]`` in order, with their ``"episode"`` ``[N]`` 0, 1, ... and ``"return_to_go"`` ``[N, 1]``.
+
+    Raises:
+        InputError: for rows out of order, or ``gamma`` 1 where episodes are cut: those have no value.
+    """
     rows = rows_of(data).copy()
     if "return_to_go" not in rows.keys():
         rows.set("return_to_go", returns_to_go(rows, gamma))
     end = episode_ends(rows).reshape(-1)
+    cut = int((end & ~rows["next", "terminated"].reshape(-1)).sum())
+    if gamma == 1 and cut:
+        raise InputError(f"gamma=1: {cut} episodes are cut, not terminated, so their value has no end; give it below 1")
     return rows.set("episode", end.cumsum(0) - end.long())
 
 
