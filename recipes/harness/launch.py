@@ -119,7 +119,7 @@ def check_sweeps(arguments: Sequence[str], sweeps: Sequence[str] | None) -> None
     """Refuses several values of an option whose runs would share a directory."""
     for override in OverridesParser.create().parse_overrides(get_args_parser().parse_args(arguments).overrides):
         name = override.key_or_group
-        if override.is_sweep_override() and sweeps is not None and name not in sweeps and "hydra" not in name:
+        if override.is_sweep_override() and sweeps is not None and name not in sweeps and not name.startswith("hydra"):
             raise InputError(
                 f"{name}: one value at a time, with a runs=... of its own; commas are for {', '.join(sweeps)}"
             )

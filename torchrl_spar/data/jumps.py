@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 # A jump: columns change by several times what they do in nine of ten steps, and by a good part of their spread. On
-# eleven real sets this holds for no step within an episode, and for 90 % of the resets of most.
+# eleven real sets this holds for no step within an episode, and for 90 % of the resets of most. Contacts can do it.
 JUMP, SPREADS = 3.0, 0.6
 # Steps change most columns by less than two rows of an episode differ, and by less than several steps do. Real sets
 # reach 0.70 and 0.87; shuffled ones 1, interleaved ones below 0.6 at the lag of their number.

@@ -170,7 +170,6 @@ def fit_detector(
     check_options(
         (0 < quantile <= 1, "quantile", quantile, "above 0, at most 1"),
         (num_gaussians >= 1, "num_gaussians", num_gaussians, "at least 1"),
-        (0 < held_out < 1, "held_out", held_out, "between 0 and 1, exclusive"),
     )
     if not isinstance(data, OfflineReplayBuffer):
         raise InputError(f"a detector needs data as load_offline_dataset returns it, not {type(data).__name__}")

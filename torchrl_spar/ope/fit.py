@@ -145,7 +145,6 @@ def fit_fqe_each(
         (num_qvalue_nets >= 1, "num_qvalue_nets", num_qvalue_nets, "at least 1"),
         (0 <= gamma <= 1, "gamma", gamma, "between 0 and 1"),
         (1 <= slice_len <= batch_size, "slice_len", slice_len, f"between 1 and the batch size {batch_size}"),
-        (0 < held_out < 1, "held_out", held_out, "between 0 and 1, exclusive"),
         (0 <= target_rate <= 1, "target_rate", target_rate, "between 0 and 1"),
     )
     rows = episodes_of(data, gamma)
