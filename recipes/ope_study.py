@@ -23,7 +23,8 @@ import torch
 from harness.actors import read_actor
 from harness.checkpoints import sha256
 from harness.directory import read_run
-from harness.environment import LOG_OPTIONS, load
+from harness.environment import load
+from harness.finished import finished_runs, options_of
 from harness.launch import best_device, run_recipe, summarize
 from harness.log_values import fqe_options, plain, slice_length
 from harness.options import option, recipe_options
@@ -42,7 +43,6 @@ from torchrl_spar import InputError, SPARActor, evaluate, residual_family
 from torchrl_spar.ope.estimate import EpisodeTerms
 from torchrl_spar.ope.select import choose, evaluate_each
 
-NEEDED = ("config.yaml", "policy.pt", "results.json")
 DRAWS = 2_000  # of the bootstrap
 PARTS = "parts"  # of a study that is not finished
 GROUP = 10  # policies of a part, fitted side by side
@@ -74,14 +74,6 @@ class Options:
     )
     device: str | None = option(None, "cpu, cuda, ...; null: cuda if there is one, else cpu.")
     threads: int = option(1, "Torch threads.", least=1)
-
-
-def finished_runs(folders: Sequence[str]) -> list[Path]:
-    """Directories with a policy, options and results."""
-    found = sorted({path.parent for folder in folders for path in Path(folder).rglob("policy.pt")})
-    if not (found := [run for run in found if all((run / name).is_file() for name in NEEDED)]):
-        raise InputError(f"runs={list(folders)}: no finished run with {', '.join(NEEDED)} in them")
-    return found
 
 
 def policies_of(
@@ -248,17 +240,6 @@ def finished_study(cfg: DictConfig, asked: dict[str, Any], file: Path) -> dict[s
 def check_same(out: Path, asked: Mapping[str, Any], done: Mapping[str, Any]) -> None:
     if differing := [name for name in asked if asked[name] != done.get(name)]:
         raise InputError(f"out={out}: has a study with another {', '.join(differing)}; give another directory")
-
-
-def options_of(runs: Sequence[Path]) -> list[DictConfig]:
-    """The options of runs, which must be of the same data, environment and discount."""
-    options = [read_run(run)[0] for run in runs]
-    for run, other in zip(runs, options):
-        differing = [key for key in ("env", "env_kwargs", *LOG_OPTIONS) if other.get(key) != options[0].get(key)]
-        if differing or other.spar.loss.gamma != options[0].spar.loss.gamma:
-            what = ", ".join(differing) or "spar.loss.gamma"
-            raise InputError(f"runs: {run} has another {what} than {runs[0]}; study them apart")
-    return options
 
 
 def judge(

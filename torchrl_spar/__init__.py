@@ -15,6 +15,7 @@ from torchrl_spar.evaluation.guard import GuardedActor, SupportDetector, fit_det
 from torchrl_spar.evaluation.policy_file import load_policy, save_policy
 from torchrl_spar.evaluation.reference_scores import normalized_score, reference_returns
 from torchrl_spar.evaluation.rollouts import evaluate
+from torchrl_spar.mean_actor import mean_actor
 from torchrl_spar.objective import SPARLoss
 from torchrl_spar.ope.estimate import estimate_value
 from torchrl_spar.ope.fit import fit_fqe, fit_fqe_each
@@ -69,6 +70,7 @@ __all__ = [
     "make_env",
     "make_spar_loss",
     "make_toy_data",
+    "mean_actor",
     "measure_residual_scale",
     "normal_share",
     "normalized_score",

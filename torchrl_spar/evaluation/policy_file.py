@@ -14,8 +14,10 @@ from torchrl.objectives.common import LossModule
 
 from torchrl_spar.build import rebuild_actor
 from torchrl_spar.errors import InputError, check_device, first_line
+from torchrl_spar.mean_actor import mean_actor
 from torchrl_spar.objective import SPARLoss
 from torchrl_spar.paths import user_path
+from torchrl_spar.residual import SPARActor
 
 FORMAT = "torchrl_spar.evaluation.policy_file.1"
 # Builds a policy from the facts of its file; None where they name no networks that it knows.
@@ -91,7 +93,7 @@ def load_policy(
         path: a file written by :func:`save_policy`.
         policy: an actor of the same structure, whose weights are replaced, or a function of the facts that builds
             one; needed where the saved one has networks of your own. The default networks of
-            :func:`~torchrl_spar.make_spar_loss` are built anew.
+            :func:`~torchrl_spar.make_spar_loss`, and means of them, are built anew.
         device: where the policy lives; the CPU by default.
 
     Returns:
@@ -132,7 +134,7 @@ def load_policy(
                 more = f", ... ({len(misfits)} in all)" if len(misfits) > 6 else ""
                 raise InputError(f"{path}: does not fit the policy that was given: {', '.join(misfits[:6])}{more}")
         elif architecture is not None:
-            built = rebuild_actor(**architecture)
+            built = _rebuild(architecture)
         else:
             built = None if policy is None else policy(facts)
         if built is None:
@@ -151,12 +153,18 @@ def _check_actor(policy: Any) -> None:
         raise InputError(f"policy: a {type(policy).__name__}; give an actor (a TensorDictModule), or save a SPARLoss")
 
 
+def _rebuild(architecture: dict[str, Any]) -> SPARActor:
+    if "mean_of" in architecture:
+        return mean_actor([_rebuild(each) for each in architecture["mean_of"]])
+    return rebuild_actor(**architecture)
+
+
 def _is_default(policy: TensorDictModuleBase) -> bool:
     """Whether the networks are those that its architecture describes."""
     architecture = getattr(policy, "architecture", None)
     if architecture is None:
         return False
-    default = rebuild_actor(**architecture)
+    default = _rebuild(architecture)
     kinds, own = ([(name, type(part)) for name, part in actor.named_modules()] for actor in (default, policy))
     return kinds == own and not _misfits(default, policy.state_dict())
 

@@ -1,0 +1,106 @@
+"""One policy of several finished runs of SPAR: the mean of their actions, which varies less than a run.
+
+python recipes/spar_d4rl.py seeds=[0,1,2] out=outputs/mine
+python recipes/average.py runs=[outputs/mine] out=outputs/mine_mean
+
+Writes policy.pt, which evaluate.py and export.py take like a run's own, and average.json: scores of the mean, of the
+mean of the anchors and of each run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from harness.actors import read_actor
+from harness.directory import read_run
+from harness.finished import finished_runs, options_of
+from harness.launch import run_recipe, summarize
+from harness.options import option, recipe_options
+from harness.output import check_unused, new_directory, rounded, write_json
+from harness.printing import numeric_table
+from harness.run import VERSIONED, commit
+from harness.scores import RESULT_SEED
+from omegaconf import DictConfig
+from rich.console import Console
+
+from torchrl_spar import InputError, SPARActor, evaluate, mean_actor, save_policy
+
+
+@recipe_options("average")
+@dataclass
+class Options:
+    runs: list[str] = option(
+        "???", "Directories of finished runs of SPAR on one data set, or folders that hold some; two at least."
+    )
+    out: str = option("outputs/average/${now:%Y-%m-%d_%H-%M-%S}", "Directory of the files; a used one is refused.")
+    episodes: int = option(20, "Episodes that the mean and the mean of the anchors play.", least=2)
+    seed: int = option(0, "Of the evaluation.", least=0)
+    threads: int = option(1, "Torch threads.", least=1)
+
+
+def read_policies(runs: Sequence[Path]) -> tuple[list[SPARActor], dict[str, Any]]:
+    """The policies of runs, and what the first one's file says of them."""
+    policies: list[SPARActor] = []
+    facts: list[dict[str, Any]] = []
+    for run in runs:
+        policy, said = read_actor(run / "policy.pt")
+        if not isinstance(policy, SPARActor):
+            raise InputError(f"runs: the policy of {run} has no residual on an anchor")
+        policies.append(policy)
+        facts.append(said)
+    return policies, facts[0]
+
+
+def main(cfg: DictConfig) -> None:
+    torch.set_num_threads(cfg.threads)
+    out, runs = Path(cfg.out), finished_runs(cfg.runs)
+    if len(runs) < 2:
+        raise InputError(f"runs={list(cfg.runs)}: one finished run alone; a mean needs two at least")
+    check_unused(out)
+    options_of(runs)
+    results = [read_run(run)[1] for run in runs]
+    if len(methods := {each["method"] for each in results}) > 1:
+        raise InputError(f"runs: of several methods, {', '.join(sorted(methods))}; take them apart")
+    policies, facts = read_policies(runs)
+    mean, env, env_kwargs = mean_actor(policies), results[0]["env"], results[0]["env_kwargs"]
+    found: dict[str, Any] = {name: results[0][name] for name in ("dataset", "env", "env_kwargs", "method")}
+    of_each = ("seed", "updates", "anchor", "spar", "selected")
+    found["runs"] = [
+        {"run": str(run), **{name: each[name] for name in of_each if name in each}} for run, each in zip(runs, results)
+    ]
+    if env is not None:
+        for name, policy in {"anchor": mean.anchor, "mean": mean}.items():
+            returns = evaluate(policy, env, cfg.episodes, RESULT_SEED + 100_000 * cfg.seed, **env_kwargs)
+            found[name] = summarize(env, returns, env_kwargs)
+        found["episodes"] = cfg.episodes
+    found |= {"versions": {name: version(name) for name in VERSIONED}, "commit": commit()}
+    shared = {name: facts[name] for name in ("env", "env_kwargs", "dataset", "rows_sha256", "log") if name in facts}
+    new_directory(out)
+    save_policy(mean, out / "policy.pt", **shared, seeds=[each["seed"] for each in results])
+    write_json(out / "average.json", rounded(found, 6))
+    if env is not None:
+        show(found)
+    print(f"files in {out}")
+
+
+def show(found: Mapping[str, Any]) -> None:
+    runs, title = found["runs"], f"{found['method']}, {found['env']}, {found['dataset']}"
+    table = numeric_table(f"{title}: the mean of {len(runs)} in {found['episodes']} episodes", "anchor", "policy")
+    for row in runs:
+        table.add_row(f"seed {row['seed']}", score(row["anchor"]), score(row.get("selected", row["spar"])))
+    table.add_row("mean of the actions", score(found["anchor"]), score(found["mean"]))
+    Console().print(table)
+
+
+def score(row: Mapping[str, float | None]) -> str:
+    """Normalised where there is one."""
+    return f"{row['return_mean'] if row['normalized'] is None else row['normalized']:.1f}"
+
+
+if __name__ == "__main__":
+    run_recipe(main, "average")
