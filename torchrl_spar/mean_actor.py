@@ -28,10 +28,11 @@ def mean_actor(actors: Sequence[SPARActor]) -> SPARActor:
         actors: two or more, of one data set; copied.
 
     Returns:
-        The policy, in the unit ``rho`` of the mean of their residual scales.
+        The policy. Its ``residual_scale`` is the mean of theirs.
 
     Raises:
-        InputError: for fewer than two, another kind of actor, other bounds or keys, or a recurrent anchor.
+        InputError: for fewer than two actors, one that is no SPARActor or has a recurrent anchor, and actors that
+            differ in type, device, bounds or action key.
 
     Source: ours. Averages over seeds are bagging, Breiman 1996 (https://doi.org/10.1007/BF00058655).
 
@@ -45,31 +46,41 @@ def mean_actor(actors: Sequence[SPARActor]) -> SPARActor:
         >>> torch.allclose(mean_actor([one, other])(observation=x), mean, atol=1e-6)
         True
     """
-    if len(actors) < 2:
-        raise InputError(f"actors: {len(actors)} given; a mean needs at least two")
-    first = actors[0]
-    for i, actor in enumerate(actors):
-        if not isinstance(actor, SPARActor):
-            raise InputError(f"actors[{i}]: a {type(actor).__name__}; give SPARActors")
-        if actor.out_keys != first.out_keys or actor.out_keys != [actor.action_key]:
-            raise InputError(f"actors[{i}] writes {actor.out_keys}; all must write the same action alone")
-        if not all(torch.equal(getattr(actor, side), getattr(first, side)) for side in ("low", "high")):
-            raise InputError(f"actors[{i}]: its action bounds are not those of actors[0]")
     actors = [deepcopy(actor) for actor in actors]
+    _check(actors)
+    first = actors[0]
     scale = torch.stack([actor.residual_scale for actor in actors]).mean(0)
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))  # 0: no member leaves its anchor, but anchors differ
     anchor_key, residual_key = first.anchor_action_key, first.residual_key
     head = TensorDictSequential(
         MeanAction(actors, first.action_key, MEAN),
         TensorDictModule(ScaledDifference(scale), [MEAN, anchor_key], [residual_key]),
     )
+    spec = Bounded(first.low, first.high, first.low.shape, dtype=first.low.dtype, device=first.low.device)
     mean = SPARActor(
         MeanAction([actor.anchor for actor in actors], first.action_key, first.action_key), head,
-        action_spec=Bounded(first.low, first.high, first.low.shape, dtype=first.low.dtype), residual_scale=scale,
-        anchor_action_key=anchor_key, residual_key=residual_key,
+        action_spec=spec, residual_scale=scale, anchor_action_key=anchor_key, residual_key=residual_key,
     )  # fmt: skip
+    # In the members' type: a SPARActor reads bounds in torch's default one.
+    mean.low, mean.high, mean.residual_scale = first.low.clone(), first.high.clone(), scale.clone()
     if all(actor.architecture for actor in actors):
         mean.architecture = {"mean_of": [actor.architecture for actor in actors]}
     return mean
+
+
+def _check(actors: Sequence[SPARActor]) -> None:
+    if len(actors) < 2:
+        raise InputError(f"actors: {len(actors)} given; a mean needs at least two")
+    for i, actor in enumerate(actors):
+        if not isinstance(actor, SPARActor):
+            raise InputError(f"actors[{i}]: a {type(actor).__name__}; give SPARActors")
+        if actor.out_keys != actors[0].out_keys or actor.out_keys != [actor.action_key]:
+            raise InputError(f"actors[{i}] writes {actor.out_keys}; all must write the same key, and only that")
+        low, high = actor.low, actor.high
+        if (low.dtype, low.device) != (actors[0].low.dtype, actors[0].low.device):
+            raise InputError(f"actors[{i}]: of {low.dtype} on {low.device}, which are not those of actors[0]")
+        if not torch.equal(low, actors[0].low) or not torch.equal(high, actors[0].high):
+            raise InputError(f"actors[{i}]: its action bounds are not those of actors[0]")
 
 
 class MeanAction(TensorDictModuleBase):

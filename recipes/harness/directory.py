@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from omegaconf import Container, DictConfig, OmegaConf
 from yaml import YAMLError
@@ -21,6 +21,8 @@ from torchrl_spar.errors import first_line
 # What makes it no other run: where it lies, the threads, evaluation beside training, checkpoints.
 FREE = ("runs", "out", "threads", "eval.background", "resume", "checkpoint.seconds")
 LOCK = ".lock"
+# What every run leaves in results.json.
+RESULTS = ("dataset", "env", "env_kwargs", "seed", "method", "updates")
 
 
 def run_directory(runs: Path, dataset: str, method: str, seed: int) -> Path:
@@ -127,13 +129,17 @@ def read_run(run: Path) -> tuple[DictConfig, dict[str, Any]]:
     config, results = run / "config.yaml", run / "results.json"
     try:
         options = OmegaConf.load(config)
+        if not isinstance(options, DictConfig) or not options:
+            raise ValueError("it holds no options")
     except (OSError, ValueError, YAMLError) as err:
         raise InputError(f"{config}: damaged, or no run's options: {first_line(err)}") from None
     try:
         found = json.loads(results.read_text())
+        if missing := [name for name in RESULTS if name not in (found if isinstance(found, dict) else {})]:
+            raise ValueError(f"it lacks {', '.join(missing)}")
     except (OSError, ValueError) as err:
         raise InputError(f"{results}: damaged, or no run's results: {first_line(err)}") from None
-    return cast(DictConfig, options), found
+    return options, found
 
 
 def is_finished(out: Path, cfg: DictConfig) -> bool:

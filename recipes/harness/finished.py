@@ -5,32 +5,43 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from harness.directory import read_run
 from harness.environment import LOG_OPTIONS
 from torchrl_spar import InputError
 
 NEEDED = ("config.yaml", "policy.pt", "results.json")
+# Of the options and of the results, what says which data and which task a run is of.
+SAME_OPTIONS = ("action_scale", *LOG_OPTIONS, "spar.loss.gamma")
+SAME_RESULTS = ("env", "env_kwargs", "rows_sha256")
 
 
 def finished_runs(folders: Sequence[str]) -> list[Path]:
-    """Directories with a policy, options and results."""
-    found = sorted({path.parent for folder in folders for path in Path(folder).rglob("policy.pt")})
-    if not (found := [run for run in found if all((run / name).is_file() for name in NEEDED)]):
-        raise InputError(f"runs={list(folders)}: no finished run with {', '.join(NEEDED)} in them")
-    return found
+    """Directories with a policy, options and results, each once; says which are left out as they are not finished.
+
+    Raises:
+        InputError: for a folder without any.
+    """
+    runs: dict[Path, Path] = {}
+    for folder in folders:
+        begun = {path.parent for path in Path(folder).rglob("config.yaml")}
+        found = {run for run in begun if all((run / name).is_file() for name in NEEDED)}
+        if not found:
+            raise InputError(f"runs: no finished run with {', '.join(NEEDED)} in {folder}")
+        for run in sorted(begun - found):
+            print(f"{run}: not finished, left out")
+        runs |= {run.resolve(): run for run in found}
+    return sorted(runs.values())
 
 
 def options_of(runs: Sequence[Path]) -> list[DictConfig]:
     """The options of runs, which must be of the same rows, environment and discount."""
     read = [read_run(run) for run in runs]
-    options = [each for each, _ in read]
-    first = options[0]
-    for run, (other, results) in zip(runs, read):
-        differing = [key for key in ("env", "env_kwargs", *LOG_OPTIONS) if other.get(key) != first.get(key)]
-        differing += ["spar.loss.gamma"] * (other.spar.loss.gamma != first.spar.loss.gamma)
-        differing += ["rows_sha256"] * (results.get("rows_sha256") != read[0][1].get("rows_sha256"))
+    first, first_results = read[0]
+    for run, (options, results) in zip(runs, read):
+        differing = [name for name in SAME_OPTIONS if OmegaConf.select(options, name) != OmegaConf.select(first, name)]
+        differing += [name for name in SAME_RESULTS if results.get(name) != first_results.get(name)]
         if differing:
-            raise InputError(f"runs: {run} has another {', '.join(differing)} than {runs[0]}; take them apart")
-    return options
+            raise InputError(f"runs: {run} has another {', '.join(differing)} than {runs[0]}; leave it out")
+    return [options for options, _ in read]

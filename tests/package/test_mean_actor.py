@@ -21,6 +21,7 @@ from torchrl_spar import (
     residual_family,
     save_policy,
 )
+from torchrl_spar.evaluation.fast_policy import action_function
 
 
 def make_actor(seed, **options):
@@ -52,6 +53,36 @@ def test_scaled_residuals_lead_from_the_mean_anchor_to_the_mean(actors):
     family = residual_family(mean, [0, 0.25, 1])
     for share, policy in zip([0, 0.25, 1], family.values()):
         torch.testing.assert_close(policy(observation=x), anchor + share * (action - anchor))
+
+
+def test_members_that_keep_to_their_anchors(actors):
+    """As select_policy leaves them where no gain is sure: without a scale there is no unit."""
+    for scale in (torch.zeros(ACTION), torch.cat([torch.zeros(1), torch.ones(ACTION - 1)])):
+        for actor in actors:
+            actor.residual_scale.copy_(scale)
+        mean, x = mean_actor(actors), torch.randn(100, OBSERVATION)
+        torch.testing.assert_close(mean(observation=x), sum(actor(observation=x) for actor in actors) / 3)
+
+
+@pytest.mark.parametrize(("dtype", "rounding"), [(torch.float64, 1e-12), (torch.bfloat16, 1e-2)])
+def test_the_type_of_the_members_stays(actors, dtype, rounding):
+    actors = [actor.to(dtype) for actor in actors]
+    actors[0].low.fill_(-1 - 1e-9)
+    for actor in actors[1:]:
+        actor.low.copy_(actors[0].low)
+    mean, x = mean_actor(actors), torch.randn(100, OBSERVATION, dtype=dtype)
+    action = mean(observation=x)
+    assert action.dtype == dtype and torch.equal(mean.low, actors[0].low)
+    expected = sum(actor(observation=x) for actor in actors) / 3
+    torch.testing.assert_close(action, expected, rtol=0, atol=rounding)
+
+
+def test_the_fast_function_gives_the_means_actions_to_the_bit(actors, monkeypatch):
+    mean, x = mean_actor(actors), torch.randn(100, OBSERVATION)
+    expected = mean(observation=x)
+    act = action_function(mean)
+    monkeypatch.setattr(SPARActor, "forward", None)  # it calls no module
+    assert torch.equal(act(x), expected)
 
 
 def test_a_guard_falls_back_to_the_mean_anchor(actors):
@@ -109,6 +140,7 @@ def test_what_has_no_mean_is_named(actors):
         ([own(TensorDictSequential(lstm))], r"actors\[1\] writes"),
         ([renamed], r"actors\[1\] writes"),
         ([actors[1], wide], r"actors\[2\]: its action bounds"),
+        ([make_actor(seed=3).double()], r"actors\[1\]: of torch.float64"),
     ):
         with pytest.raises(InputError, match=words):
             mean_actor([actors[0], *others])

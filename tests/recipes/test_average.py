@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torchrl_spar import InputError, evaluate, load_policy, make_spar_loss, save
 pytest.importorskip("hydra")
 pytest.importorskip("gymnasium")
 import average
+from harness.finished import finished_runs
 from harness.output import save_config
 from harness.scores import RESULT_SEED
 from rivals.models import ACTORS, Networks
@@ -36,6 +38,7 @@ def write_run(out, seed, *options, policy=None, **changed):
         save_policy(policy, out / "policy.pt", **facts, seed=seed, compare_network=policy.network)
     score = {"return_mean": -100.0 * seed, "return_std": 1.0, "normalized": None}
     results = {"dataset": "log.npz", "env": ENV, "env_kwargs": {}, "seed": seed, "method": "spar", "updates": 4}
+    results["episodes"] = 20
     results |= {"rows_sha256": "a", "anchor": score, "spar": score} | changed
     (out / "results.json").write_text(json.dumps(results))
     return actor
@@ -73,7 +76,10 @@ def test_runs_without_a_mean_are_refused_and_nothing_is_written(tmp_path):
     write_run(tmp_path / "one" / "0", 0)
     rival = next(iter(ACTORS.values()))(Networks.of(3, Bounded(-2, 2, (1,)), hidden=[8]))
     for name, options, changed, words in (
-        ("alone", [], None, "one finished run alone"),
+        ("alone", [], None, "only one finished run"),
+        ("environment", [], {"env_kwargs": {"g": 9.0}}, "another env_kwargs"),
+        ("online", [], {"online": {}}, "went on online"),
+        ("scores", [], {"spar": None}, "has no scores"),
         ("log", ["dataset=other.npz"], {}, "another dataset"),
         ("rows", [], {"rows_sha256": "b"}, "another rows_sha256"),
         ("discount", ["spar.loss.gamma=0.9"], {}, r"another spar\.loss\.gamma"),
@@ -87,3 +93,35 @@ def test_runs_without_a_mean_are_refused_and_nothing_is_written(tmp_path):
         with pytest.raises(InputError, match=words):
             average.main(compose_recipe("average", f"runs=[{','.join(map(str, runs))}]", f"out={tmp_path / 'out'}"))
         assert not (tmp_path / "out").exists()
+
+
+def test_a_run_counts_once(tmp_path, monkeypatch):
+    for seed in (0, 1):
+        write_run(tmp_path / "runs" / str(seed), seed)
+    monkeypatch.chdir(tmp_path)
+    assert len(finished_runs(["runs", str(tmp_path / "runs"), "runs/0"])) == 2
+    shutil.copytree("runs/0", "runs/2")
+    with pytest.raises(InputError, match="hold the same policy"):
+        average.main(compose_recipe("average", "runs=[runs]", "out=out"))
+
+
+def test_what_is_missing_or_unfinished_is_said(tmp_path, capsys):
+    for seed in (0, 1):
+        write_run(tmp_path / str(seed), seed)
+    with pytest.raises(InputError, match=r"no finished run with .*nowhere"):
+        finished_runs([str(tmp_path), str(tmp_path / "nowhere")])
+    capsys.readouterr()
+    (tmp_path / "1" / "results.json").unlink()
+    assert finished_runs([str(tmp_path)]) == [tmp_path / "0"]
+    assert capsys.readouterr().out == f"{tmp_path / '1'}: not finished, left out\n"
+
+
+@pytest.mark.parametrize("name", ["results.json", "config.yaml"])
+@pytest.mark.parametrize("content", ["", "[]", "null", "{}", "words"])
+def test_damaged_files_of_a_run_are_named(name, content, tmp_path):
+    for seed in (0, 1):
+        write_run(tmp_path / str(seed), seed)
+    (tmp_path / "1" / name).write_text(content)
+    with pytest.raises(InputError, match=f"1(/{name}: damaged| has another dataset)"):
+        average.main(compose_recipe("average", f"runs=[{tmp_path}]", f"out={tmp_path / 'out'}"))
+    assert not (tmp_path / "out").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from tensordict import NestedKey, TensorDict
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torchrl.modules import TanhModule
 
 from torchrl_spar.anchor import FrozenAnchor
+from torchrl_spar.mean_actor import MeanAction, ScaledDifference
 from torchrl_spar.networks import StateMLP, functional_of
 from torchrl_spar.residual import SPARActor
 
@@ -58,6 +60,8 @@ def _stage(module: nn.Module) -> Stage | None:
         return _actor(module)
     if type(module) is FrozenAnchor:
         return _stage(module.actor)
+    if type(module) is MeanAction:
+        return _mean(module)
     if type(module) is TensorDictSequential and isinstance(module.module, nn.ModuleList):
         return _sequence(*module.module)
     if type(module) is TanhModule:
@@ -75,6 +79,20 @@ def _sequence(*modules: nn.Module) -> Stage | None:
     def run(entries: Entries) -> None:
         for stage in stages:
             stage(entries)
+
+    return run
+
+
+def _mean(module: MeanAction) -> Stage | None:
+    stages = [stage for stage in map(_stage, module.actors) if stage is not None]
+    if len(stages) < len(module.actors):
+        return None
+
+    def run(entries: Entries) -> None:
+        copies = [dict(entries) for _ in stages]
+        for stage, copy in zip(stages, copies):
+            stage(copy)
+        entries[module.out_keys[0]] = torch.stack([copy[module.action_key] for copy in copies]).mean(0)
 
     return run
 
@@ -110,11 +128,15 @@ def _squash(module: TanhModule) -> Stage | None:
 def _network(module: TensorDictModule) -> Stage | None:
     """A network that can be called with its parameters as a dict."""
     network, keys = module.module, module.in_keys
-    if type(network) is not StateMLP or (functional := functional_of(network)) is None:
+    call: Callable[..., Tensor]
+    if type(network) is ScaledDifference:
+        call = network.forward
+    elif type(network) is StateMLP and (functional := functional_of(network)) is not None:
+        call = partial(functional, TensorDict.from_module(network).to_dict())
+    else:
         return None
-    params = TensorDict.from_module(network).to_dict()
 
     def run(entries: Entries) -> None:
-        entries[module.out_keys[0]] = functional(params, *(entries[key] for key in keys))
+        entries[module.out_keys[0]] = call(*(entries[key] for key in keys))
 
     return run
