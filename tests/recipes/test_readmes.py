@@ -208,8 +208,13 @@ def test_the_first_pages_results_are_the_reports():
     scores = {row[0]: [re.sub(r" \(\d\)$", "", cell) for cell in row[1:7]] for row in reported[2:]}
     (shown,) = [table for table in tables((ROOT / "README.md").read_text()) if table[0][0] == "method"]
     assert len(shown) > 4
-    for method, *cells in shown[2:]:
+    *rows, mean = shown[2:]
+    for method, *cells in rows:
         assert cells == scores[method]
+    names = {"embedded Hopper": "embedded"}
+    files = [RESULTS / "mean_of_runs" / f"{names.get(name, name)}_24000.json" for name in shown[0][1:]]
+    means = [json.loads(file.read_text())["mean"]["normalized"] for file in files]
+    assert mean[1:] == [f"{score:.1f}" for score in means]
 
 
 def test_what_settled_critics_change_is_the_committed_runs():
@@ -257,6 +262,20 @@ def test_the_speeds_are_the_committed_benchmark():
 def test_the_citation_has_the_version():
     versions = re.findall(r"^version: (\S+)$", (ROOT / "CITATION.cff").read_text(), flags=re.M)
     assert versions == [torchrl_spar.__version__]
+
+
+def test_the_means_of_runs_are_the_committed_ones():
+    (shown,) = [rows for rows in tables((RESULTS / "README.md").read_text()) if "their mean policy" in rows[0]]
+    expected = []
+    for file in (RESULTS / "mean_of_runs").glob("*.json"):
+        found = json.loads(file.read_text())
+        scores = [each["spar"]["normalized"] for each in found["runs"]]
+        assert [each["seed"] for each in found["runs"]] == [0, 1, 2][: len(scores)] and found["episodes"] == 20
+        numbers = (sum(scores) / len(scores), found["anchor"]["normalized"], found["mean"]["normalized"])
+        each = ", ".join(f"{score:.1f}" for score in scores)
+        expected.append([file.stem, each, *(f"{number:.1f}" for number in numbers)])
+        assert found["mean"]["normalized"] > found["anchor"]["normalized"] - 3
+    assert sorted(shown[2:]) == sorted(expected)
 
 
 def test_the_long_runs_are_the_committed_ones():
