@@ -25,12 +25,13 @@ def finished_runs(folders: Sequence[str]) -> list[Path]:
     """
     runs: dict[Path, Path] = {}
     for folder in folders:
-        begun = {path.parent for path in Path(folder).rglob("config.yaml")}
+        begun = {path.parent for path in Path(folder).rglob("config.yaml")}  # loggers write such files, too
         found = {run for run in begun if all((run / name).is_file() for name in NEEDED)}
         if not found:
             raise InputError(f"runs: no finished run with {', '.join(NEEDED)} in {folder}")
         for run in sorted(begun - found):
-            print(f"{run}: not finished, left out")
+            if (run / "metrics.csv").is_file():
+                print(f"{run}: not finished, left out")
         runs |= {run.resolve(): run for run in found}
     return sorted(runs.values())
 

@@ -111,7 +111,9 @@ def test_what_is_missing_or_unfinished_is_said(tmp_path, capsys):
     with pytest.raises(InputError, match=r"no finished run with .*nowhere"):
         finished_runs([str(tmp_path), str(tmp_path / "nowhere")])
     capsys.readouterr()
-    (tmp_path / "1" / "results.json").unlink()
+    (tmp_path / "1" / "results.json").rename(tmp_path / "1" / "metrics.csv")
+    (tmp_path / "0" / "wandb").mkdir()
+    (tmp_path / "0" / "wandb" / "config.yaml").touch()  # a logger's own
     assert finished_runs([str(tmp_path)]) == [tmp_path / "0"]
     assert capsys.readouterr().out == f"{tmp_path / '1'}: not finished, left out\n"
 
