@@ -18,8 +18,7 @@ from typing import Any
 import torch
 from harness.actors import read_actor
 from harness.checkpoints import sha256
-from harness.directory import read_run
-from harness.finished import finished_runs, options_of
+from harness.finished import finished_runs, read_agreeing
 from harness.launch import run_recipe, summarize
 from harness.options import option, recipe_options
 from harness.output import new_directory, rounded, write_json
@@ -62,8 +61,7 @@ def read_policies(runs: Sequence[Path]) -> tuple[list[SPARActor], dict[str, Any]
 
 def read_results(runs: Sequence[Path]) -> list[dict[str, Any]]:
     """The results of offline runs of one method."""
-    options_of(runs)
-    results = [read_run(run)[1] for run in runs]
+    results = [each for _, each in read_agreeing(runs)]
     for run, each in zip(runs, results):
         if "online" in each:
             raise InputError(f"runs: {run} went on online; a mean is of offline runs")

@@ -22,9 +22,8 @@ from typing import Any, cast
 import torch
 from harness.actors import read_actor
 from harness.checkpoints import sha256
-from harness.directory import read_run
 from harness.environment import load
-from harness.finished import finished_runs, options_of
+from harness.finished import finished_runs, read_agreeing
 from harness.launch import best_device, run_recipe, summarize
 from harness.log_values import fqe_options, plain, slice_length
 from harness.options import option, recipe_options
@@ -130,8 +129,9 @@ def main(cfg: DictConfig) -> None:
     runs, device = finished_runs(cfg.runs), best_device(cfg.device)
     asked = asked_for(cfg, runs)
     facts = finished_study(cfg, asked, file)
-    options = options_of(runs)
-    methods = {str(run): read_run(run)[1]["method"] for run in runs}
+    read = read_agreeing(runs)
+    options = [each for each, _ in read]
+    methods = {str(run): results["method"] for run, (_, results) in zip(runs, read)}
     policies, families = policies_of(methods, cfg.scales, device)
     data, env, env_kwargs = load(options[0], device)
     if facts is None:

@@ -59,7 +59,7 @@ def mean_actor(actors: Sequence[SPARActor]) -> SPARActor:
     spec = Bounded(first.low, first.high, first.low.shape, dtype=first.low.dtype, device=first.low.device)
     mean = SPARActor(
         MeanAction([actor.anchor for actor in actors], first.action_key, first.action_key), head,
-        action_spec=spec, residual_scale=scale, anchor_action_key=anchor_key, residual_key=residual_key,
+        action_spec=spec, anchor_action_key=anchor_key, residual_key=residual_key,
     )  # fmt: skip
     # In the members' type: a SPARActor reads bounds in torch's default one.
     mean.low, mean.high, mean.residual_scale = first.low.clone(), first.high.clone(), scale.clone()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -36,8 +37,8 @@ def finished_runs(folders: Sequence[str]) -> list[Path]:
     return sorted(runs.values())
 
 
-def options_of(runs: Sequence[Path]) -> list[DictConfig]:
-    """The options of runs, which must be of the same rows, environment and discount."""
+def read_agreeing(runs: Sequence[Path]) -> list[tuple[DictConfig, dict[str, Any]]]:
+    """The options and results of runs, which must be of the same rows, environment and discount."""
     read = [read_run(run) for run in runs]
     first, first_results = read[0]
     for run, (options, results) in zip(runs, read):
@@ -45,4 +46,4 @@ def options_of(runs: Sequence[Path]) -> list[DictConfig]:
         differing += [name for name in SAME_RESULTS if results.get(name) != first_results.get(name)]
         if differing:
             raise InputError(f"runs: {run} has another {', '.join(differing)} than {runs[0]}; leave it out")
-    return [options for options, _ in read]
+    return read
