@@ -33,7 +33,7 @@ from harness.launch import RECIPES, run_recipe
 from harness.method_options import method_options
 from harness.options import option, recipe_options, unknown_option
 from harness.run import MainPhase, block_length, closing_all, of_one_run
-from harness.spar_options import Eval
+from harness.spar_options import Eval, Spar
 from harness.spar_run import SPARRun
 from harness.stopping import stop, stop_with_parent
 from hydra.core.hydra_config import HydraConfig
@@ -62,6 +62,8 @@ class Options(spar_options.Options):
     )
     out: str | None = option(None, "Set by the recipe.")
     resume: bool = option(True, "The same command resumes.")
+    # As the rivals have one policy.
+    spar: Spar = option(Spar(members=1), "The main phase.")
     # In line: the runs take all cores, and joblib's processes cannot start another.
     eval: Eval = option(Eval(background=False), "Evaluations.")
     defaults: list[Any] = field(default_factory=list)  # those of config/compare.yaml

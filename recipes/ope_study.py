@@ -39,6 +39,7 @@ from rich.table import Table
 from tensordict.nn import TensorDictModuleBase
 
 from torchrl_spar import InputError, SPARActor, evaluate, residual_family
+from torchrl_spar.mean_actor import same_weights
 from torchrl_spar.ope.estimate import EpisodeTerms
 from torchrl_spar.ope.select import choose, evaluate_each
 
@@ -95,7 +96,7 @@ def policies_of(
         if isinstance(policy, SPARActor) and method in NAMES.values():
             family = {f"{run} {name}": each for name, each in residual_family(policy, scales).items()}
             # Runs of one seed may share their anchor.
-            same = [name for name, other in anchors.items() if has_weights_of(policy.anchor, other)]
+            same = [name for name, other in anchors.items() if same_weights(policy.anchor, other)]
             own = same[0] if same else f"{run} c=0" if anchors else "anchor"
             anchors.setdefault(own, policy.anchor)
             families[run] = [own, *family]
@@ -107,11 +108,6 @@ def policies_of(
             f"runs={list(methods)}: none is of {' or '.join(NAMES.values())}, with an anchor to compare with"
         )
     return {"anchor": anchors["anchor"], **policies}, families
-
-
-def has_weights_of(one: TensorDictModuleBase, other: TensorDictModuleBase) -> bool:
-    left, right = one.state_dict(), other.state_dict()
-    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
 def d3rlpy_peer() -> ModuleType:

@@ -22,12 +22,11 @@ from harness import spar_options  # noqa: F401 - registers the options
 from harness.directory import started
 from harness.launch import best_device, run_recipe
 from harness.run import MainPhase, closing_all, of_one_run
-from harness.spar_run import SPARRun, make_update
+from harness.spar_run import SPARRun, Updates
 from harness.stopping import stop
 from omegaconf import DictConfig
 from tqdm import tqdm
 
-from torchrl_spar import StackedSPARLoss
 from torchrl_spar.evaluation.background import end_with_parent, without_ctrl_c
 
 
@@ -76,18 +75,9 @@ def train(
             for cfg in cfgs:
                 runs.append(run_class(cfg, checkpoints, line))
                 runs[-1].pretrain()
-            # The main phase, of several seeds as one program.
-            stack = StackedSPARLoss([run.loss for run in runs]) if len(runs) > 1 else None
-            samplers = [run.make_sampler() for run in runs]
-            update = make_update(cfg, stack or runs[0].loss, cudagraph=runs[0].device.type == "cuda")
-            checkpoints.add("update", update)
-            phase = MainPhase(runs, "spar")
+            updates, phase = Updates(runs), MainPhase(runs, "spar")
             for step in phase.steps():
-                blocks = [next(sampler) for sampler in samplers]
-                metrics = update.run(torch.stack(blocks, 1) if stack else blocks[0])
-                if stack:
-                    stack.copy_back()  # samplers, health checks, evaluations and checkpoints read the losses
-                phase.after(step, metrics)
+                phase.after(step, updates.run())
             for run in runs:
                 run.finish(updates_per_second=phase.updates_per_second)
 

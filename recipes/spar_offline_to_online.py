@@ -92,8 +92,9 @@ class OnlineSPAR(SPARRun):
         options = {key: self.cfg.spar[key] for key in ("policy_interval", "compile")}
         options["decay_steps"] = max(1, count_updates(self.cfg))
         # New experience arrives until the end, so the critics learn until then.
-        update = SPARUpdate(self.loss, critic_share=1.0, **options, **self.cfg.online.spar)
-        results["online"] = go_online(self, self.loss.actor, update)
+        [loss] = self.losses
+        update = SPARUpdate(loss, critic_share=1.0, **options, **self.cfg.online.spar)
+        results["online"] = go_online(self, loss.actor, update)
 
 
 class OnlineTD3(compare.RivalRun):

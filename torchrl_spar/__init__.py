@@ -24,6 +24,7 @@ from torchrl_spar.ope.select import residual_family, select_policy
 from torchrl_spar.residual import GaussianEncoder, ResidualHead, ResidualVAE, SPARActor
 from torchrl_spar.sharing import share_critics
 from torchrl_spar.training.health import HealthCheck, check_finite
+from torchrl_spar.training.members import make_member
 from torchrl_spar.training.pretrain import fit_anchor, fit_critics, fit_vae, measure_residual_scale, pretrain
 from torchrl_spar.training.progress import Progress
 from torchrl_spar.training.sampling import BatchSampler, with_anchor_actions, with_member_weights, with_value_targets
@@ -68,6 +69,7 @@ __all__ = [
     "load_policy",
     "make_anchor",
     "make_env",
+    "make_member",
     "make_spar_loss",
     "make_toy_data",
     "mean_actor",

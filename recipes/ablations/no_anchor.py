@@ -9,7 +9,7 @@ from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequ
 from torch import Tensor, nn
 
 from torchrl_spar import FrozenAnchor
-from torchrl_spar.build import rebuild_actor
+from torchrl_spar.evaluation.policy_file import rebuild_policy
 
 
 class MidRange(nn.Module):
@@ -31,7 +31,7 @@ def mid_range(low: Tensor, high: Tensor) -> TensorDictModule:
 
 def rebuild(**architecture: Any) -> TensorDictSequential:
     """The policy of the ablation from the sizes in its file, untrained."""
-    actor = rebuild_actor(**architecture)
+    actor = rebuild_policy(architecture)
     actor.anchor = FrozenAnchor(mid_range(actor.low, actor.high))
     return TensorDictSequential(actor)
 
@@ -46,7 +46,7 @@ class UnanchoredRun(SPARRun):
 
     @property
     def network(self) -> dict[str, Any]:
-        sizes = self.loss.actor.architecture
+        sizes = self.policy.architecture
         assert sizes is not None  # its other networks are the default ones
         return {"kind": "no_anchor", **sizes}
 

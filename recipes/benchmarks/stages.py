@@ -64,14 +64,17 @@ def measure_stages(steps: int, steps_per_second: float, *, compile: bool = False
     rows = measure("anchor's actions", lambda: with_anchor_actions(loss, data))
     measure_fit("vae", fit_vae, loss, rows)
     measure_fit("critics", fit_critics, loss, rows)
-    measure("targets", lambda: with_value_targets(loss, rows), cfg.spar.updates / cfg.spar.target_interval)
+    members = cfg.spar.members  # each with critics, targets and updates of its own
+    seconds["critics"] *= members
+    renewals = members * cfg.spar.updates / cfg.spar.target_interval
+    measure("targets", lambda: with_value_targets(loss, rows), renewals)
     update, sampler = make_update(cfg, loss), BatchSampler(loss, rows, length=BLOCK, seed=0, target_interval=None)
     blocks = -(-steps // BLOCK)
     settled = round(cfg.spar.critic_share * cfg.spar.updates)
     for name, first, last in (("updates", 0, settled), ("updates of the head alone", settled, cfg.spar.updates)):
         for measured in ("start", name):
             update.steps = first
-            times = (last - first) / (blocks * BLOCK)
+            times = members * (last - first) / (blocks * BLOCK)
             measure(measured, lambda: [update.run(next(sampler)) for _ in range(blocks)], times)
     del seconds["start"]
     episodes = (cfg.spar.updates // cfg.eval.interval + 1) * cfg.eval.episodes + 2 * cfg.eval.final_episodes

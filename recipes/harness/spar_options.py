@@ -79,7 +79,13 @@ class SharedOptions(DataOptions):
 class Spar:
     """The main phase."""
 
-    updates: int = option(24_000, "Updates of the critics.", least=1)
+    updates: int = option(24_000, "Updates of the critics, of each member.", least=1)
+    members: int = option(
+        3,
+        "Policies that are trained on one anchor, each with critics of its own; the mean of their residuals is the "
+        "policy. Each costs a main phase.",
+        least=1,
+    )
     qvalue_lr: float = option(5e-4, "Learning rate of the critics.", least=0)
     actor_lr: float = option(1e-3, "Learning rate of the residual head.", least=0)
     target_rate: float = option(0.01, "Polyak rate of all targets, the deployed head included.", least=0, most=1)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,9 +21,13 @@ from torchrl_spar import (
     BatchSampler,
     HealthCheck,
     InputError,
+    Progress,
+    SPARActor,
     SPARLoss,
     SPARUpdate,
     StackedSPARLoss,
+    make_member,
+    mean_actor,
     pretrain,
 )  # fmt: skip
 from torchrl_spar.configs import dtype_of
@@ -40,7 +45,7 @@ NAMES = {"residual": "spar", "latent": "spar_latent"}
 
 
 class SPARRun(Run):
-    """SPAR of one seed, up to its main phase and after it."""
+    """SPAR of one seed, up to its main phase and after it. Its policy is the mean of its members."""
 
     policy_name = "spar"
     loss_class: type[SPARLoss] = SPARLoss
@@ -55,8 +60,9 @@ class SPARRun(Run):
         return super().method if "method" in self.cfg else NAMES[self.cfg.spar.loss.head]
 
     @property
-    def policy(self) -> TensorDictModuleBase:  # type: ignore[override]
-        return self.loss.actor
+    def policy(self) -> SPARActor:  # type: ignore[override]
+        actors = [loss.actor for loss in self.losses]
+        return mean_actor(actors, one_anchor=True) if len(actors) > 1 else actors[0]
 
     @property
     def anchor(self) -> Mapping[str, Any] | TensorDictModuleBase:
@@ -64,15 +70,23 @@ class SPARRun(Run):
         return self.cfg.anchor
 
     def pretrain(self) -> None:
-        self.loss, self.anchored_data = pretrain_spar(self, self.anchor, loss_class=self.loss_class)
-        self.health = HealthCheck(self.loss, self.data)
+        first = pretrain_spar(self, self.anchor, loss_class=self.loss_class)
+        members, options = [first], critics_options(self.cfg)
+        for i, seed in enumerate(seeds_of_members(self.cfg)[1:], start=1):
+            progress = self.keep(f"progress {i}", Progress(self.checkpoints.step))
+            keep = partial(self.keep, f"loss {i}")
+            members.append(make_member(*first, seed=seed, progress=progress, keep=keep, **options))
+        self.losses, self.rows_of_each = [loss for loss, _ in members], [rows for _, rows in members]
+        self.health = HealthCheck(self.losses, self.data)
         self.earlier = self.keep("earlier policies", EarlierPolicies(self.cfg))
 
-    def make_sampler(self) -> BatchSampler:
-        """Blocks of batches for the main phase, each with the noise of its updates."""
+    def make_samplers(self) -> list[BatchSampler]:
+        """For each member blocks of batches for the main phase, each with the noise of its updates."""
         length, interval = block_length(self.cfg), self.cfg.spar.target_interval
-        sampler = BatchSampler(self.loss, self.anchored_data, length=length, seed=self.seed, target_interval=interval)
-        return self.keep("sampler", sampler)
+        return [
+            self.keep(f"sampler {i}", BatchSampler(loss, rows, length=length, seed=seed, target_interval=interval))
+            for i, (loss, rows, seed) in enumerate(zip(self.losses, self.rows_of_each, seeds_of_members(self.cfg)))
+        ]
 
     def record(self, phase: str, step: int, metrics: dict[str, Tensor]) -> None:
         if phase == "spar":
@@ -81,21 +95,27 @@ class SPARRun(Run):
 
     @torch.no_grad()
     def critics_values(self) -> Tensor:
-        loss, rows = self.loss, self.data[:]
+        policy, rows = self.policy, self.data[:]
         starts = rows["episode"].diff(prepend=rows["episode"].new_full((1,), -1)) != 0
-        state = loss.actor(rows[starts].select(*loss.actor.in_keys))
-        out_key = loss.tensor_keys.state_action_value
-        values = call_ensemble(loss.qvalue_network, loss.qvalue_network_params, state, {}, out_key=out_key)
-        return values.squeeze(-1).mean(-1) / loss.reward_scale
+        state = policy(rows[starts].select(*policy.in_keys))
+        values = []
+        for loss in self.losses:
+            out_key = loss.tensor_keys.state_action_value
+            found = call_ensemble(loss.qvalue_network, loss.qvalue_network_params, state, {}, out_key=out_key)
+            values.append(found.squeeze(-1).mean(-1) / loss.reward_scale)
+        return torch.stack(values).mean(0)
 
     def evaluate(self, step: int) -> None:
-        self.earlier.add(step, self.loss.actor)
+        self.earlier.add(step, self.policy)
         super().evaluate(step)
 
     def estimate(self) -> tuple[dict[str, Any], TensorDictModuleBase]:
-        actor, select = self.loss.actor, self.cfg.select is not None
+        actor, select = self.policy, self.cfg.select is not None
         checkpoints = self.earlier.policies(actor)
         return estimate_spar(actor, self.data, fqe_options(self.cfg), select=select, checkpoints=checkpoints)
+
+    def go_on(self, results: dict[str, Any]) -> None:
+        results["members"] = len(self.losses)
 
     def draw(self, results: dict[str, Any]) -> None:
         plot = plot_learning_curve if self.env else plot_log_curve
@@ -148,6 +168,11 @@ def loss_options(cfg: DictConfig) -> dict[str, Any]:
     return {**cfg.spar.loss, "candidate_dtype": dtype_of(cfg.spar.loss.candidate_dtype)}
 
 
+def seeds_of_members(cfg: DictConfig) -> list[int]:
+    """The first member's is the run's own: alone, it is what the others join."""
+    return [cfg.seed, *(2**32 + 1_000 * cfg.seed + i for i in range(1, cfg.spar.members))]
+
+
 def pretrain_spar(
     run: Run, anchor: Mapping[str, Any] | TensorDictModuleBase, **options: Any
 ) -> tuple[SPARLoss, ReplayBuffer]:
@@ -162,10 +187,39 @@ def pretrain_spar(
     # Here, not earlier: all methods with an anchor have the same one for a seed.
     torch.manual_seed(run.seed)
     return pretrain(
-        run.data, anchor=anchor, vae=run.cfg.vae, critics=run.cfg.critics, episode_share=run.cfg.episode_share,
-        report=run.phase, progress=run.progress, keep=keep, compile=run.cfg.spar.compile, **loss_options(run.cfg),
-        **options,
+        run.data, anchor=anchor, vae=run.cfg.vae, report=run.phase, progress=run.progress, keep=keep,
+        **critics_options(run.cfg), **loss_options(run.cfg), **options,
     )  # fmt: skip
+
+
+def critics_options(cfg: DictConfig) -> dict[str, Any]:
+    return {"critics": cfg.critics, "episode_share": cfg.episode_share, "compile": cfg.spar.compile}
+
+
+class Updates:
+    """A block of updates of each member of all runs: as one stack on a GPU, else one after the other."""
+
+    def __init__(self, runs: Sequence[SPARRun]) -> None:
+        run, self.members = runs[0], len(runs[0].losses)
+        losses: list[Any] = [loss for run in runs for loss in run.losses]
+        self.samplers = [sampler for run in runs for sampler in run.make_samplers()]
+        on_gpu = run.device.type == "cuda"
+        self.stack = StackedSPARLoss(losses) if len(runs) > 1 or (on_gpu and len(losses) > 1) else None
+        trained = [self.stack] if self.stack else losses
+        self.updates = [make_update(run.cfg, loss, cudagraph=on_gpu) for loss in trained]
+        for i, update in enumerate(self.updates):
+            run.checkpoints.add(f"update {i}", update)
+
+    def run(self) -> dict[str, Tensor]:
+        """Metrics of each run, ``[R]``: the mean of its members'."""
+        blocks = [next(sampler) for sampler in self.samplers]
+        if self.stack:
+            metrics = self.updates[0].run(torch.stack(blocks, 1))
+            self.stack.copy_back()  # samplers, health checks, evaluations and checkpoints read the losses
+        else:
+            of_each = [update.run(block) for update, block in zip(self.updates, blocks)]
+            metrics = {name: torch.stack([each[name] for each in of_each]) for name in of_each[0]}
+        return {name: values.unflatten(0, (-1, self.members)).mean(1) for name, values in metrics.items()}
 
 
 def make_update(cfg: DictConfig, loss: SPARLoss | StackedSPARLoss, *, cudagraph: bool = False) -> SPARUpdate:

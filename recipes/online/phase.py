@@ -43,6 +43,8 @@ def check(cfg: DictConfig) -> None:
         )
     if online.first_update >= online.steps:
         raise InputError(f"online.first_update={online.first_update}: must be below online.steps={online.steps}")
+    if cfg.spar.members > 1:
+        raise InputError(f"spar.members={cfg.spar.members}: one policy goes on online; give 1")
     if cfg.select:
         raise InputError("select=ope: chooses among offline policies; here the online one is saved")
     if cfg.end_at_success:

@@ -32,11 +32,14 @@ def score_of(run: Run) -> float:
 
 
 def method_of(run: Run) -> str:
-    return run.get("method", "spar")
+    """The method, with the number of members whose mean is its policy, where there are several."""
+    name, members = run.get("method", "spar"), run.get("members", 1)
+    return name if members == 1 else f"{name} x{members}"
 
 
 def label(method: str) -> str:
-    return NAMES.get(method, method)
+    name, _, members = method.partition(" x")
+    return NAMES.get(name, name) + (f", mean of {members}" if members else "")
 
 
 def row(*cells: str) -> str:

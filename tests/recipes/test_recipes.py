@@ -14,7 +14,16 @@ import pytest
 import torch
 from helpers import RECIPES, SHARED, SMALL, TINY, assert_one_line, compose_recipe, run
 
-from torchrl_spar import InputError, evaluate, load_policy
+from torchrl_spar import (
+    BatchSampler,
+    InputError,
+    SPARUpdate,
+    evaluate,
+    load_policy,
+    make_member,
+    mean_actor,
+    pretrain,
+)
 from torchrl_spar.training import health
 
 pytest.importorskip("hydra")
@@ -22,6 +31,7 @@ import compare
 import gymnasium
 import h5py
 import spar_d4rl
+from harness.environment import load
 from harness.launch import check_seeds, check_sweeps
 from harness.output import new_directory
 from omegaconf import OmegaConf
@@ -406,6 +416,25 @@ def test_seeds_at_once_are_the_single_runs(finished, tmp_path, stacked):
     assert results["seed"] == 3 and "seed: 3\n" in (out / "config.yaml").read_text()
     if not stacked:
         assert results["curve"] == json.loads((cwd / "result" / "results.json").read_text())["curve"]
+
+
+def test_the_policy_is_the_mean_of_members_that_were_trained_alone(tmp_path):
+    cfg = compose_recipe("spar_d4rl", *TINY, "spar.members=2", "out=x")
+    spar_d4rl.train(cfg, [3], [tmp_path])
+    data, updates = load(cfg, torch.device("cpu"))[0], cfg.spar.updates
+    torch.manual_seed(3)
+    first = pretrain(data, anchor=cfg.anchor, vae=cfg.vae, critics=cfg.critics, hidden=[8])
+    members = {3: first, 2**32 + 3_001: make_member(*first, seed=2**32 + 3_001, critics=cfg.critics)}
+    for seed, (loss, rows) in members.items():
+        update = SPARUpdate(loss, decay_steps=updates)
+        batches = BatchSampler(loss, rows, length=2, seed=seed)
+        for _ in range(updates // 2):
+            update.run(next(batches))
+    policy, x = load_policy(tmp_path / "policy.pt")[0], data[:100]["observation"]
+    one, other = (loss.actor for loss, _ in members.values())
+    assert not torch.equal(one(observation=x), other(observation=x))
+    assert torch.equal(policy(observation=x), mean_actor([one, other], one_anchor=True)(observation=x))
+    assert json.loads((tmp_path / "results.json").read_text())["members"] == 2
 
 
 def test_health_of_a_stack_is_that_of_the_single_run_at_the_same_step(tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchrl.modules import TanhModule
 
 from torchrl_spar.anchor import FrozenAnchor
-from torchrl_spar.mean_actor import MeanAction, ScaledDifference
+from torchrl_spar.mean_actor import MeanOutput, ScaledDifference
 from torchrl_spar.networks import StateMLP, functional_of
 from torchrl_spar.residual import SPARActor
 
@@ -60,7 +60,7 @@ def _stage(module: nn.Module) -> Stage | None:
         return _actor(module)
     if type(module) is FrozenAnchor:
         return _stage(module.actor)
-    if type(module) is MeanAction:
+    if type(module) is MeanOutput:
         return _mean(module)
     if type(module) is TensorDictSequential and isinstance(module.module, nn.ModuleList):
         return _sequence(*module.module)
@@ -83,16 +83,16 @@ def _sequence(*modules: nn.Module) -> Stage | None:
     return run
 
 
-def _mean(module: MeanAction) -> Stage | None:
-    stages = [stage for stage in map(_stage, module.actors) if stage is not None]
-    if len(stages) < len(module.actors):
+def _mean(module: MeanOutput) -> Stage | None:
+    stages = [stage for stage in map(_stage, module.members) if stage is not None]
+    if len(stages) < len(module.members):
         return None
 
     def run(entries: Entries) -> None:
         copies = [dict(entries) for _ in stages]
         for stage, copy in zip(stages, copies):
             stage(copy)
-        entries[module.out_keys[0]] = torch.stack([copy[module.action_key] for copy in copies]).mean(0)
+        entries[module.out_keys[0]] = torch.stack([copy[module.key] for copy in copies]).mean(0)
 
     return run
 

@@ -14,7 +14,7 @@ from torchrl.objectives.common import LossModule
 
 from torchrl_spar.build import rebuild_actor
 from torchrl_spar.errors import InputError, check_device, first_line
-from torchrl_spar.mean_actor import mean_actor
+from torchrl_spar.mean_actor import rebuild_mean
 from torchrl_spar.objective import SPARLoss
 from torchrl_spar.paths import user_path
 from torchrl_spar.residual import SPARActor
@@ -134,7 +134,7 @@ def load_policy(
                 more = f", ... ({len(misfits)} in all)" if len(misfits) > 6 else ""
                 raise InputError(f"{path}: does not fit the policy that was given: {', '.join(misfits[:6])}{more}")
         elif architecture is not None:
-            built = _rebuild(architecture)
+            built = rebuild_policy(architecture)
         else:
             built = None if policy is None else policy(facts)
         if built is None:
@@ -153,9 +153,10 @@ def _check_actor(policy: Any) -> None:
         raise InputError(f"policy: a {type(policy).__name__}; give an actor (a TensorDictModule), or save a SPARLoss")
 
 
-def _rebuild(architecture: dict[str, Any]) -> SPARActor:
+def rebuild_policy(architecture: dict[str, Any]) -> SPARActor:
+    """An untrained policy of default networks, or a mean of some, from its ``architecture``."""
     if "mean_of" in architecture:
-        return mean_actor([_rebuild(each) for each in architecture["mean_of"]])
+        return rebuild_mean([rebuild_policy(each) for each in architecture["mean_of"]], architecture["one_anchor"])
     return rebuild_actor(**architecture)
 
 
@@ -164,7 +165,7 @@ def _is_default(policy: TensorDictModuleBase) -> bool:
     architecture = getattr(policy, "architecture", None)
     if architecture is None:
         return False
-    default = _rebuild(architecture)
+    default = rebuild_policy(architecture)
     kinds, own = ([(name, type(part)) for name, part in actor.named_modules()] for actor in (default, policy))
     return kinds == own and not _misfits(default, policy.state_dict())
 

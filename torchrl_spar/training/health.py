@@ -78,7 +78,8 @@ class HealthCheck:
     One batch tells little, so the first two warn when five checks in a row fail; each problem is named once.
 
     Args:
-        loss: of which ``gamma`` and ``reward_scale`` are read now: after :func:`~torchrl_spar.fit_critics`.
+        losses: the loss, or several members whose mean is deployed, then with the mean of their metrics. ``gamma`` and
+            ``reward_scale`` are read now: after :func:`~torchrl_spar.fit_critics`.
         replay_buffer: the data, whose rewards bound the values.
 
     Returns:
@@ -101,7 +102,8 @@ class HealthCheck:
         {}
     """
 
-    def __init__(self, loss: SPARLoss, replay_buffer: ReplayBuffer) -> None:
+    def __init__(self, losses: SPARLoss | Sequence[SPARLoss], replay_buffer: ReplayBuffer) -> None:
+        loss = losses if isinstance(losses, SPARLoss) else losses[0]
         rows, key = whole_of(replay_buffer), under_next(loss.tensor_keys.reward)
         check_present(rows, [key])
         reward = loss.reward_scale * rows[key]
@@ -109,7 +111,7 @@ class HealthCheck:
         low, high = min(0.0, float(reward.min())) * horizon, max(0.0, float(reward.max())) * horizon
         #: Of a value, in the loss's units.
         self.value_range = low, high
-        self._shift = CoherentShift(loss, replay_buffer)
+        self._shift = CoherentShift(losses, replay_buffer)
         self._found: dict[str, int] = {}
 
     def __call__(self, step: int, metrics: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -113,11 +113,17 @@ def pretrain(
     fit_vae(loss, rows, **part("vae", vae, fit_vae))
     if critics is not None:
         fit_critics(loss, rows, **part("critics", critics, fit_critics))
-        if has_trajectories(loss, rows):
-            rows = with_value_targets(
-                loss, with_member_weights(loss, rows, share=episode_share, seed=torch.initial_seed())
-            )
+        rows = with_own_episodes(loss, rows, share=episode_share, seed=torch.initial_seed())
     return loss, rows
+
+
+def with_own_episodes(
+    loss: SPARLoss, rows: TensorDictReplayBuffer, *, share: float, seed: int
+) -> TensorDictReplayBuffer:
+    """The data with each critic's episodes and its first targets; as it is where there are no trajectories."""
+    if not has_trajectories(loss, rows):
+        return rows
+    return with_value_targets(loss, with_member_weights(loss, rows, share=share, seed=seed))
 
 
 def fit_anchor(

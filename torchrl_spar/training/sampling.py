@@ -195,6 +195,15 @@ def has_trajectories(loss: SPARLoss, replay_buffer: ReplayBuffer) -> bool:
     return loss.lmbda > 0 and is_whole and "steps_to_next_obs" not in rows.keys()
 
 
+def without_own_entries(loss: SPARLoss, replay_buffer: ReplayBuffer) -> TensorDictReplayBuffer:
+    """The data without what belongs to one loss along its trajectories: its critics' episodes and targets."""
+    if not has_trajectories(loss, replay_buffer):
+        return replay_buffer
+    keys = loss.tensor_keys
+    rows = whole_of(replay_buffer).exclude(keys.member_weight, keys.value_target, keys.advantage_std)
+    return _fixed_buffer(rows, replay_buffer.batch_size)
+
+
 @contextmanager
 def _explained(loss: SPARLoss, rows: TensorDictBase) -> Iterator[None]:
     """Names what a network cannot take, or what the data lacks."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor
@@ -28,7 +30,8 @@ class CoherentShift:
     window to window: ``max |mean_w mean_t [pi(s) - a_b]| / std_w mean_t [a - a_b]``, over ages and action dimensions.
 
     Args:
-        loss: whose :attr:`~torchrl_spar.SPARLoss.actor` is measured; its anchor must be trained.
+        losses: whose :attr:`~torchrl_spar.SPARLoss.actor` is measured, or several members whose mean is; with a trained
+            anchor.
         replay_buffer: the data in order. Up to 100 windows of each of the first 20 ages are kept.
 
     Returns:
@@ -47,8 +50,9 @@ class CoherentShift:
     """
 
     @torch.no_grad()
-    def __init__(self, loss: SPARLoss, replay_buffer: ReplayBuffer) -> None:
-        self.loss = loss
+    def __init__(self, losses: SPARLoss | Sequence[SPARLoss], replay_buffer: ReplayBuffer) -> None:
+        self.losses = [losses] if isinstance(losses, SPARLoss) else list(losses)
+        loss = self.losses[0]
         self.windows: list[tuple[TensorDictBase, Tensor, Tensor]] = []
         rows, key = whole_of(replay_buffer), loss.tensor_keys.action
         for index in _windows(rows, loss):
@@ -59,11 +63,11 @@ class CoherentShift:
 
     @torch.no_grad()
     def __call__(self) -> Tensor | None:
-        actor, key = self.loss.actor, self.loss.tensor_keys.action
-        shifts = [
-            ((actor(state.clone(False))[key] - anchor).mean((0, 1)).abs() / usual).max()
-            for state, anchor, usual in self.windows
-        ]
+        actors, key = [loss.actor for loss in self.losses], self.losses[0].tensor_keys.action
+        shifts = []
+        for state, anchor, usual in self.windows:
+            action = torch.stack([actor(state.clone(False))[key] for actor in actors]).mean(0)
+            shifts.append(((action - anchor).mean((0, 1)).abs() / usual).max())
         return torch.stack(shifts).max() if shifts else None
 
 
