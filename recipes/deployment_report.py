@@ -76,7 +76,8 @@ def main(cfg: DictConfig) -> None:
     source = Path(source_of(options))
     files = [run / name for name in NEEDED] + ([source] if source.is_file() else [])
     facts = {
-        "run": {key: results[key] for key in ("dataset", "env", "method", "seed", "updates")},
+        "run": {key: results[key] for key in ("dataset", "env", "method", "seed", "updates")}
+        | {"members": results.get("members", 1)},
         **report_facts(options, data, policy, estimates, cfg.rows),
         "versions": {**results["versions"], "python": platform.python_version(), "commit": results["commit"]},
         "checksums": checksums(files, data),

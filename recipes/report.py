@@ -18,13 +18,14 @@ from statistics import mean, stdev
 from harness.output import data_score, write_text
 from reporting import estimates
 from reporting.estimates import are_of_logs
+from reporting.names import method_of, parts_of
 from reporting.runs import Run, check_comparable, read_runs, write_table
 
 from torchrl_spar import InputError
 from torchrl_spar.paths import user_path
 
 
-def table(runs: list[Run]) -> str:
+def table(runs: list[Run], name: str) -> str:
     """Normalised scores of SPAR; of several seeds mean and sample standard deviation, each seed's score in brackets."""
 
     def cell(results: list[Run], name: str) -> str:
@@ -37,11 +38,11 @@ def table(runs: list[Run]) -> str:
     by_dataset = defaultdict(list)
     for run in runs:
         by_dataset[run["dataset"]].append(run)
-    lines = ["| data set | seeds | data | anchor | SPAR |", "|---|---|---|---|---|"]
-    for name, results in sorted(by_dataset.items()):
+    lines = [f"| data set | seeds | data | anchor | {name} |", "|---|---|---|---|---|"]
+    for dataset, results in sorted(by_dataset.items()):
         seeds = ", ".join(str(result["seed"]) for result in results)
         lines.append(
-            f"| {name} | {seeds} | {data_score(results)} | {cell(results, 'anchor')} | {cell(results, 'spar')} |"
+            f"| {dataset} | {seeds} | {data_score(results)} | {cell(results, 'anchor')} | {cell(results, 'spar')} |"
         )
     return "\n".join(lines)
 
@@ -85,7 +86,7 @@ def main(*sources: Path) -> None:
     logs = are_of_logs(runs)
     if not logs and (unscored := [run for run in runs if None in _scores(run)]):
         raise InputError(f"{sources[0]}: {unscored[0]['env']} has no normalised score; move its runs elsewhere")
-    counts = Counter((run.get("method", "spar"), run["dataset"], run["seed"]) for run in runs)
+    counts = Counter((method_of(run), run["dataset"], run["seed"]) for run in runs)
     if twice := [f"{method} on {dataset} with seed {seed}" for (method, dataset, seed), n in counts.items() if n > 1]:
         raise InputError(f"there twice: {'; '.join(twice)}; remove one of them")
     if len(budgets := {int(run.get("updates", 0)) for run in runs}) > 1:
@@ -93,8 +94,11 @@ def main(*sources: Path) -> None:
             f"runs of {' and '.join(map(str, sorted(budgets)))} updates are not comparable; report them apart"
         )
     check_comparable(runs)
-    alone = all("spar" in run and run.get("method", "spar") == "spar" for run in runs)
-    print(estimates.table(runs) if logs else table(runs) if alone else compare(runs, sources[0]))
+    methods = {method_of(run) for run in runs}
+    name, members = parts_of(next(iter(methods)))
+    alone = len(methods) == 1 and name == "spar" and all("spar" in run for run in runs)
+    title = "SPAR" if members == 1 else f"SPAR, mean of {members}"
+    print(estimates.table(runs) if logs else table(runs, title) if alone else compare(runs, sources[0]))
     if not alone and all("estimates" in run for run in runs):
         print("", *estimates.choices(runs), sep="\n")
 

@@ -13,7 +13,9 @@ def show(results: dict[str, Any], out: Path) -> None:
     console = Console()
     names = ("data", "anchor", "spar", "policy", "selected")
     rows: dict[str, Any] = {name: results[name] for name in names if name in results}
-    what = f"{results['method']}, {results['env'] or 'no environment'}, {results['dataset']}"
+    members = results.get("members", 1)
+    mean = f", mean of {members}" if members > 1 else ""
+    what = f"{results['method']}{mean}, {results['env'] or 'no environment'}, {results['dataset']}"
     if results["env"] is not None:
         table = numeric_table(f"{what}, {results['episodes']} episodes", "return", "+-", "score", "steps up to")
         for name, row in rows.items():

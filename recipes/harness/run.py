@@ -128,11 +128,11 @@ class Run:
     def _name(self, part: str) -> str:
         return f"seed {self.seed}: {part}"
 
-    def phase(self, name: str) -> Phase | None:
+    def phase(self, name: str, *, logged: bool = True) -> Phase | None:
         """The report of a pre-training phase; None if the phase has no steps."""
         if not self.cfg[name].steps:
             return None
-        return Phase(name, self.cfg[name].steps, [self], self.cfg.logger.interval, self.line)
+        return Phase(name, self.cfg[name].steps, [self] if logged else [], self.cfg.logger.interval, self.line)
 
     def record(self, phase: str, step: int, metrics: dict[str, Tensor]) -> None:
         """A row of the log."""
@@ -183,7 +183,7 @@ class Run:
         """Adds values from the log alone, and the score of the deployed policy if it is another one."""
         with self.checkpoints.interruptible():
             results["estimates"], self.deployed = self.estimate()
-            if self.deployed is not self.policy:
+            if self.cfg.select and "choice" in results["estimates"]:
                 self.scores.add_result("selected", on_cpu(self.deployed), self.cfg.eval.final_episodes)
                 self.scores.collect(wait=True)
                 results["selected"] = self.scores.results["selected"]

@@ -27,11 +27,11 @@ from torchrl_spar import (
     SPARUpdate,
     StackedSPARLoss,
     make_member,
-    mean_actor,
     pretrain,
 )  # fmt: skip
 from torchrl_spar.configs import dtype_of
 from torchrl_spar.functional import call_ensemble
+from torchrl_spar.mean_actor import policy_of
 from torchrl_spar.training.compiling import check_compiler
 
 # The metrics of SPAR's phases.
@@ -61,8 +61,7 @@ class SPARRun(Run):
 
     @property
     def policy(self) -> SPARActor:  # type: ignore[override]
-        actors = [loss.actor for loss in self.losses]
-        return mean_actor(actors, one_anchor=True) if len(actors) > 1 else actors[0]
+        return policy_of(self.losses)
 
     @property
     def anchor(self) -> Mapping[str, Any] | TensorDictModuleBase:
@@ -74,8 +73,8 @@ class SPARRun(Run):
         members, options = [first], critics_options(self.cfg)
         for i, seed in enumerate(seeds_of_members(self.cfg)[1:], start=1):
             progress = self.keep(f"progress {i}", Progress(self.checkpoints.step))
-            keep = partial(self.keep, f"loss {i}")
-            members.append(make_member(*first, seed=seed, progress=progress, keep=keep, **options))
+            report, keep = self.phase("critics", logged=False), partial(self.keep, f"loss {i}")
+            members.append(make_member(*first, seed=seed, report=report, progress=progress, keep=keep, **options))
         self.losses, self.rows_of_each = [loss for loss, _ in members], [rows for _, rows in members]
         self.health = HealthCheck(self.losses, self.data)
         self.earlier = self.keep("earlier policies", EarlierPolicies(self.cfg))
@@ -103,7 +102,7 @@ class SPARRun(Run):
             out_key = loss.tensor_keys.state_action_value
             found = call_ensemble(loss.qvalue_network, loss.qvalue_network_params, state, {}, out_key=out_key)
             values.append(found.squeeze(-1).mean(-1) / loss.reward_scale)
-        return torch.stack(values).mean(0)
+        return torch.cat(values)
 
     def evaluate(self, step: int) -> None:
         self.earlier.add(step, self.policy)

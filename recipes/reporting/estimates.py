@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from statistics import mean, stdev
 
-from reporting.names import NAMES, label, method_of, row
+from reporting.names import in_order, label, method_of, row
 from reporting.runs import Run
 from torchrl_spar import InputError
 
@@ -85,9 +85,9 @@ def by_method(runs: list[Run]) -> dict[str, dict[str, list[Run]]]:
             f"values discounted by {discounts[0]:g} and {discounts[-1]:g} do not compare; report them apart"
         )
     found: dict[str, dict[str, list[Run]]] = defaultdict(lambda: defaultdict(list))
-    order = [*NAMES]
-    for run in sorted(runs, key=lambda run: order.index(name) if (name := method_of(run)) in order else len(order)):
-        found[run["dataset"]][method_of(run)].append(run)
+    for method in in_order({method_of(run) for run in runs}):
+        for run in (run for run in runs if method_of(run) == method):
+            found[run["dataset"]][method].append(run)
     return found
 
 

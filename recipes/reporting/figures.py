@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 from harness.plots import BLUE, GREEN, GREY, VERMILION, plt, save_figure
 
-from reporting.statistics import REFERENCE, Comparison, Interval, label
+from reporting.names import label
+from reporting.statistics import Comparison, Interval
 
 # SPAR is blue everywhere; of the others a figure of curves shows the best two.
 RIVAL_COLORS = (VERMILION, GREEN)
@@ -18,11 +19,13 @@ def plot_all(comparison: Comparison, folder: Path) -> list[str]:
     """Writes the figures; returns their file names."""
     figures = {"learning_curves.png": _curves(comparison)}
     if scores := comparison.scores():
-        figures["interquartile_means.png"] = _intervals(comparison.interquartile_means(), "IQM of the normalised score")
+        title = "IQM of the normalised score"
+        figures["interquartile_means.png"] = _intervals(comparison.interquartile_means(), comparison.reference, title)
         every = np.concatenate([values.ravel() for values in scores.values()])
         figures["performance_profiles.png"] = _profiles(comparison, np.linspace(every.min(), every.max(), 101))
     if len(comparison.datasets) > 1 and (improvements := comparison.improvements()):
-        figures["improvement.png"] = _intervals(improvements, "probability that SPAR (head A) is better", middle=0.5)
+        title = f"probability that {label(comparison.reference)} is better"
+        figures["improvement.png"] = _intervals(improvements, comparison.reference, title, middle=0.5)
     for name, figure in figures.items():
         save_figure(figure, folder / name)
     return list(figures)
@@ -30,16 +33,16 @@ def plot_all(comparison: Comparison, folder: Path) -> list[str]:
 
 def colors(comparison: Comparison) -> dict[str, str]:
     """Of the methods whose curves are shown: SPAR, where it is there, and the best others."""
-    shown = {REFERENCE: BLUE} if REFERENCE in comparison.methods else {}
+    shown = {comparison.reference: BLUE} if comparison.of_spar else {}
     return shown | dict(zip(comparison.best(len(RIVAL_COLORS)), RIVAL_COLORS))
 
 
-def _intervals(intervals: dict[str, Interval], title: str, middle: float | None = None) -> plt.Figure:
+def _intervals(intervals: dict[str, Interval], reference: str, title: str, middle: float | None = None) -> plt.Figure:
     """One line a method, its point and its 95 % interval."""
     figure, axes = plt.subplots(figsize=(7.0, 1.0 + 0.36 * len(intervals)))
     names = list(intervals)[::-1]
     for height, name in enumerate(names):
-        interval, color = intervals[name], BLUE if name == REFERENCE else GREY
+        interval, color = intervals[name], BLUE if name == reference else GREY
         axes.hlines(height, interval.low, interval.high, color=color, linewidth=7, alpha=0.35)
         axes.plot(interval.point, height, "o", color=color, markersize=7)
     axes.set_yticks(range(len(names)), [label(name) for name in names])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from reporting.runs import Run
 
 # The order of the report; methods without a name here come after, under their own.
@@ -38,8 +40,25 @@ def method_of(run: Run) -> str:
 
 
 def label(method: str) -> str:
+    name, members = parts_of(method)
+    return NAMES.get(name, name) + (f", mean of {members}" if members > 1 else "")
+
+
+def parts_of(method: str) -> tuple[str, int]:
+    """The method without its members, and their number."""
     name, _, members = method.partition(" x")
-    return NAMES.get(name, name) + (f", mean of {members}" if members else "")
+    return name, int(members or 1)
+
+
+def in_order(methods: Iterable[str]) -> list[str]:
+    """As a report lists them."""
+    order = [*NAMES]
+
+    def place(method: str) -> tuple[int, str, int]:
+        name, members = parts_of(method)
+        return order.index(name) if name in order else len(order), name, members
+
+    return sorted(methods, key=place)
 
 
 def row(*cells: str) -> str:

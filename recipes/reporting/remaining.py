@@ -31,7 +31,7 @@ from torchrl_spar import InputError
 
 # What runs of a method must have in common to take about as long.
 SIZES = (
-    "batch_size", "spar.updates", "spar.compile", "spar.loss.hidden", "eval.interval", "eval.episodes",
+    "batch_size", "spar.updates", "spar.members", "spar.compile", "spar.loss.hidden", "eval.interval", "eval.episodes",
     "eval.final_episodes", "anchor.steps", "vae.steps", "critics.steps", "method.batch_size",
 )  # fmt: skip
 # Tells the processes of the sweep how many runs of each method have no record.

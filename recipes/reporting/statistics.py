@@ -20,11 +20,11 @@ from reporting.bootstrap import (
     probability_of_improvement,
     sign_test,
 )
-from reporting.names import NAMES, label, method_of, row, score_of
+from reporting.names import in_order, label, method_of, parts_of, row, score_of
 from reporting.runs import Run, check_comparable
 from torchrl_spar import InputError
 
-REFERENCE = "spar"
+REFERENCE = "spar"  # with members where there is none without
 # Points below its anchor that count as a loss: evaluations of one policy differ by about as much.
 MARGIN = 3.0
 REPETITIONS = 2_000
@@ -62,8 +62,9 @@ class Comparison:
             if seed in self.runs[method, dataset]:
                 raise InputError(f"{method} on {dataset} with seed {seed} is there twice; remove one of them")
             self.runs[method, dataset][seed] = run
-        found = {method for method, _ in self.runs}
-        self.methods = [name for name in NAMES if name in found] + sorted(found - NAMES.keys())
+        self.methods = in_order({method for method, _ in self.runs})
+        self.of_spar = [method for method in self.methods if parts_of(method)[0] == REFERENCE]
+        self.reference = next(iter(self.of_spar), REFERENCE)
         self.datasets = sorted({run["dataset"] for run in runs})
 
     def seeds(self, method: str) -> list[int]:
@@ -96,27 +97,28 @@ class Comparison:
     def improvements(self) -> dict[str, Interval]:
         """Probability that a run of SPAR is better than one of the method, by method."""
         scores = self.scores()
-        if REFERENCE not in scores:
+        if self.reference not in scores:
             return {}
-        pairs = {method: (scores[REFERENCE], other) for method, other in scores.items() if method != REFERENCE}
+        ours = scores.pop(self.reference)
+        pairs = {method: (ours, other) for method, other in scores.items()}
         return _estimate(pairs, probability_of_improvement)
 
     def differences(self, method: str) -> list[np.ndarray]:
         """SPAR's score less the method's, for each data set an array over the seeds that both have there."""
         found = []
         for dataset in self.datasets:
-            ours, theirs = (self.runs.get((name, dataset), {}) for name in (REFERENCE, method))
+            ours, theirs = (self.runs.get((name, dataset), {}) for name in (self.reference, method))
             seeds = sorted(ours.keys() & theirs.keys())
             found.append(np.array([score_of(ours[seed]) - score_of(theirs[seed]) for seed in seeds]))
         return found
 
     def leads(self) -> list[str]:
         """SPAR's lead by seed over each method that shares one on every data set, and how likely it is by chance."""
-        lines = [row(f"{label(REFERENCE)} less", *self.datasets, "mean of the sets", "p")]
+        lines = [row(f"{label(self.reference)} less", *self.datasets, "mean of the sets", "p")]
         lines.append(row(*["---"] * (len(self.datasets) + 3)))
         for method in self.methods:
             differences = self.differences(method)
-            if method != REFERENCE and all(map(len, differences)):
+            if method != self.reference and all(map(len, differences)):
                 bounds = lead_interval(differences, repetitions=LEAD_REPETITIONS)
                 if min(map(len, differences)) < 2:  # the noise of a seed is not known
                     bounds = float("nan"), float("nan")
@@ -145,11 +147,11 @@ class Comparison:
 
     def anchors(self, dataset: str) -> list[float]:
         """The scores of SPAR's anchors."""
-        return [run["anchor"]["normalized"] for run in self._of(REFERENCE, dataset)]
+        return [run["anchor"]["normalized"] for run in self._of(self.reference, dataset)]
 
-    def below_anchor(self) -> tuple[list[str], int]:
+    def below_anchor(self, method: str) -> tuple[list[str], int]:
         """SPAR's runs that end more than MARGIN points below their own anchor, and the number of its runs."""
-        runs = [(dataset, run) for dataset in self.datasets for run in self._of(REFERENCE, dataset)]
+        runs = [(dataset, run) for dataset in self.datasets for run in self._of(method, dataset)]
         below = [
             f"{dataset}, seed {run['seed']} ({anchor:.1f} to {score_of(run):.1f})"
             for dataset, run in runs
@@ -160,7 +162,7 @@ class Comparison:
     def markdown(self) -> str:
         """One table of scores and, of several data sets, statistics, a row a method, and what it leaves out."""
         several = len(self.datasets) > 1
-        title = f"P({label(REFERENCE)} is better)"
+        title = f"P({label(self.reference)} is better)"
         lines = [row("method", *self.datasets, *(["IQM", title] if several else []))]
         lines.append(row(*["---"] * lines[0].count(" | "), "---"))
         empty = ["", ""] if several else []
@@ -176,12 +178,13 @@ class Comparison:
             lines.append(row(label(method), *map(_spread, scores), *statistics))
         if several and (leads := self.leads()):
             lines += ["", *leads]
-        below, count = self.below_anchor()
-        if count:
+        for method in self.of_spar:
+            below, count = self.below_anchor(method)
+            who = "SPAR" if method == REFERENCE else f"{label(method)} members"
             listed = f": {'; '.join(below)}" if below else ""
             lines += [
                 "",
-                f"SPAR ends more than {MARGIN:.0f} points below its anchor in {len(below)} of {count} runs{listed}.",
+                f"{who} ends more than {MARGIN:.0f} points below its anchor in {len(below)} of {count} runs{listed}.",
             ]
         if several and (left_out := self.left_out()):
             lines += ["", f"Not in IQM and P, for want of the seed on every data set: {'; '.join(left_out)}."]

@@ -5,13 +5,19 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import ACTION, OBSERVATION
-from tensordict.nn import TensorDictModule
-from torchrl.data import Bounded
+from tensordict.nn import TensorDictModule, TensorDictSequential
+from torchrl.data import Bounded, ListStorage, TensorDictReplayBuffer
+from torchrl.modules import MLP, LSTMModule, ValueOperator
 
 from torchrl_spar import (
     BatchSampler,
+    FrozenAnchor,
+    GuardedActor,
     InputError,
+    ResidualHead,
     SPARActor,
+    SPARLoss,
+    chunk_actions,
     fit_critics,
     load_policy,
     make_member,
@@ -96,17 +102,53 @@ def test_seeds_make_other_members_and_one_seed_the_same():
     assert any(not torch.equal(one[name], other[name]) for name in one)
 
 
-def test_without_a_start_the_critics_are_new_and_the_rows_are_the_given_ones():
+def test_without_a_start_the_rows_hold_nothing_of_the_first():
+    """As those of pretrain(critics=None)."""
     loss, rows = pretrained()
     member, found = make_member(loss, rows, seed=1, critics=None)
-    assert found is rows
+    assert {*rows[:].keys()} - {*found[:].keys()} == {"member_weight", "value_target", "advantage_std"}
     assert next(BatchSampler(member, found, length=2, seed=0))["value_target"].shape == (2, rows.batch_size, 1)
+
+
+def test_rows_of_several_steps_keep_what_they_hold():
+    rows = chunk_actions(make_toy_data(episodes=8, steps=8), length=2, gamma=0.99)
+    observation, action = (rows[:][name].shape[-1] for name in ("observation", "action"))
+    loss = make_spar_loss(observation, Bounded(-1, 1, (action,)), hidden=[8], joint_vae=False)
+    _, found = make_member(loss, rows, seed=1, critics=FEW)
+    assert (found[:] == rows[:]).all() and "steps_to_next_obs" in found[:].keys()
+
+
+def test_rows_that_lie_in_a_list():
+    loss, rows = pretrained()
+    listed = TensorDictReplayBuffer(storage=ListStorage(len(rows)), batch_size=8)
+    listed.extend(rows[:])
+    one, other = (make_member(loss, of, seed=1, critics=FEW)[0].state_dict() for of in (rows, listed))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_weights_that_nothing_resets_are_named():
+    class Scaled(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.randn(OBSERVATION + ACTION))
+
+        def forward(self, *inputs):
+            return (torch.cat(inputs, -1) * self.weight).sum(-1, True)
+
+    actor = trained("residual", 1)[0]
+    critics = [ValueOperator(Scaled(), in_keys=["observation", "action"]) for _ in range(2)]
+    vae = make_spar_loss(OBSERVATION, Bounded(-1, 1, (ACTION,)), hidden=[8]).residual_vae
+    loss = SPARLoss(actor, critics, vae, num_qvalue_nets=2, joint_vae=False)
+    with pytest.raises(InputError, match=r"a critic: no reset_parameters\(\) .* draws .*weight.* anew"):
+        make_member(loss, pretrained()[1], seed=1, critics=FEW)
 
 
 def test_wrong_options_are_named():
     first = pretrained()
     with pytest.raises(InputError, match=r"critics\.stepz"):
         make_member(*first, seed=1, critics={"stepz": 3})
+    with pytest.raises(InputError, match="seed=-1"):
+        make_member(*first, seed=-1)
     with pytest.raises(InputError, match="share=0"):
         make_member(*first, seed=1, critics=FEW, episode_share=0)
 
@@ -128,7 +170,7 @@ def trained(head, count=3):
 @pytest.mark.parametrize("head", HEADS)
 def test_the_mean_is_the_anchor_plus_the_mean_residual(head):
     actors, x = trained(head), torch.randn(200, OBSERVATION)
-    mean, anchor = mean_actor(actors, one_anchor=True), actors[0].anchor
+    mean, anchor = mean_actor(actors), actors[0].anchor
     asked = []
     mean.anchor.register_forward_hook(lambda *_: asked.append(1))
     action, base = mean(observation=x), anchor(observation=x)
@@ -151,42 +193,101 @@ def test_the_mean_is_the_anchor_plus_the_mean_residual(head):
 @pytest.mark.parametrize("head", HEADS)
 def test_it_is_saved_and_called_to_the_bit(head, tmp_path, monkeypatch):
     actors, x = trained(head), torch.randn(100, OBSERVATION)
-    mean = mean_actor(actors, one_anchor=True)
+    mean = mean_actor(actors)
     expected = mean(observation=x)
     save_policy(mean, tmp_path / "policy.pt")
     save_policy(actors[0], tmp_path / "one.pt")
     loaded, _ = load_policy(tmp_path / "policy.pt")
     assert torch.equal(loaded(observation=x), expected)
-    of_two = mean_actor([mean, mean_actor(actors[:2], one_anchor=True)])
+    of_two = mean_actor([mean, mean_actor(actors[:2])])
     save_policy(of_two, tmp_path / "means.pt")
     assert torch.equal(load_policy(tmp_path / "means.pt")[0](observation=x), of_two(observation=x))
     monkeypatch.setattr(SPARActor, "forward", None)
     assert torch.equal(action_function(mean)(x), expected)
 
 
-def test_another_anchor_or_scale_is_named():
+@pytest.mark.parametrize(("dtype", "rounding"), [(torch.float64, 1e-12), (torch.bfloat16, 1e-2)])
+def test_the_type_of_the_members_stays(dtype, rounding):
+    actors = [actor.to(dtype) for actor in trained("residual")]
+    for actor in actors:
+        actor.low.fill_(-1 - 1e-9)
+    mean, x = mean_actor(actors), torch.randn(100, OBSERVATION, dtype=dtype)
+    action, base = mean(observation=x), actors[0].anchor(observation=x)
+    assert action.dtype == dtype and torch.equal(mean.low, actors[0].low)
+    residual = sum(actor.head(observation=x, anchor_action=base) for actor in actors) / 3
+    expected = (base + actors[0].residual_scale * residual).clamp(mean.low, mean.high)
+    torch.testing.assert_close(action, expected, rtol=0, atol=rounding)
+
+
+def test_a_guard_falls_back_to_the_anchor():
+    actors, x = trained("residual"), torch.randn(100, OBSERVATION)
+    mean, far = mean_actor(actors), x[:, 0] > 0
+    detector = TensorDictModule(lambda x: x[..., 0] > 0, ["observation"], ["unlike"])
+    action = GuardedActor(mean, lambda x: detector(observation=x))(observation=x)[0]
+    torch.testing.assert_close(action[far], actors[0].anchor(observation=x)[far])
+    torch.testing.assert_close(action[~far], mean(observation=x)[~far])
+
+
+def test_later_training_of_a_member_changes_nothing():
+    actors, x = trained("residual"), torch.randn(100, OBSERVATION)
+    mean = mean_actor(actors)
+    before = mean(observation=x)
+    for param in actors[0].parameters():
+        param.data.zero_()
+    assert torch.equal(mean(observation=x), before)
+
+
+def own(anchor, head=None):
+    """A policy on an anchor of your own."""
+    head = head or ResidualHead(MLP(OBSERVATION + ACTION, ACTION))
+    return SPARActor(anchor, head, action_spec=Bounded(-9, 9, (ACTION,)))
+
+
+def test_a_mean_with_networks_of_your_own_needs_them_to_be_read(tmp_path):
+    def build():
+        anchor = TensorDictModule(MLP(OBSERVATION, ACTION), ["observation"], ["action"])
+        return mean_actor([own(anchor), own(anchor)])
+
+    policy, x = build(), torch.randn(100, OBSERVATION)
+    save_policy(policy, tmp_path / "policy.pt")
+    with pytest.raises(InputError, match="networks of your own"):
+        load_policy(tmp_path / "policy.pt")
+    loaded, _ = load_policy(tmp_path / "policy.pt", policy=build())
+    assert torch.equal(loaded(observation=x), policy(observation=x))
+
+
+def test_what_has_no_mean_is_named():
     one, other = trained("residual", 2)
     other.residual_scale = 2 * other.residual_scale
-    with pytest.raises(InputError, match=r"the residual_scale of actors\[1\]"):
-        mean_actor([one, other], one_anchor=True)
+    lstm = LSTMModule(OBSERVATION, ACTION, in_key="observation", out_key="action", default_recurrent_mode=True)
+    wide = make_spar_loss(OBSERVATION, Bounded(-2, 1, (ACTION,)), hidden=[8]).actor
+    network = TensorDictModule(MLP(OBSERVATION, ACTION), ["observation"], ["torque"])
     stranger = make_spar_loss(OBSERVATION, Bounded(-1, 1, (ACTION,)), hidden=[8]).actor
-    with pytest.raises(InputError, match=r"the anchor of actors\[1\] has other weights"):
-        mean_actor([one, stranger], one_anchor=True)
+    stranger.residual_scale = one.residual_scale
+    for others, words in (
+        ([], "1 given"),
+        ([one.anchor], r"actors\[1\]: a FrozenAnchor"),
+        ([own(TensorDictSequential(lstm))], r"actors\[1\] writes"),
+        ([own(FrozenAnchor(network, action_key="torque"))], r"actors\[1\]: its action_key"),
+        ([one, wide], r"actors\[2\]: its low"),
+        ([one.__class__.double(stranger)], r"actors\[1\]: of torch.float64"),
+        ([other], r"actors\[1\]: its residual_scale"),
+    ):
+        with pytest.raises(InputError, match=words):
+            mean_actor([one, *others])
+    stranger.float()
+    with pytest.raises(InputError, match=r"actors\[1\]: its anchor is not"):
+        mean_actor([one, stranger])
 
 
-def test_custom_heads_may_read_more_than_the_anchor():
-    torch.manual_seed(0)
+def test_heads_of_your_own_may_read_more_than_the_anchor():
+    anchor = TensorDictModule(MLP(OBSERVATION, ACTION), ["observation"], ["action"])
 
-    def own(seed):
-        anchor = TensorDictModule(torch.nn.Linear(OBSERVATION, ACTION), ["observation"], ["action"])
-        head = TensorDictModule(
-            lambda x, a, goal: seed * goal + 0 * a, ["observation", "anchor_action", "goal"], ["residual"]
-        )
-        return SPARActor(anchor, head, action_spec=Bounded(-9, 9, (ACTION,)))
+    def reading_a_goal(factor):
+        keys = ["observation", "anchor_action", "goal"]
+        return own(anchor, TensorDictModule(lambda x, action, goal: factor * goal, keys, ["residual"]))
 
-    one, other = own(1.0), own(3.0)
-    other.anchor = one.anchor
-    mean, x, goal = mean_actor([one, other], one_anchor=True), torch.randn(4, OBSERVATION), torch.randn(4, ACTION)
+    mean = mean_actor([reading_a_goal(1), reading_a_goal(3)])
+    x, goal = torch.randn(4, OBSERVATION), torch.randn(4, ACTION)
     assert mean.in_keys == ["observation", "goal"]
-    expected = one.anchor(observation=x) + 2 * goal
-    torch.testing.assert_close(mean(observation=x, goal=goal), expected.clamp(-9, 9))
+    torch.testing.assert_close(mean(observation=x, goal=goal), (anchor(observation=x) + 2 * goal).clamp(-9, 9))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,22 @@ def test_shift_is_that_of_a_slow_count():
     more = lengths + [64] * 4  # 20 of the second
     data = make_data(more)
     torch.testing.assert_close(CoherentShift(loss, buffer_of(data))(), slow_shift(loss, data, more))
+
+
+def biased(loss, bias):
+    """The loss with a deployed head that writes about this residual."""
+    loss = deepcopy(loss)
+    params = loss.target_params("actor_network")["head"]
+    params[max(key for key in params.keys(True, True) if key[-1] == "bias")].data.fill_(bias)
+    return loss
+
+
+def test_shift_of_members_is_that_of_their_mean_policy():
+    """Of which one's actions are clamped: the mean of the residuals is not that of the actions."""
+    loss, lengths = make_spar_loss(OBSERVATION, Bounded(-1, 1, (ACTION,)), hidden=[8]), [32] * 30
+    data = make_data(lengths)
+    found = CoherentShift([biased(loss, 3.0), biased(loss, -0.5)], buffer_of(data))()
+    torch.testing.assert_close(found, slow_shift(biased(loss, 1.25), data, lengths), rtol=1e-3, atol=0)
 
 
 def test_a_constant_shift_has_a_closed_form():

@@ -84,6 +84,7 @@ def test_a_log_without_an_environment_is_a_whole_run(finished):
     own, base = (results["estimates"][name]["mean"] for name in ("spar", "anchor"))
     assert gain["mean"] == pytest.approx(own - base, abs=1e-6)
     assert results["estimates"]["choice"] == ("spar" if gain["low"] > 0 else "anchor")
+    assert "selected" not in results  # without select=ope the policy is saved as it is
     rows = list(csv.DictReader((out / "evaluations.csv").open()))
     assert [row["step"] for row in rows] == ["0", "2", "4"]
     assert [{key: pytest.approx(float(x), rel=1e-5) for key, x in row.items()} for row in rows] == results["curve"]

@@ -29,7 +29,7 @@ SCRIPTS = (
     "inspect_dataset",
     "make_dataset",
 )
-SCRIPTS += ("average", "mix_objectives", "ope_study", "spar_d4rl", "spar_offline_to_online")
+SCRIPTS += ("mix_objectives", "ope_study", "spar_d4rl", "spar_offline_to_online")
 CLAIMS = ("bootstrapping", "drift", "gradient_conflict", "search_space", "suboptimal_anchors", "support")
 
 
@@ -114,7 +114,6 @@ def test_every_option_has_a_meaning_in_the_help_and_a_default_that_passes(name, 
             "evaluate": ["policy=x"],
             "export": ["policy=x"],
             "deployment_report": ["run=x"],
-            "average": ["runs=[x]"],
             "ope_study": ["runs=[x]"],
         }.get(name, []),
     )

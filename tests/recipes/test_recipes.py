@@ -433,7 +433,7 @@ def test_the_policy_is_the_mean_of_members_that_were_trained_alone(tmp_path):
     policy, x = load_policy(tmp_path / "policy.pt")[0], data[:100]["observation"]
     one, other = (loss.actor for loss, _ in members.values())
     assert not torch.equal(one(observation=x), other(observation=x))
-    assert torch.equal(policy(observation=x), mean_actor([one, other], one_anchor=True)(observation=x))
+    assert torch.equal(policy(observation=x), mean_actor([one, other])(observation=x))
     assert json.loads((tmp_path / "results.json").read_text())["members"] == 2
 
 

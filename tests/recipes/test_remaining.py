@@ -37,6 +37,7 @@ def test_finished_runs_of_the_same_sizes_tell_the_hours(tmp_path, capsys, monkey
     write_run(tmp_path, "iql", 0, 1_000)
     write_run(tmp_path, "iql", 1, 2_000)
     write_run(tmp_path, "td3_bc", 0, 10, "spar.updates=5")
+    write_run(tmp_path, "iql", 7, 10, "spar.members=2")
     params = {"dataset": "embedded", "method": "bc", "seed": "0,1,2"}
     lines, left = announce(tmp_path, capsys, "method=iql,td3_bc", "seed=0,1,2,3", params=params)
     # Two of IQL take the mean; the finished run of TD3+BC was another job.

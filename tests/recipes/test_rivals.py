@@ -336,7 +336,7 @@ def test_the_same_sweep_on_ray(tmp_path):
 # ------------------------------------------------------------------ the report
 
 
-def write_runs(folder, scores):
+def write_runs(folder, scores, **others):
     """Results of scores[method][data set][seed]; seed 1 of SPAR on a ends four points below its anchor."""
     for method, by_dataset in scores.items():
         for dataset, by_seed in by_dataset.items():
@@ -346,7 +346,7 @@ def write_runs(folder, scores):
                 facts = {
                     "dataset": dataset, "env": "Hopper-v5", "method": method, "seed": seed, "updates": 10,
                     "data": {"normalized": 5.0}, "episodes": 2, "curve": [{"step": 0, **row}, {"step": 10, **row}],
-                    **(spar if method == "spar" else {"policy": row}),
+                    **(spar | others if method == "spar" else {"policy": row}),
                 }  # fmt: skip
                 out = folder / f"{method}-{dataset}-{seed}"
                 (out / "checkpoints").mkdir(parents=True)
@@ -389,6 +389,33 @@ def test_report_of_several_methods_by_hand(tmp_path, capsys):
     for name in ("learning_curves", "interquartile_means", "performance_profiles", "improvement"):
         assert f"({name}.png)" in found
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_several_members_are_a_row_of_their_own(tmp_path, capsys):
+    write_runs(tmp_path / "one", SCORES)
+    better = {"spar": {name: {seed: score + 5 for seed, score in of.items()} for name, of in SCORES["spar"].items()}}
+    write_runs(tmp_path / "three", better, members=3)
+    report.main(tmp_path / "one", tmp_path / "three")
+    lines = capsys.readouterr().out.splitlines()
+    rows = [line for line in lines if line.startswith("| SPAR (head A)") and " less " not in line]
+    assert rows[0].startswith("| SPAR (head A) | 20.0 +- 14.1 (2) |")
+    assert rows[1].startswith("| SPAR (head A), mean of 3 | 25.0 +- 14.1 (2) |")
+    assert rows[2].startswith("| SPAR (head A), mean of 3 | -5.0 +- 0.0 (2) | -5.0 +- 0.0 (2) | -5.00 [")
+    below = "ends more than 3 points below its anchor in 1 of 4 runs: a, seed 1"
+    assert f"SPAR {below} (34.0 to 30.0)." in lines
+    assert f"SPAR (head A), mean of 3 members {below} (39.0 to 35.0)." in lines
+
+
+def test_without_a_single_member_the_mean_is_what_others_are_compared_with(tmp_path, capsys):
+    write_runs(tmp_path / "rival", {"iql": SCORES["iql"]})
+    write_runs(tmp_path / "three", {"spar": SCORES["spar"]}, members=3)
+    report.main(tmp_path / "rival", tmp_path / "three")
+    found = capsys.readouterr().out
+    assert "| P(SPAR (head A), mean of 3 is better) |" in found and "| SPAR (head A), mean of 3 less | a |" in found
+    assert "| SPAR's anchor | 22.0 +- 17.0 (2) |" in found and found.index("| IQL |") < found.index("mean of 3 | 20.0")
+    assert comparison.Comparison(read_runs(tmp_path)).improvements().keys() == {"iql"}
+    report.main(tmp_path / "three")
+    assert capsys.readouterr().out.startswith("| data set | seeds | data | anchor | SPAR, mean of 3 |\n")
 
 
 def test_report_of_one_data_set_has_no_statistics_over_sets(tmp_path, capsys):

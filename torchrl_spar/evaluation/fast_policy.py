@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchrl.modules import TanhModule
 
 from torchrl_spar.anchor import FrozenAnchor
-from torchrl_spar.mean_actor import MeanOutput, ScaledDifference
+from torchrl_spar.mean_actor import MeanOutput
 from torchrl_spar.networks import StateMLP, functional_of
 from torchrl_spar.residual import SPARActor
 
@@ -89,10 +89,10 @@ def _mean(module: MeanOutput) -> Stage | None:
         return None
 
     def run(entries: Entries) -> None:
-        copies = [dict(entries) for _ in stages]
+        [key], copies = module.out_keys, [dict(entries) for _ in stages]
         for stage, copy in zip(stages, copies):
             stage(copy)
-        entries[module.out_keys[0]] = torch.stack([copy[module.key] for copy in copies]).mean(0)
+        entries[key] = torch.stack([copy[key] for copy in copies]).mean(0)
 
     return run
 
@@ -127,14 +127,10 @@ def _squash(module: TanhModule) -> Stage | None:
 
 def _network(module: TensorDictModule) -> Stage | None:
     """A network that can be called with its parameters as a dict."""
-    network, keys = module.module, module.in_keys
-    call: Callable[..., Tensor]
-    if type(network) is ScaledDifference:
-        call = network.forward
-    elif type(network) is StateMLP and (functional := functional_of(network)) is not None:
-        call = partial(functional, TensorDict.from_module(network).to_dict())
-    else:
+    functional = functional_of(module.module) if type(module.module) is StateMLP else None
+    if functional is None:
         return None
+    call, keys = partial(functional, TensorDict.from_module(module.module).to_dict()), module.in_keys
 
     def run(entries: Entries) -> None:
         entries[module.out_keys[0]] = call(*(entries[key] for key in keys))

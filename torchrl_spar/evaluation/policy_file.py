@@ -14,7 +14,7 @@ from torchrl.objectives.common import LossModule
 
 from torchrl_spar.build import rebuild_actor
 from torchrl_spar.errors import InputError, check_device, first_line
-from torchrl_spar.mean_actor import rebuild_mean
+from torchrl_spar.mean_actor import unchecked_mean
 from torchrl_spar.objective import SPARLoss
 from torchrl_spar.paths import user_path
 from torchrl_spar.residual import SPARActor
@@ -156,7 +156,7 @@ def _check_actor(policy: Any) -> None:
 def rebuild_policy(architecture: dict[str, Any]) -> SPARActor:
     """An untrained policy of default networks, or a mean of some, from its ``architecture``."""
     if "mean_of" in architecture:
-        return rebuild_mean([rebuild_policy(each) for each in architecture["mean_of"]], architecture["one_anchor"])
+        return unchecked_mean([rebuild_policy(each) for each in architecture["mean_of"]])
     return rebuild_actor(**architecture)
 
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torchrl.data import ReplayBuffer, TensorDictReplayBuffer
 
-from torchrl_spar.errors import check_names
+from torchrl_spar.errors import InputError, check_names, check_options
 from torchrl_spar.objective import SPARLoss
-from torchrl_spar.training.pretrain import NO_OPTIONS, fit_critics, with_own_episodes
+from torchrl_spar.training.pretrain import NO_OPTIONS, Report, fit_critics, with_own_episodes
 from torchrl_spar.training.progress import Progress
 from torchrl_spar.training.sampling import without_own_entries
 
@@ -23,6 +23,7 @@ def make_member(
     seed: int,
     critics: Mapping[str, Any] | None = NO_OPTIONS,
     episode_share: float = 0.5,
+    report: Report | None = None,
     progress: Progress | None = None,
     keep: Callable[[SPARLoss], SPARLoss] = lambda member: member,
     compile: bool = False,
@@ -30,15 +31,17 @@ def make_member(
     """Another policy on the anchor and the VAE of a pre-trained one, with a head and critics of its own.
 
     Where a training ends depends on where its critics happen to err. Train each member as if it were alone and deploy
-    their mean, ``mean_actor([member.actor for member in members], one_anchor=True)``: it errs less than most of them.
+    their mean, ``mean_actor([member.actor for member in members])``: it errs less than most of them.
 
     Args:
         loss: pre-trained, see :func:`~torchrl_spar.pretrain`; not changed. It may be trained already.
-        data: the rows that came with it.
-        seed: of the new parameters and the critics' episodes. The state of torch's generator is left as it is.
+        data: the rows that came with it. Their critics' episodes and targets are not used.
+        seed: of the new parameters, which the networks' ``reset_parameters`` draw, and of the critics' episodes. The
+            state of torch's generator is left as it is.
         critics: options of :func:`~torchrl_spar.fit_critics`; None leaves the new critics as they are.
         episode_share: of the episodes, what each critic learns from after its start; see
             :func:`~torchrl_spar.with_member_weights`.
+        report: called as ``report(step, metrics)`` after every step of the critics' start.
         progress: where to resume, see :class:`~torchrl_spar.Progress`; one of its own for each member.
         keep: called with the new loss before it is trained, and returns it: the place to load a checkpoint.
         compile: whether the critics' start goes through ``torch.compile``.
@@ -47,7 +50,7 @@ def make_member(
         The member, and rows for it as :func:`~torchrl_spar.pretrain` returns them.
 
     Raises:
-        InputError: for an unknown or impossible option.
+        InputError: for an unknown or impossible option, or networks that cannot be reset.
         NonFiniteError: within 100 steps of a loss or parameter that is NaN or infinite.
 
     Source: ours.
@@ -60,20 +63,35 @@ def make_member(
         >>> members = [first, make_member(*first, seed=1, critics=few), make_member(*first, seed=2, critics=few)]
         >>> for loss, rows in members:
         ...     metrics = SPARUpdate(loss)(rows.sample())
-        >>> policy = mean_actor([loss.actor for loss, _ in members], one_anchor=True)
+        >>> policy = mean_actor([loss.actor for loss, _ in members])
         >>> policy(observation=torch.zeros(3)).shape
         torch.Size([2])
     """
-    member = deepcopy(loss)
-    with torch.random.fork_rng(devices=[data[:1].device] if data[:1].device.type == "cuda" else []):
+    check_options((isinstance(seed, int) and 0 <= seed < 2**63, "seed", seed, "a whole number from 0 to 2**63 - 1"))
+    member, device, data = deepcopy(loss), loss.residual_scale.device, without_own_entries(loss, data)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         member.reset_parameters_recursive()
         member.residual_vae_params.data.update_(loss.residual_vae_params.data)  # head B's decoder with it
         member.sync_targets()
+        _check_new(loss, member)
         member = keep(member)
         if critics is not None:
             check_names(critics, fit_critics, prefix="critics.")
-            data = without_own_entries(loss, data)
-            fit_critics(member, data, **{"compile": compile, **critics, "progress": progress or Progress()})
+            options = {"compile": compile, **critics, "progress": progress or Progress(), "report": report}
+            fit_critics(member, data, **options)
             data = with_own_episodes(member, data, share=episode_share, seed=seed)
     return member, data
+
+
+def _check_new(loss: SPARLoss, member: SPARLoss) -> None:
+    """Refuses weights that no module resets: they would be those of the first."""
+    old, new = (
+        {"the head": each.actor_network_params["head"], "a critic": each.qvalue_network_params}
+        for each in (loss, member)
+    )
+    for name, params in old.items():
+        for key, tensor in params.items(True, True):
+            is_constant = (tensor == tensor.flatten()[0]).all()  # as a layer norm starts
+            if tensor.requires_grad and torch.equal(tensor, new[name][key]) and not is_constant:
+                raise InputError(f"{name}: no reset_parameters() of its modules draws {key} anew; give it one")

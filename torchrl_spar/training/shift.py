@@ -11,6 +11,7 @@ from torchrl.data import ReplayBuffer
 
 from torchrl_spar.data.returns import OrderError
 from torchrl_spar.data.rows import valid_mask, whole_of
+from torchrl_spar.mean_actor import policy_of
 from torchrl_spar.objective import SPARLoss
 from torchrl_spar.training.sampling import ends_of
 
@@ -30,8 +31,8 @@ class CoherentShift:
     window to window: ``max |mean_w mean_t [pi(s) - a_b]| / std_w mean_t [a - a_b]``, over ages and action dimensions.
 
     Args:
-        losses: whose :attr:`~torchrl_spar.SPARLoss.actor` is measured, or several members whose mean is; with a trained
-            anchor.
+        losses: whose :attr:`~torchrl_spar.SPARLoss.actor` is measured, or several members, whose
+            :func:`~torchrl_spar.mean_actor` is; with a trained anchor.
         replay_buffer: the data in order. Up to 100 windows of each of the first 20 ages are kept.
 
     Returns:
@@ -63,11 +64,11 @@ class CoherentShift:
 
     @torch.no_grad()
     def __call__(self) -> Tensor | None:
-        actors, key = [loss.actor for loss in self.losses], self.losses[0].tensor_keys.action
-        shifts = []
-        for state, anchor, usual in self.windows:
-            action = torch.stack([actor(state.clone(False))[key] for actor in actors]).mean(0)
-            shifts.append(((action - anchor).mean((0, 1)).abs() / usual).max())
+        policy, key = policy_of(self.losses), self.losses[0].tensor_keys.action
+        shifts = [
+            ((policy(state.clone(False))[key] - anchor).mean((0, 1)).abs() / usual).max()
+            for state, anchor, usual in self.windows
+        ]
         return torch.stack(shifts).max() if shifts else None
 
 
