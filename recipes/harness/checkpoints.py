@@ -89,6 +89,17 @@ class Checkpoints:
                 ) from None
         return part
 
+    def check_all_added(self) -> None:
+        """
+        Raises:
+            InputError: if the loaded checkpoint has parts that nobody has added.
+        """
+        if self.waiting:
+            raise InputError(
+                f"{self.latest}: holds {', '.join(self.waiting)}, which this version of the code does not know; "
+                "go on with the version that wrote it, or start anew in another directory"
+            )
+
     def knows(self, name: str) -> bool:
         """Whether the loaded checkpoint holds a part of this name that has not been added yet."""
         return name in self.waiting

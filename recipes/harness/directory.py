@@ -21,6 +21,8 @@ from torchrl_spar.errors import first_line
 # What makes it no other run: where it lies, the threads, evaluation beside training, checkpoints.
 FREE = ("runs", "out", "threads", "eval.background", "resume", "checkpoint.seconds")
 LOCK = ".lock"
+# Options that came later, with what runs from before them did.
+LATER = {"spar.members": 1}
 # What every run leaves in results.json.
 RESULTS = ("dataset", "env", "env_kwargs", "seed", "method", "updates")
 
@@ -179,7 +181,7 @@ def differences(one: Container, other: Container) -> set[str]:
 def options(cfg: Container) -> dict[str, Any]:
     """The options that identify a run."""
     flat = flatten(OmegaConf.to_container(cfg, resolve=True))
-    return {name: value for name, value in flat.items() if name not in FREE}
+    return {name: value for name, value in flat.items() if name not in FREE and (name, value) not in LATER.items()}
 
 
 def flatten(options: Any, prefix: str = "") -> dict[str, Any]:

@@ -268,6 +268,7 @@ class MainPhase:
 
     def steps(self) -> Iterator[int]:
         """Yields the number of updates at the end of each remaining block."""
+        self.checkpoints.check_all_added()
         for run in self.runs:
             run.evaluate_again()
             if self.position.step == 0 and not run.scores.has(0):

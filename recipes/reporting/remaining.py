@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from harness.directory import flatten, run_directory
+from harness.directory import LATER, flatten, run_directory
 from harness.environment import dataset_name
 from harness.options import checked
 from harness.run import Run
@@ -113,4 +113,4 @@ def records(cfg: DictConfig) -> list[float]:
 
 def sizes(cfg: Any) -> list[Any]:
     options = flatten(OmegaConf.to_container(cfg))
-    return [options.get(name) for name in SIZES]
+    return [options.get(name, LATER.get(name)) for name in SIZES]

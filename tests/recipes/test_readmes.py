@@ -7,6 +7,7 @@ import re
 import shlex
 import shutil
 import warnings
+from collections import defaultdict
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -208,13 +209,8 @@ def test_the_first_pages_results_are_the_reports():
     scores = {row[0]: [re.sub(r" \(\d\)$", "", cell) for cell in row[1:7]] for row in reported[2:]}
     (shown,) = [table for table in tables((ROOT / "README.md").read_text()) if table[0][0] == "method"]
     assert len(shown) > 4
-    *rows, mean = shown[2:]
-    for method, *cells in rows:
+    for method, *cells in shown[2:]:
         assert cells == scores[method]
-    names = {"embedded Hopper": "embedded"}
-    files = [RESULTS / "mean_of_runs" / f"{names.get(name, name)}_24000.json" for name in shown[0][1:]]
-    means = [json.loads(file.read_text())["mean"]["normalized"] for file in files]
-    assert mean[1:] == [f"{score:.1f}" for score in means]
 
 
 def test_what_settled_critics_change_is_the_committed_runs():
@@ -264,29 +260,32 @@ def test_the_citation_has_the_version():
     assert versions == [torchrl_spar.__version__]
 
 
-def test_the_means_of_runs_are_the_committed_ones():
-    (shown,) = [rows for rows in tables((RESULTS / "README.md").read_text()) if "their mean policy" in rows[0]]
+def runs_of(file: str) -> list[dict]:
+    first, *lines = [json.loads(line) for line in (RESULTS / file).read_text().splitlines()]
+    return [first["common"] | line for line in lines]
+
+
+def test_the_members_are_the_committed_ones():
+    (shown,) = [rows for rows in tables((RESULTS / "README.md").read_text()) if "three members" in rows[0]]
+    of_one = {(one["dataset"], one["seed"]): one for one in runs_of("six_sets/runs.jsonl") if one["method"] == "spar"}
+    found = defaultdict(list)
+    for three in runs_of("six_sets/members.jsonl"):
+        one = of_one[three["dataset"], three["seed"]]
+        assert three["members"] == 3
+        found[three["dataset"]].append([row["normalized"] for row in (three["anchor"], one["spar"], three["spar"])])
     expected = []
-    for file in (RESULTS / "mean_of_runs").glob("*.json"):
-        found = json.loads(file.read_text())
-        scores = [each["spar"]["normalized"] for each in found["runs"]]
-        assert [each["seed"] for each in found["runs"]] == [0, 1, 2][: len(scores)] and found["episodes"] == 20
-        numbers = (sum(scores) / len(scores), found["anchor"]["normalized"], found["mean"]["normalized"])
-        each = ", ".join(f"{score:.1f}" for score in scores)
-        expected.append([file.stem, each, *(f"{number:.1f}" for number in numbers)])
-        assert found["mean"]["normalized"] > found["anchor"]["normalized"] - 3
-    assert sorted(shown[2:]) == sorted(expected)
+    for scores in found.values():
+        columns = list(zip(*scores))
+        cells = [", ".join(f"{score:.1f}" for score in column) for column in columns]
+        expected.append([*cells, f"{np.mean(columns[-1]):.1f}"])
+    assert sorted(row[1:] for row in shown[2:]) == sorted(expected)
 
 
 def test_the_long_runs_are_the_committed_ones():
-    def runs(file: str) -> list[dict]:
-        first, *lines = [json.loads(line) for line in (RESULTS / file).read_text().splitlines()]
-        return [first["common"] | line for line in lines]
-
     (shown,) = [rows for rows in tables((RESULTS / "README.md").read_text()) if "after 100,000" in rows[0]]
-    short = {(one["dataset"], one["seed"]): one for one in runs("six_sets/runs.jsonl") if one["method"] == "spar"}
+    short = {(one["dataset"], one["seed"]): one for one in runs_of("six_sets/runs.jsonl") if one["method"] == "spar"}
     expected, below = [], 0
-    for one in runs("long/runs.jsonl"):
+    for one in runs_of("long/runs.jsonl"):
         curve = one["curve"]["normalized"]
         half = curve[len(curve) // 2 :]
         fall = max(best - score for best, score in zip(accumulate(half, max), half))
@@ -296,5 +295,5 @@ def test_the_long_runs_are_the_committed_ones():
         assert one["updates"] == 100_000
         below += last < anchor - 3
     assert [row[1:] for row in shown[2:]] == expected and below == 1
-    found = {one["method"]: one.get("spar", one.get("policy"))["normalized"] for one in runs("antmaze/runs.jsonl")}
+    found = {one["method"]: one.get("spar", one.get("policy"))["normalized"] for one in runs_of("antmaze/runs.jsonl")}
     assert found == {"bc": 0, "iql": 0, "spar": 5}

@@ -194,6 +194,36 @@ def test_resume_begins_goes_on_and_leaves_what_is_finished(tmp_path, capsys):
         start_run("spar", tmp_path / "mine" / "thesis.tex")
 
 
+def test_a_finished_run_of_before_an_option_is_one_with_what_it_did(tmp_path, capsys):
+    out = tmp_path / "run"
+    start_run("spar", out, "spar.members=1")
+    config = (out / "config.yaml").read_text()
+    assert config.count("  members: 1\n") == 1
+    (out / "config.yaml").write_text(config.replace("  members: 1\n", ""))
+    capsys.readouterr()
+    start_run("spar", out, "spar.members=1")
+    assert capsys.readouterr().out == f"{out}: finished before\n"
+    with pytest.raises(InputError, match=r"other options \(spar\.members\)"):
+        start_run("spar", out, "spar.members=3")
+
+
+def test_a_checkpoint_with_parts_that_nobody_knows_is_refused(tmp_path, monkeypatch):
+    """As one of another version: its run would go on with new parts in their place."""
+
+    def rename(number, checkpoints):
+        if "position" in checkpoints.parts:
+            checkpoints.parts["momentum"] = checkpoints.parts.pop("update 0")
+            checkpoints.save()
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        count_steps(patch, rename)
+        with pytest.raises(Killed):
+            start_run("spar", tmp_path)
+    with pytest.raises(InputError, match=r"checkpoint-.*: holds momentum, which this version"):
+        start_run("spar", tmp_path)
+
+
 def test_two_runs_on_one_directory(tmp_path, monkeypatch):
     out, said = tmp_path / "run", []
 
