@@ -19,7 +19,7 @@ if [ "$device" = cpu ]; then
 else
   slack=1 many="[8,32]" several="[8]"
   benchmark+=" rounds=5 window=0.5"
-  job+=" seeds=[0,1,2,3,4,5,6,7] spar.updates=6000 anchor.steps=2000 vae.steps=2000 critics.steps=1000 eval.interval=3000"
+  job+=" seeds=[0,1,2,3,4,5,6,7] spar.members=1 spar.updates=6000 anchor.steps=2000 vae.steps=2000 critics.steps=1000 eval.interval=3000"
 fi
 
 part() { # NAME SECONDS COMMAND: goes on to the next part whatever becomes of this one
