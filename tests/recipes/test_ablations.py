@@ -19,7 +19,7 @@ from ablations.no_anchor import MidRange
 from ablations.value_gradient import ALPHA, ValueGradientLoss
 from harness.directory import flatten
 from omegaconf import OmegaConf
-from reporting import statistics as comparison
+from reporting.names import NAMES as SHOWN
 
 CONFIG = Path(__file__).resolve().parents[2] / "recipes" / "config"
 NAMES = sorted(path.stem for path in (CONFIG / "method" / "ablation").glob("*.yaml"))
@@ -90,7 +90,7 @@ def test_middle_of_the_range():
 def test_an_ablation_changes_spars_own_options(name):
     plain, changed = compose_recipe("compare"), compose_recipe("compare", f"method=ablation/{name}")
     assert changed.method.name == name and changed.method.algorithm in compare.SPAR_RUNS
-    assert name in comparison.NAMES
+    assert name in SHOWN
     changed.method = plain.method
     known, found = (flatten(OmegaConf.to_container(cfg)) for cfg in (plain, changed))
     # Hydra takes unknown keys of a group without a word.
