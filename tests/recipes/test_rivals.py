@@ -256,11 +256,11 @@ def test_a_killed_sweep_goes_on(tmp_path):
     assert_one_line(done, "error: nowhere.npz: no such file")
     (out,) = runs_of(tmp_path, "bc")
     found = json.loads((out / "results.json").read_text())
-    assert set(found) == set(one) - {"anchor", "spar"} | {"policy"}
+    assert set(found) == set(one) - {"anchor", "spar", "members"} | {"policy"}
     assert found["data"] == one["data"] and found["updates"] == 60
 
     # The main job is the same run, to the bit.
-    done = run("spar_d4rl", *options, "seed=0", "out=alone", cwd=tmp_path)
+    done = run("spar_d4rl", *options, "spar.members=1", "seed=0", "out=alone", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert without_times(tmp_path / "alone") == without_times(first)
     assert (tmp_path / "alone" / "metrics.csv").read_text() == (first / "metrics.csv").read_text()

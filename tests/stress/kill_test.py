@@ -46,7 +46,7 @@ write_data()
 # All phases, each of more than a step; blocks of 2 updates.
 TINY = ["preset=smoke", "anchor.steps=12", "vae.steps=12", "critics.steps=6", "spar.updates=16", "logger.interval=2"]
 TINY += ["eval.interval=8", "eval.background=false", "spar.loss.hidden=[8]", "batch_size=16"]
-TINY += [f"dataset={DATA}", "env=Hopper-v5"]
+TINY += [f"dataset={DATA}", "env=Hopper-v5", "spar.members=2"]
 
 
 def start_run(method: str, out: Path, *options: str, seed: int = 3) -> None:

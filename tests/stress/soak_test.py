@@ -51,7 +51,7 @@ def soak(updates: int, scratch: Path, *, background: bool) -> Iterator[Sample]:
     """Samples of a run while it goes on; with `background` its evaluations are made by a second process."""
     out = scratch / "run"
     options = (f"spar.updates={updates}", f"eval.interval={updates // 50}", "eval.episodes=1", "checkpoint.seconds=1")
-    options += (f"eval.background={str(background).lower()}", f"logger.interval={updates // 200}")
+    options += (f"eval.background={str(background).lower()}", f"logger.interval={updates // 200}", "spar.members=1")
     # A fresh process: a fork would begin with the memory of whatever ran here before.
     run = get_context("spawn").Process(target=start_run, args=("spar", out, *options))
     run.start()
