@@ -50,6 +50,8 @@ def mean_actor(actors: Sequence[SPARActor]) -> SPARActor:
         >>> torch.allclose(mean_actor([one, other])(observation=x), mean, atol=1e-6)
         True
     """
+    if isinstance(actors, nn.Module):
+        raise InputError(f"actors: one {type(actors).__name__}; give a list of two or more")
     actors = [deepcopy(actor) for actor in actors]
     _check(actors)
     return unchecked_mean(actors)

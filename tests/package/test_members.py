@@ -13,6 +13,7 @@ from torchrl_spar import (
     BatchSampler,
     FrozenAnchor,
     GuardedActor,
+    HealthCheck,
     InputError,
     ResidualHead,
     SPARActor,
@@ -264,6 +265,10 @@ def test_what_has_no_mean_is_named():
     network = TensorDictModule(MLP(OBSERVATION, ACTION), ["observation"], ["torque"])
     stranger = make_spar_loss(OBSERVATION, Bounded(-1, 1, (ACTION,)), hidden=[8]).actor
     stranger.residual_scale = one.residual_scale
+    with pytest.raises(InputError, match="one SPARActor; give a list"):
+        mean_actor(one)
+    with pytest.raises(InputError, match="losses: none given"):
+        HealthCheck([], make_toy_data())
     for others, words in (
         ([], "1 given"),
         ([one.anchor], r"actors\[1\]: a FrozenAnchor"),

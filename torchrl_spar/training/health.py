@@ -11,7 +11,7 @@ from torch.nn.utils import get_total_norm
 from torchrl.data import ReplayBuffer
 
 from torchrl_spar.data.rows import under_next, whole_of
-from torchrl_spar.errors import NonFiniteError, check_present
+from torchrl_spar.errors import InputError, NonFiniteError, check_present
 from torchrl_spar.objective import SPARLoss
 from torchrl_spar.training.shift import CoherentShift
 
@@ -103,7 +103,10 @@ class HealthCheck:
     """
 
     def __init__(self, losses: SPARLoss | Sequence[SPARLoss], replay_buffer: ReplayBuffer) -> None:
-        loss = losses if isinstance(losses, SPARLoss) else losses[0]
+        losses = [losses] if isinstance(losses, SPARLoss) else list(losses)
+        if not losses:
+            raise InputError("losses: none given; give the loss that is trained, or its members")
+        loss = losses[0]
         rows, key = whole_of(replay_buffer), under_next(loss.tensor_keys.reward)
         check_present(rows, [key])
         reward = loss.reward_scale * rows[key]
