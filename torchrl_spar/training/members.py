@@ -31,7 +31,7 @@ def make_member(
     """Another policy on the anchor and the VAE of a pre-trained one, with a head and critics of its own.
 
     Where a training ends depends on where its critics happen to err. Train each member as if it were alone and deploy
-    their mean, ``mean_actor([member.actor for member in members])``: it errs less than most of them.
+    their mean, ``mean_actor([member.actor for member in members])``: it varies less than one of them.
 
     Args:
         loss: pre-trained, see :func:`~torchrl_spar.pretrain`; not changed. It may be trained already.

@@ -31,7 +31,7 @@ class CoherentShift:
     window to window: ``max |mean_w mean_t [pi(s) - a_b]| / std_w mean_t [a - a_b]``, over ages and action dimensions.
 
     Args:
-        losses: whose :attr:`~torchrl_spar.SPARLoss.actor` is measured, or several members, whose
+        losses: one, whose :attr:`~torchrl_spar.SPARLoss.actor` is measured, or several members, whose
             :func:`~torchrl_spar.mean_actor` is; with a trained anchor.
         replay_buffer: the data in order. Up to 100 windows of each of the first 20 ages are kept.
 
