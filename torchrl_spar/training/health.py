@@ -85,6 +85,9 @@ class HealthCheck:
     Returns:
         Of a call: what it measured itself, ``coherent_shift`` or nothing, to be logged beside the metrics.
 
+    Raises:
+        InputError: without a loss; the data has no rewards.
+
     Source: ours; the bound is the geometric series.
 
     Examples:
