@@ -129,6 +129,8 @@ def _check_range(option: str, value: Any, limits: Any) -> None:
     if value is None or isinstance(value, DictConfig):
         return
     for part in value if isinstance(value, ListConfig) else [value]:
+        if part == "":
+            raise InputError(f"{option}={_text(value)}: is empty; give a value, or leave the option out")
         is_number = isinstance(part, (int, float)) and not isinstance(part, bool)
         if limits["choices"] and part not in limits["choices"]:
             break

@@ -68,6 +68,7 @@ def configure(**changes):
         ({"kind": "c"}, "kind=c: must be one of a, b"),
         ({"part": {"share": 1.5}}, "part.share=1.5: must be a number from 0 to 1"),
         ({"part": {"sizes": [4, 0]}}, "part.sizes=[4, 0]: must be a number from 1 on"),
+        ({"given": ""}, "given=: is empty; give a value, or leave the option out"),
     ],
 )
 def test_a_value_out_of_range_is_named(changes, message):
