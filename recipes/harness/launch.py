@@ -22,7 +22,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from harness.options import OPTIONS, checked, explain, print_help
+from harness.options import OPTIONS, checked, ensure_registered, explain, print_help
 from harness.stopping import Stopped, stop
 from torchrl_spar import InputError, evaluate, normalized_score
 from torchrl_spar.errors import check_device
@@ -50,8 +50,12 @@ def run_recipe(main: Callable[[DictConfig], None], name: str, *, sweeps: Sequenc
             print(f"{about}\n\n{(RECIPES / 'config' / f'{name}.yaml').read_text()}")
         return
 
+    has_options = name in OPTIONS
+
     def guarded(cfg: DictConfig) -> None:
         try:
+            if has_options:
+                ensure_registered(name)
             plain = checked(cfg, name)
             expand_home(plain)
             check_seeds(plain)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
 from dataclasses import field, fields, is_dataclass
+from importlib import import_module
 from typing import Any, TypeVar, get_type_hints
 
 from hydra.core.config_store import ConfigStore
@@ -52,6 +53,12 @@ def recipe_options(name: str, *, stored_as: str | None = None) -> Callable[[type
         return options
 
     return register
+
+
+def ensure_registered(name: str) -> None:
+    """Has a recipe's options known in this process: one of a sweep gets the recipe's code without importing it."""
+    if name not in OPTIONS:
+        import_module(name.replace("/", "."))
 
 
 def checked(cfg: DictConfig, name: str) -> DictConfig:

@@ -83,7 +83,7 @@ class Spar:
     members: int = option(
         3,
         "Policies that are trained on one anchor, each with critics of its own; the mean of their residuals is the "
-        "policy. Each costs a main phase.",
+        "policy. Each costs a start of the critics and a main phase.",
         least=1,
     )
     qvalue_lr: float = option(5e-4, "Learning rate of the critics.", least=0)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 import threading
 from importlib.util import find_spec
 from pathlib import Path
@@ -264,6 +266,14 @@ def test_a_killed_sweep_goes_on(tmp_path):
     assert done.returncode == 0, done.stderr
     assert without_times(tmp_path / "alone") == without_times(first)
     assert (tmp_path / "alone" / "metrics.csv").read_text() == (first / "metrics.csv").read_text()
+
+
+def test_the_processes_of_a_sweep_check_the_options(tmp_path):
+    command = [sys.executable, str(RECIPES / "compare.py"), *TINY, "runs=runs", "method=bc", "seed=0,1"]
+    command += ["hydra.launcher.n_jobs=2", "spar.updates=0"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert_one_line(done, "spar.updates=0: must be a number from 1 on")
+    assert not any(tmp_path.rglob("seed*"))
 
 
 @pytest.mark.parametrize(
