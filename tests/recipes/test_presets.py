@@ -63,8 +63,11 @@ def test_of_several_presets_the_last_wins():
 def test_the_readme_has_the_sizes_of_the_quick_job_and_of_d4rl():
     text = " ".join((CONFIG.parent / "README.md").read_text().split())
     quick, field = composed(), composed("preset=d4rl")
-    steps = sum(quick[f"{phase}.steps"] for phase in ("anchor", "vae", "critics"))
-    for sizes, shown in ((quick, f"{steps:,} pre-training steps and "), (field, "")):
+    assert quick["anchor.steps"] == quick["vae.steps"]
+    starts = f"{quick['anchor.steps']:,} steps each for anchor and VAE, and for each of three members "
+    starts += f"{quick['critics.steps']:,} for the start of its critics and "
+    assert quick["spar.members"] == 3
+    for sizes, shown in ((quick, starts), (field, "")):
         width, other = sizes["spar.loss.hidden"]
         assert width == other
         shown = f"two layers of {width}, batches of {sizes['batch_size']}, {shown}{sizes['spar.updates']:,} updates"
