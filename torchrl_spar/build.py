@@ -14,7 +14,7 @@ from torchrl.modules import TanhModule, ValueOperator
 
 from torchrl_spar.data.buffer import OfflineReplayBuffer
 from torchrl_spar.errors import InputError, check_device, check_names, check_options
-from torchrl_spar.networks import ObservationNorm, StateMLP
+from torchrl_spar.networks import ActionNorm, ObservationNorm, StateMLP
 from torchrl_spar.objective import SPARLoss
 from torchrl_spar.residual import GaussianEncoder, ResidualHead, ResidualVAE, SPARActor, action_bounds
 
@@ -205,10 +205,14 @@ class DefaultNetworks:
         return self.low.numel()
 
     def body(self, inputs: int, outputs: int, *, layer_norm: bool = False) -> StateMLP:
-        """Reads the observation and `inputs` more numbers."""
+        """Reads the observation and `inputs` more numbers, an action first."""
         norm = ObservationNorm(*(stat.to(self.device) for stat in self.stats))
-        size = self.observation_dim + inputs
-        return StateMLP(norm, size, outputs, hidden=self.hidden, layer_norm=layer_norm, device=self.device)
+        low, high = action_bounds(self.action_spec)  # ours may be on the meta device
+        is_unit = not inputs or bool((low == -1).all() and (high == 1).all())
+        return StateMLP(
+            norm, self.observation_dim + inputs, outputs, hidden=self.hidden, layer_norm=layer_norm,
+            action_norm=None if is_unit else ActionNorm(self.low, self.high), device=self.device,
+        )  # fmt: skip
 
     def anchor(self) -> TensorDictSequential:
         squash = TanhModule(in_keys=["action"], low=self.low, high=self.high)

@@ -1,4 +1,4 @@
-"""The default network body: standardised observation, MLP."""
+"""The default network body: standardised observation and action, MLP."""
 
 from __future__ import annotations
 
@@ -67,11 +67,38 @@ def _standardised(observation: torch.Tensor, loc: torch.Tensor, scale: torch.Ten
     return ((observation - loc) / scale).to(scale.dtype)
 
 
-KNOWN = {ObservationNorm, MLP, nn.Linear, nn.LayerNorm, nn.ReLU}
+class ActionNorm(nn.Module):
+    """An action in half ranges from the middle of its bounds, so that networks read it in whatever unit it is.
+
+    Args:
+        low: least action, ``[action_dim]``.
+        high: greatest action, ``[action_dim]``.
+
+    Source: ours.
+
+    Examples:
+        >>> ActionNorm(torch.tensor([0.0]), torch.tensor([40.0]))(torch.tensor([[10.0]]))
+        tensor([[-0.5000]])
+    """
+
+    loc: torch.Tensor
+    scale: torch.Tensor
+
+    def __init__(self, low: torch.Tensor, high: torch.Tensor) -> None:
+        super().__init__()
+        self.register_buffer("loc", low / 2 + high / 2)
+        self.register_buffer("scale", high / 2 - low / 2)
+
+    def forward(self, action: torch.Tensor) -> torch.Tensor:
+        """The same action ``[*B, action_dim]``, between -1 and 1 within the bounds."""
+        return (action - self.loc) / self.scale
+
+
+KNOWN = {ObservationNorm, ActionNorm, MLP, nn.Linear, nn.LayerNorm, nn.ReLU}
 
 
 class StateMLP(nn.Module):
-    """An MLP on the standardised observation and any further inputs, ReLU between layers.
+    """An MLP on the standardised observation and any further inputs, an action first, ReLU between layers.
 
     Args:
         norm: standardises the first input.
@@ -79,6 +106,7 @@ class StateMLP(nn.Module):
         out_features: size of the output.
         hidden: widths of the hidden layers.
         layer_norm: LayerNorm before each activation (critics).
+        action_norm: scales the second input; None leaves it as it is.
         device: where the weights live.
 
     Examples:
@@ -95,10 +123,12 @@ class StateMLP(nn.Module):
         *,
         hidden: Sequence[int],
         layer_norm: bool = False,
+        action_norm: ActionNorm | None = None,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
         self.norm = norm
+        self.action_norm = action_norm
         self.mlp = MLP(
             in_features,
             out_features,
@@ -111,12 +141,14 @@ class StateMLP(nn.Module):
 
     def forward(self, observation: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
         """``[*B, out_features]`` of the raw observation ``[*B, observation_dim]`` and ``[*B, features]`` each."""
+        if self.action_norm is not None:
+            inputs = self.action_norm(inputs[0]), *inputs[1:]
         return self.mlp(torch.cat((self.norm(observation), *inputs), -1))
 
     @property
     def functional(self) -> Callable[..., torch.Tensor] | None:
         """:meth:`call_with`, if norm and layers are of the types it knows; None if one was replaced."""
-        parts = self.norm, self.mlp, *self.mlp
+        parts = self.norm, *([] if self.action_norm is None else [self.action_norm]), self.mlp, *self.mlp
         known = all(type(part) in KNOWN and not _is_hooked(part) for part in parts)
         return self.call_with if known else None
 
@@ -144,6 +176,9 @@ class StateMLP(nn.Module):
         """
         norm, layers = params["norm"], params["mlp"]
         out = _standardised(observation, norm["loc"], norm["scale"])
+        if self.action_norm is not None:
+            unit = params["action_norm"]
+            inputs = (inputs[0] - unit["loc"]) / unit["scale"], *inputs[1:]
         last = len(self.mlp) - 1
         for index, layer in enumerate(self.mlp):
             own = layers.get(str(index))

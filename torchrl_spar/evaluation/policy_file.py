@@ -135,6 +135,11 @@ def load_policy(
                 raise InputError(f"{path}: does not fit the policy that was given: {', '.join(misfits[:6])}{more}")
         elif architecture is not None:
             built = rebuild_policy(architecture)
+            if misfits := _misfits(built, weights):
+                raise InputError(
+                    f"{path}: its weights are not those of the default networks of this version of torchrl_spar: "
+                    f"{', '.join(misfits[:6])}"
+                )
         else:
             built = None if policy is None else policy(facts)
         if built is None:

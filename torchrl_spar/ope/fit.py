@@ -28,6 +28,9 @@ from torchrl_spar.training.progress import Progress
 from torchrl_spar.training.sampling import Batches, batch_size_of
 
 MASK = ("collector", "mask")
+# Of a trace, in half ranges of the actions.
+LEAST_WIDTH = 1e-3
+TINY = torch.finfo(torch.float32).tiny
 
 
 class FQEFit(NamedTuple):
@@ -152,7 +155,8 @@ def fit_fqe_each(
     device = rows["episode"].device
     critics = qvalue_network or _critics(data, num_qvalue_nets, hidden, seed)
     options: dict[str, Any] = {"num_qvalue_nets": len(critics), "lmbda": lmbda, "exploration_type": exploration_type}
-    width = rows["action"].std(0).clamp_min(1e-3)
+    width = rows["action"].std(0)
+    width = width.maximum((LEAST_WIDTH * _size_of_actions(data, rows["action"])).clamp_min(TINY))
     fits: dict[str, FQEFit] = {}
     trains: list[TensorDictBase] = []
     for name, policy in policies.items():
@@ -196,6 +200,13 @@ def fit_fqe_each(
         _fit("loss_qvalue", stack.qvalue_loss, stack.qvalue_network_params, drawn, steps, lr, progress, report)
         stack.copy_back()
     return fits
+
+
+def _size_of_actions(data: ReplayBuffer, actions: Tensor) -> Tensor:
+    """Half their range, where it is known; else the largest, ``[action_dim]``."""
+    if isinstance(data, OfflineReplayBuffer):
+        return (data.action_spec.space.high / 2 - data.action_spec.space.low / 2).to(actions)
+    return actions.abs().amax(0)
 
 
 def _warm_start(loss: FQELoss, returns: Tensor, batches: Batches, steps: int, lr: float) -> None:

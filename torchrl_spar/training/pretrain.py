@@ -14,9 +14,11 @@ from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 from torch.nn.functional import mse_loss
 from torchrl.data import ImmutableDatasetWriter, ReplayBuffer, TensorDictReplayBuffer, TensorStorage
+from torchrl.modules import TanhModule
 from torchrl.objectives import BCLoss
 
 from torchrl_spar.build import make_anchor, make_spar_loss
+from torchrl_spar.conventions import masked_mean
 from torchrl_spar.data.buffer import OfflineReplayBuffer
 from torchrl_spar.data.returns import returns_to_go
 from torchrl_spar.data.rows import rows_of, valid_mask
@@ -138,6 +140,9 @@ def fit_anchor(
 ) -> TensorDictModuleBase:
     """Behaviour cloning with TorchRL's ``BCLoss`` (squared error for a deterministic actor).
 
+    That error is in half ranges of the actions, whose bounds are the buffer's ``action_spec`` or those of the actor's
+    ``TanhModule``; where there is neither, it is in the actions' own unit.
+
     The learning rate falls to zero along a cosine. Buffers such as :func:`~torchrl_spar.load_offline_dataset` returns,
     in memory and sampled uniformly, are read in blocks of batches; any other is asked to ``sample()``.
 
@@ -174,16 +179,20 @@ def fit_anchor(
         loss = BCLoss(actor)
 
     key, writes_action_alone = loss.tensor_keys.action, {*actor.out_keys} == {loss.tensor_keys.action}
+    unit = _half_range(actor, replay_buffer)
 
     def cloning(batch: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
         valid = valid_mask(batch)
-        if valid is not None:  # BCLoss knows the collectors' mask alone
-            return loss(batch.copy().set(("collector", "mask"), valid.view(batch.shape)))["loss_bc"], {}
-        if writes_action_alone:  # the same number, without what passing the parameters to the loss costs
+        valid = valid if valid is None else valid.view(batch.shape)
+        if writes_action_alone:  # BCLoss's number, up to the unit
             action = actor(batch.select(*actor.in_keys))[key]
             if action.shape != batch[key].shape:  # would be repeated along the data's
                 explain(batch)
-            return mse_loss(action, batch[key]), {}
+            action, own = action / unit, batch[key] / unit
+            error = mse_loss(action, own) if valid is None else masked_mean((action - own).pow(2).mean(-1), valid)
+            return error, {}
+        if valid is not None:  # BCLoss knows the collectors' mask alone
+            batch = batch.copy().set(("collector", "mask"), valid)
         return loss(batch)["loss_bc"], {}
 
     def explain(batch: TensorDictBase) -> None:
@@ -194,6 +203,15 @@ def fit_anchor(
     progress = progress or Progress()
     _fit("loss_bc", cloning, actor, batches, steps, lr, progress, report, explain=explain, compile=compile)
     return actor
+
+
+def _half_range(actor: TensorDictModuleBase, replay_buffer: ReplayBuffer) -> Tensor | float:
+    """Of the actions, ``[action_dim]``; 1 where nothing tells their bounds."""
+    if isinstance(replay_buffer, OfflineReplayBuffer):
+        space = replay_buffer.action_spec.space
+        return space.high / 2 - space.low / 2
+    squash = next((module for module in actor.modules() if isinstance(module, TanhModule)), None)
+    return 1.0 if squash is None else squash.action_high / 2 - squash.action_low / 2
 
 
 def fit_vae(
