@@ -229,7 +229,7 @@ def rescale(action: torch.Tensor, source: Bounded, target: Bounded) -> None:
 
 
 def is_near(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    return (one - other).abs() <= TOLERANCE * other.abs().clamp(min=1)
+    return (one - other).abs() <= TOLERANCE * torch.maximum(one.abs(), other.abs())
 
 
 def is_same(one: Bounded, other: Bounded) -> bool:
@@ -237,7 +237,7 @@ def is_same(one: Bounded, other: Bounded) -> bool:
 
 
 def within(least: torch.Tensor, most: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> bool:
-    tolerance = TOLERANCE * torch.maximum(low.abs(), high.abs()).clamp(min=1)
+    tolerance = TOLERANCE * torch.maximum(low.abs(), high.abs())
     return bool(((least >= low - tolerance) & (most <= high + tolerance)).all())
 
 

@@ -27,6 +27,8 @@ from torchrl_spar.training.sampling import batch_size_of
 
 # Held-out rows whose distance is taken, the rows of the other episodes it is taken to, and how many of the nearest.
 PROBES, REFERENCE, NEIGHBOURS = 1_000, 20_000, 5
+# Of the actions' standard deviation, in ranges of theirs.
+LEAST_WIDTH = 1e-6
 # Groups of equal size in which predicted and true returns are compared.
 BINS = 10
 # Rows of an episode in a piece of FQE's batch.
@@ -50,7 +52,8 @@ class Support:
         others, held = split_episodes(rows, held_out, seed)
         generator = torch.Generator().manual_seed(seed)
         self.loc, self.scale = data.observation_loc.cpu(), data.observation_scale.cpu()
-        self.width = others["action"].std(0).clamp_min(1e-6)
+        space = data.action_spec.space
+        self.width = others["action"].std(0).maximum(LEAST_WIDTH * (space.high - space.low).cpu())
         self.probes = held[torch.randperm(len(held), generator=generator)[:PROBES].sort().values]
         taken = others[torch.randperm(len(others), generator=generator)[:REFERENCE]]
         self.reference = self.joined(taken["observation"], taken["action"])

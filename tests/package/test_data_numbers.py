@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -231,3 +233,57 @@ def test_what_clip_action_clips_to_are_the_bounds():
     outer = {"name": "", "entry_point": "gymnasium.wrappers:TimeAwareObservation", "kwargs": {}}
     _, spec = environment_sizes("Pendulum-v1", additional_wrappers=[wrapper, outer])
     assert spec.space.low == -2 and spec.space.high == 2
+
+
+def test_rewards_of_rows_that_are_left_out_are_told_of(tmp_path):
+    """A success on the last row, which no observation follows."""
+    end = np.arange(200) % 20 == 19
+    states = np.random.default_rng(0).normal(0, 0.1, (200, 2)).cumsum(0)
+    options = {"terminals": np.zeros(200, bool), "timeouts": end, "actions": np.tanh(states)}
+    with pytest.warns(UserWarning, match=r"10 rows at episodes' ends are left out.* they hold 100% of the rewards"):
+        load_offline_dataset(write(tmp_path, states, rewards=1.0 * end, **options))
+    quiet = [
+        {"rewards": 1.0 * end, **options, "terminals": end, "timeouts": ~end & end},
+        {"rewards": 1.0 * end, **options, "next_observations": np.vstack((states[1:], states[-1:]))},
+        {"rewards": 1.0 * (np.arange(200) % 20 == 18), **options},
+    ]
+    for arrays in quiet:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*are left out")
+            load_offline_dataset(write(tmp_path, states, **arrays))
+
+
+@pytest.mark.parametrize("unit", [1e-5, 1.0, 1e5])
+def test_bounds_are_checked_and_guessed_in_the_unit_of_the_actions(tmp_path, unit):
+    bounds = Bounded(-unit, unit, (2,))
+    actions = np.random.default_rng(1).uniform(-1, 1, (100, 2))
+    for beyond, fits in ((1 + 1e-7, True), (1.01, False)):
+        actions[7, 1] = beyond
+        path = write(tmp_path, np.ones((100, 2)) * np.arange(100)[:, None], actions=(actions * unit).astype(np.float32))
+        if fits:
+            assert len(load_offline_dataset(path, action_spec=bounds))
+        else:
+            with pytest.raises(InputError, match="1 of 100 actions leave their bounds, the first in row 7"):
+                load_offline_dataset(path, action_spec=bounds)
+
+
+def test_actions_that_hardly_use_their_bounds_are_told_of(tmp_path):
+    actions = np.random.default_rng(1).uniform(-1, 1, (100, 3)) * [1, 1e-3, 0]
+    with pytest.warns(UserWarning, match=r"components \[1\] of actions vary by less than 1%"):
+        load_offline_dataset(write(tmp_path, np.ones((100, 2)) * np.arange(100)[:, None], actions=actions))
+
+
+def test_guessed_bounds_are_the_actions_own(tmp_path):
+    """In a table; a constant column, too, needs a range."""
+    n = 60
+    rows = {"x": np.arange(n) / n, "u": np.r_[-2e-4, np.zeros(n - 2), 3e-4], "w": np.linspace(0, 50, n), "c": [7.0] * n}
+    lines = [
+        ",".join([*rows, "reward", "done"]),
+        *(",".join(map(str, [*values, 1, int(i % 20 == 19)])) for i, values in enumerate(zip(*rows.values()))),
+    ]
+    (tmp_path / "log.csv").write_text("\n".join(lines))
+    columns = {"observation": ["x"], "action": ["u", "w", "c"], "reward": "reward", "done": "done"}
+    space = load_offline_dataset(tmp_path / "log.csv", columns=columns).action_spec.space
+    assert space.low.tolist() == pytest.approx([-2e-4, 0, 7]) and space.high.tolist() == pytest.approx(
+        [3e-4, 50, 7.007]
+    )

@@ -176,6 +176,35 @@ def test_a_clock_is_no_count(tmp_path, clock, order):
     assert (buffer[:]["next", "observation"] - buffer[:]["observation"]).abs().max() < 0.6
 
 
+@pytest.mark.parametrize("jitter", [0, 1 / 60])
+@pytest.mark.parametrize("whole", [0, 1000], ids=["seconds", "milliseconds"])
+def test_a_pause_of_a_clock_ends_an_episode(tmp_path, whole, jitter):
+    """Of 20 Hz; after two rows the robot stood still."""
+    times = np.arange(EPISODES * STEPS) / 20 + np.random.default_rng(3).uniform(0, jitter, EPISODES * STEPS)
+    times += 5.0 * (np.arange(len(times)) > 450) + 1.0 * (np.arange(len(times)) > 1030)
+    with pytest.warns(UserWarning, match="steps are missing after 2 rows, first after row 450"):
+        buffer = with_steps(tmp_path, DATA, np.floor(times * whole) if whole else times)
+    assert len(buffer.episode_returns) == EPISODES + 2
+
+
+@pytest.mark.parametrize("column", ["flags", "no flags"])
+def test_ids_that_two_logs_share_are_told_apart(tmp_path, column):
+    """Without steps and next observations; ids of streams that take turns are whole episodes."""
+    names = ["observations", "actions", "rewards", "terminals", *(["timeouts"] if column == "flags" else [])]
+    arrays = {name: DATA[name] for name in names} | {"episode": DATA["episode"] % (EPISODES // 2)}
+    np.savez(tmp_path / "both.npz", **arrays)
+    told = column != "flags" and pytest.warns(UserWarning, match=f"used again {EPISODES // 2} times, first in row")
+    with told or warnings.catch_warnings():
+        buffer = load_offline_dataset(tmp_path / "both.npz")
+    np.testing.assert_allclose(np.sort(buffer.episode_returns), np.sort(RETURNS))
+    turns = {name: array[INTERLEAVED] for name, array in {**arrays, "episode": DATA["episode"]}.items()}
+    np.savez(tmp_path / "turns.npz", **turns)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        buffer = load_offline_dataset(tmp_path / "turns.npz")
+    np.testing.assert_allclose(buffer.episode_returns, RETURNS)
+
+
 @pytest.mark.parametrize("longest", [2, 4, 39])
 def test_ids_that_are_used_again_by_short_episodes_are_told_apart(tmp_path, longest):
     rng = np.random.default_rng(0)

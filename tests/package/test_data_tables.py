@@ -194,6 +194,27 @@ def test_an_end_without_success_is_a_time_limit(tmp_path):
     np.testing.assert_allclose(buffer.episode_returns, RETURNS)
 
 
+def test_a_success_at_the_end_is_one_without_done_flags(tmp_path):
+    """Success on the way, which the robot leaves again, ends nothing; a user's own column for ends counts first."""
+    success = (LAST | (FRAME == 0)) & (EPISODE == 1)
+    write_lerobot(tmp_path / "set", **{"next.reward": REWARD, "next.success": success})
+    buffer = load_offline_dataset(f"lerobot:{tmp_path / 'set'}")
+    rows = buffer[:]
+    assert len(rows) == N - 2 and rows["next", "terminated"].sum() == 1
+    assert rows["episode"][rows["next", "terminated"][:, 0]].tolist() == [1]
+    np.testing.assert_allclose(buffer.episode_returns, RETURNS)
+    own = load_offline_dataset(f"lerobot:{tmp_path / 'set'}", columns={"terminated": "next.success"})
+    assert own[:]["next", "terminated"].sum() == 2
+
+
+def test_demonstrations_without_rewards_are_told_of_success(tmp_path):
+    write_lerobot(tmp_path / "set", **{"next.success": LAST & (EPISODE == 1)})
+    with pytest.warns(UserWarning, match=r"columns={'reward': 'next.success'} rewards success"):
+        load_offline_dataset(f"lerobot:{tmp_path / 'set'}")
+    buffer = load_offline_dataset(f"lerobot:{tmp_path / 'set'}", columns={"reward": "next.success"})
+    assert buffer.episode_returns.tolist() == [0, 1, 0]
+
+
 def test_demonstrations_without_rewards_warn(tmp_path):
     write_lerobot(tmp_path / "set", images="video")
     with pytest.warns(UserWarning) as caught:

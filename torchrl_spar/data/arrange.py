@@ -15,6 +15,8 @@ from torchrl_spar.data.order import Links, are_unrelated, chained, equal_rows, f
 MOSTLY_CUT = 0.25
 # Steps that differ in more of the rows are no count of rows, but times.
 SOME_GAPS = 0.1
+# Times that differ by so many usual steps are no jitter of a clock.
+PAUSE = 3.0
 # Where ids are used again, this share of the stretches of rows begins at the id's first step.
 AGAIN = 0.9
 # Rows in order of their steps differ from their followers by less; where by so much more, the steps are none.
@@ -61,6 +63,8 @@ def arrange(fields: dict[str, Any], *, sequence: np.ndarray | None = None) -> di
         observation, following = (torch.from_numpy(fields[name]) for name in ("observation", "next_observation"))
         return find_links(observation, following, ends, None if label is None else torch.from_numpy(label))
 
+    if label is not None and step is None and not given:
+        label = _told_apart(fields, label, stop, notes)
     order = _by_label(label, step)
     if not given:
         if order is not None:
@@ -144,15 +148,35 @@ def _clocked(
     return label, step
 
 
+def _told_apart(fields: dict[str, Any], label: np.ndarray, stop: np.ndarray, notes: list[str]) -> np.ndarray:
+    """Labels that differ where one is used again by rows whose observations do not go on from its earlier ones."""
+    begins = np.concatenate([[0], 1 + np.flatnonzero(label[1:] != label[:-1])])
+    last = np.append(begins[1:], len(label)) - 1
+    by_label = np.argsort(label[begins], kind="stable")
+    again = label[begins][by_label][1:] == label[begins][by_label][:-1]
+    rows, to = last[by_label[:-1][again]], begins[by_label[1:][again]]
+    unended = ~(stop | fields["terminated"])[rows]
+    rows, to = rows[unended], to[unended]
+    if not len(rows) or go_on(fields["observation"], rows, to).mean() >= 0.5:
+        return label
+    notes.append(
+        f"ids of episodes are used again {len(rows)} times, first in row {fields['row'][to.min()]}, by rows that do "
+        "not go on where the id's earlier ones ended: these are taken for other episodes"
+    )
+    return np.repeat(np.arange(len(begins)), np.diff(np.append(begins, len(label))))
+
+
 def _gaps(label: np.ndarray, step: np.ndarray, row: np.ndarray, notes: list[str]) -> np.ndarray:
-    """Rows whose following step is missing: whole numbers that grow by more than nearly everywhere else."""
+    """Rows whose following step is missing: steps that grow by more than nearly everywhere else."""
     grows = np.diff(step)
     inside = label[1:] == label[:-1]
-    if not inside.any() or (step % 1).any():
-        return np.zeros_like(inside)
+    if not inside.any():
+        return inside
     usual = np.median(grows[inside])
-    gaps = inside & (grows > 1.5 * usual)  # at least one is missing; a clock's rounding is less
-    if not usual or not gaps.any() or (grows[inside] != usual).mean() > SOME_GAPS:
+    off = np.abs(grows[inside] - usual)
+    is_steady = (off > 1e-3 * usual).mean() <= SOME_GAPS
+    gaps = inside & (grows > (1.5 if is_steady else PAUSE) * usual)  # at least one is missing; rounding is less
+    if not usual or not gaps.any() or (off > 0.5 * usual).mean() > SOME_GAPS:
         return np.zeros_like(inside)
     notes.append(
         f"steps are missing after {gaps.sum()} rows, first after row {row[gaps.argmax()]}: episodes are cut there"

@@ -33,6 +33,10 @@ from torchrl_spar.paths import user_path
 
 # Float32 rounding and simulators leave actions this far outside their bounds.
 ACTION_TOLERANCE = 1e-6
+# Actions that vary by a smaller share of their range are noted: residuals are at least so large.
+NARROW = 0.01
+# Rows that are left out are told of where they hold more than this share of the rewards.
+MOST_LOST = 0.05
 # A spread below this, relative to max(1, |mean|), is float32 rounding: the dimension is constant.
 SCALE_FLOOR = 1e-6
 # The same for a mean in float64.
@@ -201,7 +205,7 @@ def load_offline_dataset(
     Raises:
         InputError: if the source is missing, damaged or of no known form, an array is missing, has
             the wrong shape, length or type, is there twice, holds NaN, infinity or a number beyond +-1e15,
-            all observations or all actions are zero, actions leave their bounds by more than 1e-6,
+            all observations or all actions are zero, actions leave their bounds by more than 1e-6 of them,
             rewards are not 0 and 1 with ``end_at_success``, ``encoder`` gives no features, the device is not here, a
             download fails, or h5py or minari is not installed.
 
@@ -296,6 +300,7 @@ def _check(
     longest = int(np.bincount(steps.episode).max()) if steps.ordered else None
     if end_at_success:
         relabel(steps)
+    _note_lost_rewards(steps)
     row = np.arange(len(steps.reward)) if steps.row is None else steps.row
     return {
         "source_rows": torch.from_numpy(row[steps.known]),
@@ -307,6 +312,18 @@ def _check(
         "env_kwargs": steps.env_kwargs,
         "reward_shift": REWARD_SHIFT if end_at_success else 0.0,
     }
+
+
+def _note_lost_rewards(steps: Steps) -> None:
+    """Tells where rows that are left out hold a good part of what was earned, as the reward of a last step may be."""
+    size = np.abs(steps.reward)
+    lost = size[~steps.known].sum()
+    if lost > MOST_LOST * size.sum():
+        steps.notes += (
+            f"{(~steps.known).sum()} rows at episodes' ends are left out, for no observation follows them and they are "
+            f"not terminated; they hold {lost / size.sum():.0%} of the rewards (in absolute value): give the next "
+            "observations, or tell which of them are 'terminals'",
+        )
 
 
 def _returns(steps: Steps) -> np.ndarray:
@@ -334,8 +351,15 @@ def _check_actions(steps: Steps, low: torch.Tensor, high: torch.Tensor, clip: bo
         raise InputError(f"actions are of shape {tuple(shape)}, their bounds of shape {tuple(low.shape)}")
     check_bounds("the action space", low, high)
     least, most = low.numpy(), high.numpy()
+    span = (steps.action.max(axis=0) - steps.action.min(axis=0)) / (most - least)
+    if (narrow := (span > 0) & (span < NARROW)).any():
+        steps.notes += (
+            f"components {np.flatnonzero(narrow).tolist()} of actions vary by less than {NARROW:.0%} of their bounds, "
+            "too little to be learnt in this range: give the true bounds, action_spec=Bounded(low, high, shape) "
+            "(in recipes action_bounds=[low,high])",
+        )
     extremes = np.maximum(least - steps.action.min(axis=0), steps.action.max(axis=0) - most)
-    tolerance = ACTION_TOLERANCE * np.maximum(1, np.maximum(np.abs(least), np.abs(most)))
+    tolerance = ACTION_TOLERANCE * np.maximum(np.abs(least), np.abs(most))
     if not (extremes > tolerance).any():
         return
     outside = np.maximum(least - steps.action, steps.action - most) > tolerance

@@ -64,12 +64,13 @@ def _begin_alike(rows: np.ndarray, begins: np.ndarray) -> np.ndarray:
     return np.array([np.abs(begins - row).mean(axis=1).min() < reach for row in rows])
 
 
-def go_on(observation: np.ndarray, rows: np.ndarray) -> np.ndarray:
+def go_on(observation: np.ndarray, rows: np.ndarray, to: np.ndarray | None = None) -> np.ndarray:
     """Whether the given rows step to their followers by less than half a spread in the mean of the columns.
 
     Args:
         observation: ``[n, d]``.
         rows: indices ``[m]`` below ``n - 1``.
+        to: the followers' indices ``[m]``; by default the next rows.
 
     Examples:
         >>> go_on(np.array([[0.0], [0.1], [3.0]]), np.array([0, 1]))
@@ -78,7 +79,8 @@ def go_on(observation: np.ndarray, rows: np.ndarray) -> np.ndarray:
     live, spread = _live_columns(observation)
     if not live.any():
         return np.ones(len(rows), dtype=bool)
-    return np.minimum(_steps(observation, rows)[:, live] / spread, 2).mean(axis=1) < 0.5
+    steps = np.abs(observation[rows + 1 if to is None else to] - observation[rows])
+    return np.minimum(steps[:, live] / spread, 2).mean(axis=1) < 0.5
 
 
 def is_disordered(observation: np.ndarray, end: np.ndarray) -> bool:

@@ -112,9 +112,10 @@ def read_lerobot(directory: Path, columns: Columns | None = None, encoder: Encod
     files = sorted((directory / "data").rglob("*.parquet"))
     if not files:
         raise InputError("the directory holds no Parquet file below data")
-    success = "next.success" if "next.success" in features and "done" in named else None
+    success = "next.success" if "next.success" in features and "terminated" not in named else None
     encoded = images if encoder is not None else []
     wanted = [name for names in named.values() for name in _names(names)] + ([success] if success else []) + encoded
+    wanted = list(dict.fromkeys(wanted))
     with readable():
         present = arrow.parquet.read_schema(files[0]).names
         for name in wanted:
@@ -131,11 +132,17 @@ def read_lerobot(directory: Path, columns: Columns | None = None, encoder: Encod
             table = table.set_column(table.column_names.index(name), name, arrow.array(vectors))
         named |= {"observation": [*_names(named["observation"]), *encoded]}
     if success:  # an end without success is a time limit
-        done, succeeded = (_column(table, name, "done")[:, 0].astype(bool) for name in (str(named["done"]), success))
+        succeeded = _column(table, success, "done")[:, 0].astype(bool)
+        if "done" not in named:
+            episode = _column(table, str(named["episode"]), "episode")[:, 0]
+            table = table.append_column("done", arrow.array(np.append(episode[1:] != episode[:-1], True)))
+            named |= {"done": "done"}
+        done = _column(table, str(named["done"]), "done")[:, 0].astype(bool)
         named |= {"truncated": "truncated"}
         table = table.append_column("truncated", arrow.array(done & ~succeeded))
     if "reward" not in named:
-        notes.append("no 'next.reward', so all rewards are 0: that clones the behaviour, and improves nothing")
+        remedy = f"; columns={{'reward': '{success}'}} rewards success" if success else ""
+        notes.append(f"no 'next.reward', so all rewards are 0: that clones the behaviour, and improves nothing{remedy}")
         named |= {"reward": "reward"}
         table = table.append_column("reward", arrow.array(np.zeros(len(table))))
     return _read(table, named, notes)
@@ -167,7 +174,7 @@ def _read(table: Any, columns: Columns, notes: Sequence[str] = ()) -> Steps:
     least, most = fields["action"].min(axis=0), fields["action"].max(axis=0)
     is_guess = bool((least < low).any() or (most > high).any())
     if is_guess:
-        low, high = least, np.maximum(most, least + 1e-3 * np.maximum(1, np.abs(least)))
+        low, high = least, np.where(most > least, most, least + 1e-3 * np.maximum(1, np.abs(least)))
     fields["notes"] = (*notes, *fields["notes"])
     return Steps(**fields, action_bounds=(low, high), bounds_are_guessed=is_guess)
 

@@ -123,5 +123,6 @@ def _act(act: Callable[[torch.Tensor], torch.Tensor], observation: torch.Tensor,
     sent = action.cpu().double().numpy()  # numpy has no bfloat16
     if hasattr(space, "low"):  # a bound in float64 that float32 rounds outwards
         within = np.clip(sent, space.low, space.high)
-        sent = np.where(np.isclose(sent, within, rtol=1e-6, atol=1e-6), within, sent)
+        rounding = 1e-6 * np.maximum(np.abs(space.low), np.abs(space.high))
+        sent = np.where(np.abs(sent - within) <= rounding, within, sent)
     return sent.astype(space.dtype)
