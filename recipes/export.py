@@ -177,10 +177,8 @@ def compare(policy: TensorDictModuleBase, norm: ObservationNorm, calls: dict[str
         pairs = [*zip(as_tuple(act(observation)), expected, strict=True)]
         off = max((found.double() - own.double()).abs().max().item() for found, own in pairs)
         # Of a guard, the distance of a row may be the threshold's, up to rounding.
-        row_off = sum(
-            (found.double() - own.double()).abs().reshape(len(found), -1).sum(1) / size_of(own) for found, own in pairs
-        )
-        if not (row_off <= ROUNDING).double().mean() > 0.99:
+        rows = [(found.double() - own.double()).abs().reshape(len(found), -1) / size_of(own) for found, own in pairs]
+        if not (torch.cat(rows, 1).sum(1) <= ROUNDING).double().mean() > 0.99:
             raise InputError(
                 f"{name}: its outputs are off by {off:.1e}: the policy is random, or its actions not finite"
             )

@@ -90,7 +90,7 @@ class SPARRun(Run):
     def record(self, phase: str, step: int, metrics: dict[str, Tensor]) -> None:
         if phase == "spar":
             metrics = {**metrics, **self.health(step, metrics)}
-        super().record(phase, step, metrics)
+        super().record(phase, step, {name: values.mean() for name, values in metrics.items()})  # of all members
 
     @torch.no_grad()
     def critics_values(self) -> Tensor:
@@ -203,14 +203,16 @@ class Updates:
         losses: list[Any] = [loss for run in runs for loss in run.losses]
         self.samplers = [sampler for run in runs for sampler in run.make_samplers()]
         on_gpu = run.device.type == "cuda"
-        self.stack = StackedSPARLoss(losses) if len(runs) > 1 or (on_gpu and len(losses) > 1) else None
+        is_tied = losses[0].joint_vae and losses[0].actor_network.is_latent  # of the decoder, which a stack would untie
+        is_many = len(losses) > 1 and (on_gpu or len(runs) > 1)
+        self.stack = StackedSPARLoss(losses) if is_many and not is_tied else None
         trained = [self.stack] if self.stack else losses
         self.updates = [make_update(run.cfg, loss, cudagraph=on_gpu) for loss in trained]
         for i, update in enumerate(self.updates):
             run.checkpoints.add(f"update {i}", update)
 
     def run(self) -> dict[str, Tensor]:
-        """Metrics of each run, ``[R]``: the mean of its members'."""
+        """Metrics of each run's members, ``[R, M]``."""
         blocks = [next(sampler) for sampler in self.samplers]
         if self.stack:
             metrics = self.updates[0].run(torch.stack(blocks, 1))
@@ -218,7 +220,7 @@ class Updates:
         else:
             of_each = [update.run(block) for update, block in zip(self.updates, blocks)]
             metrics = {name: torch.stack([each[name] for each in of_each]) for name in of_each[0]}
-        return {name: values.unflatten(0, (-1, self.members)).mean(1) for name, values in metrics.items()}
+        return {name: values.unflatten(0, (-1, self.members)) for name, values in metrics.items()}
 
 
 def make_update(cfg: DictConfig, loss: SPARLoss | StackedSPARLoss, *, cudagraph: bool = False) -> SPARUpdate:

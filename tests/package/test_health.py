@@ -160,6 +160,15 @@ def test_residual_collapse_warns_once_when_it_lasts():
     assert "trust_coeff" in text and "0.80" in text
 
 
+@pytest.mark.parametrize(
+    ("key", "good", "bad"), [("pred_value", 9.0, 12.0), ("pred_value", 9.0, -2.0), ("residual_ratio", 0.1, 0.9)]
+)
+def test_the_member_that_fails_is_named_though_the_mean_of_all_is_healthy(key, good, bad):
+    (text,) = warned(checked(), [[good, good, bad]] * 20, key)
+    assert " of member 2 " in text
+    assert warned(checked(), [[good, good, good]] * 20 + [[bad, good, good]] * 3 + [[good, bad, good]] * 3, key) == []
+
+
 def test_a_run_warns_by_its_logged_rows(tmp_path, monkeypatch):
     # Any residual is too much: the eight logged rows of this run all say so, five are enough.
     monkeypatch.setattr(health, "RESIDUAL_RATIO_LIMIT", -1.0)

@@ -144,6 +144,45 @@ def test_weights_that_nothing_resets_are_named():
         make_member(loss, pretrained()[1], seed=1, critics=FEW)
 
 
+@pytest.mark.parametrize("part", ["head", "critics"])
+def test_layers_that_are_not_trained_are_the_firsts(part):
+    """Such as features that were trained elsewhere; random ones would be of no use."""
+    spec = Bounded(-1, 1, (ACTION,))
+    loss = make_spar_loss(OBSERVATION, spec, hidden=[8], joint_vae=False)
+    critics = [ValueOperator(MLP(OBSERVATION + ACTION, 1, num_cells=[8]), in_keys=["observation", "action"])]
+    critics += [ValueOperator(MLP(OBSERVATION + ACTION, 1, num_cells=[8]), in_keys=["observation", "action"])]
+    actor = loss.actor_network
+    for network in critics if part == "critics" else [actor.head]:
+        next(module for module in network.modules() if isinstance(module, torch.nn.Linear)).requires_grad_(False)
+    loss = SPARLoss(actor, critics, loss.residual_vae, num_qvalue_nets=2, joint_vae=False)
+    member, _ = make_member(loss, make_toy_data(), seed=1, critics=None)
+    params, others = (
+        each.qvalue_network_params if part == "critics" else each.actor_network_params["head"]
+        for each in (loss, member)
+    )
+    frozen = [key for key, tensor in params.items(True, True) if not tensor.requires_grad and "weight" in key]
+    trained = [key for key, tensor in params.items(True, True) if tensor.requires_grad and "weight" in key]
+    assert frozen and all(torch.equal(params[key], others[key]) for key in frozen)
+    assert trained and not any(torch.equal(params[key], others[key]) for key in trained)
+
+
+def test_a_value_network_that_nothing_resets_is_named():
+    class Constant(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.randn(OBSERVATION))
+
+        def forward(self, observation):
+            return (observation * self.weight).sum(-1, True)
+
+    loss = make_spar_loss(OBSERVATION, Bounded(-1, 1, (ACTION,)), hidden=[8], joint_vae=False)
+    critics = [ValueOperator(MLP(OBSERVATION + ACTION, 1, num_cells=[8]), in_keys=["observation", "action"])]
+    value = ValueOperator(Constant(), in_keys=["observation"])
+    loss = SPARLoss(loss.actor_network, critics, loss.residual_vae, value, num_qvalue_nets=1, value_mix=0.5)
+    with pytest.raises(InputError, match=r"the value network: no reset_parameters\(\) .* draws .*weight.* anew"):
+        make_member(loss, make_toy_data(), seed=1, critics=None)
+
+
 def test_wrong_options_are_named():
     first = pretrained()
     with pytest.raises(InputError, match=r"critics\.stepz"):

@@ -418,6 +418,17 @@ def test_seeds_at_once_are_the_single_runs(finished, tmp_path, stacked):
         assert results["curve"] == json.loads((cwd / "result" / "results.json").read_text())["curve"]
 
 
+def test_seeds_whose_parameters_are_tied_train_one_after_the_other(tmp_path):
+    """A stack would untie the decoder that head B and the VAE's own term share."""
+    states = []
+    for seeds in ([3], [2, 3]):
+        cfg = compose_recipe("spar_d4rl", *TINY, "spar.loss.head=latent", "spar.loss.joint_vae=true", "out=x")
+        outs = [tmp_path / f"{len(seeds)}_{seed}" for seed in seeds]
+        spar_d4rl.train(cfg, seeds, outs)
+        states.append(load_policy(outs[-1] / "policy.pt")[0].state_dict())
+    torch.testing.assert_close(states[1], states[0], rtol=0, atol=0)
+
+
 def test_the_policy_is_the_mean_of_members_that_were_trained_alone(tmp_path):
     cfg = compose_recipe("spar_d4rl", *TINY, "spar.members=2", "out=x")
     spar_d4rl.train(cfg, [3], [tmp_path])

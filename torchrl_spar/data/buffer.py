@@ -35,7 +35,7 @@ from torchrl_spar.paths import user_path
 ACTION_TOLERANCE = 1e-6
 # Actions that vary by a smaller share of their range are noted: residuals are at least so large.
 NARROW = 0.01
-# Rows that are left out are told of where they hold more than this share of the rewards.
+# Rows that are left out are told of where they hold more than this share of the rewards, and twice their own.
 MOST_LOST = 0.05
 # A spread below this, relative to max(1, |mean|), is float32 rounding: the dimension is constant.
 SCALE_FLOOR = 1e-6
@@ -315,12 +315,12 @@ def _check(
 
 
 def _note_lost_rewards(steps: Steps) -> None:
-    """Tells where rows that are left out hold a good part of what was earned, as the reward of a last step may be."""
-    size = np.abs(steps.reward)
-    lost = size[~steps.known].sum()
-    if lost > MOST_LOST * size.sum():
+    """Tells where rows that are left out hold more than their part of the rewards, as where the last step succeeds."""
+    size, out = np.abs(steps.reward), ~steps.known
+    lost = size[out].sum()
+    if lost > max(MOST_LOST, 2 * out.mean()) * size.sum():
         steps.notes += (
-            f"{(~steps.known).sum()} rows at episodes' ends are left out, for no observation follows them and they are "
+            f"{out.sum()} rows at episodes' ends are left out, for no observation follows them and they are "
             f"not terminated; they hold {lost / size.sum():.0%} of the rewards (in absolute value): give the next "
             "observations, or tell which of them are 'terminals'",
         )

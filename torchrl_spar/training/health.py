@@ -21,6 +21,8 @@ CHECK_INTERVAL = 100
 PATIENCE = 5
 # Of the policy's residual to the data's: above it policies were seen to leave the data.
 RESIDUAL_RATIO_LIMIT = 0.7
+# Metrics of a batch that are checked.
+CHECKED = "pred_value", "residual_ratio"
 # Updates between two looks at the coherent shift, and the standard deviations above which policies were seen to fall.
 SHIFT_INTERVAL, SHIFT_LIMIT = 2_000, 5.0
 
@@ -78,8 +80,8 @@ class HealthCheck:
     One batch tells little, so the first two warn when five checks in a row fail; each problem is named once.
 
     Args:
-        losses: the loss, or several members whose mean is deployed, then with the mean of their metrics. ``gamma`` and
-            ``reward_scale`` are read now: after :func:`~torchrl_spar.fit_critics`.
+        losses: the loss, or several members whose mean is deployed. ``gamma`` and ``reward_scale`` are read now: after
+            :func:`~torchrl_spar.fit_critics`.
         replay_buffer: the data, whose rewards bound the values.
 
     Returns:
@@ -118,45 +120,55 @@ class HealthCheck:
         #: Of a value, in the loss's units.
         self.value_range = low, high
         self._shift = CoherentShift(losses, replay_buffer)
-        self._found: dict[str, int] = {}
+        self._found: dict[str, list[int]] = {}
 
     def __call__(self, step: int, metrics: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Checks ``pred_value`` and ``residual_ratio`` of one batch (scalars), where they are given."""
-        if (value := metrics.get("pred_value")) is not None:
-            low, high = self.value_range
-            # A tenth of a unit for data without rewards.
-            slack = 0.1 * (high - low) + 0.1
-            self._judge(
-                f"the critics diverge: at step {step} their mean value is {float(value):.3g}, beyond the bound "
-                f"[{low:.3g}, {high:.3g}] of this data's rewards; lower qvalue_lr, or raise kappa "
+        """Checks ``pred_value`` and ``residual_ratio`` of one batch, where they are given.
+
+        Args:
+            step: of the training.
+            metrics: scalars, or ``[M]`` of several members.
+        """
+        low, high = self.value_range
+        # A tenth of a unit for data without rewards.
+        slack = 0.1 * (high - low) + 0.1
+        values, ratios = (metrics[name].reshape(-1).tolist() if name in metrics else [] for name in CHECKED)
+        if due := self._due("pred_value", [not low - slack <= value <= high + slack for value in values]):
+            warnings.warn(
+                f"the critics{_of(due, values)} diverge: at step {step} their mean value is {values[due[0]]:.3g}, "
+                f"beyond the bound [{low:.3g}, {high:.3g}] of this data's rewards; lower qvalue_lr, or raise kappa "
                 "(where values are too low: lower kappa)",
-                "divergence",
-                not low - slack <= float(value) <= high + slack,
+                stacklevel=2,
             )
-        if (ratio := metrics.get("residual_ratio")) is not None:
-            self._judge(
-                f"the policy goes far from its anchor: at step {step} its residual is {float(ratio):.2f} of the "
-                "data's, where 0.3 to 0.5 is usual, and about 1 where the data mixes good and bad behaviour; if it is "
-                "worse than the anchor, raise trust_coeff, or lower lsi_coeff",
-                "collapse",
-                float(ratio) > RESIDUAL_RATIO_LIMIT,
+        if due := self._due("residual_ratio", [ratio > RESIDUAL_RATIO_LIMIT for ratio in ratios]):
+            warnings.warn(
+                f"the policy{_of(due, ratios)} goes far from its anchor: at step {step} its residual is "
+                f"{ratios[due[0]]:.2f} of the data's, where 0.3 to 0.5 is usual, and about 1 where the data mixes good "
+                "and bad behaviour; if it is worse than the anchor, raise trust_coeff, or lower lsi_coeff",
+                stacklevel=2,
             )
         if step % SHIFT_INTERVAL or (shift := self._shift()) is None:
             return {}
-        self._judge(
-            f"the policy leaves the data's trajectories: at step {step} its actions are shifted in one direction by "
-            f"{float(shift):.1f} standard deviations of the data's, where up to 4.7 was seen in good runs; lower "
-            "lsi_coeff, or evaluate an earlier checkpoint",
-            "shift",
-            float(shift) > SHIFT_LIMIT,
-            patience=1,
-        )
+        if self._due("coherent_shift", [float(shift) > SHIFT_LIMIT], patience=1):
+            warnings.warn(
+                f"the policy leaves the data's trajectories: at step {step} its actions are shifted in one direction "
+                f"by {float(shift):.1f} standard deviations of the data's, where up to 4.7 was seen in good runs; "
+                "lower lsi_coeff, or evaluate an earlier checkpoint",
+                stacklevel=2,
+            )
         return {"coherent_shift": shift}
 
-    def _judge(self, text: str, name: str, found: bool, patience: int = PATIENCE) -> None:
-        before = self._found.get(name, 0)
-        if before == patience:  # warned already
-            return
-        self._found[name] = before + 1 if found else 0
-        if self._found[name] == patience:
-            warnings.warn(text, stacklevel=3)
+    def _due(self, name: str, found: list[bool], patience: int = PATIENCE) -> list[int]:
+        """Of which members the problem has now been found often enough; each once."""
+        counts, due = self._found.setdefault(name, [0] * len(found)), []
+        for i, is_found in enumerate(found):
+            if counts[i] < patience:  # not warned of yet
+                counts[i] = counts[i] + 1 if is_found else 0
+                due += [i] if counts[i] == patience else []
+        return due
+
+
+def _of(due: list[int], values: list[float]) -> str:
+    if len(values) == 1:
+        return ""
+    return f" of member{'s' * (len(due) > 1)} {', '.join(map(str, due))}"

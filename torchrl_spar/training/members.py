@@ -7,6 +7,7 @@ from copy import deepcopy
 from typing import Any
 
 import torch
+from tensordict import TensorDictBase
 from torchrl.data import ReplayBuffer, TensorDictReplayBuffer
 
 from torchrl_spar.errors import InputError, check_names, check_options
@@ -37,7 +38,7 @@ def make_member(
         loss: pre-trained, see :func:`~torchrl_spar.pretrain`; not changed. It may be trained already.
         data: the rows that came with it. Their critics' episodes and targets are not used.
         seed: of the new parameters, which the networks' ``reset_parameters`` draw, and of the critics' episodes. The
-            state of torch's generator is left as it is.
+            state of torch's generator is left as it is. Parameters that do not require gradients are the first's.
         critics: options of :func:`~torchrl_spar.fit_critics`; None leaves the new critics as they are.
         episode_share: of the episodes, what each critic learns from after its start; see
             :func:`~torchrl_spar.with_member_weights`.
@@ -73,6 +74,7 @@ def make_member(
         torch.manual_seed(seed)
         member.reset_parameters_recursive()
         member.residual_vae_params.data.update_(loss.residual_vae_params.data)  # head B's decoder with it
+        _keep_frozen(loss, member)
         member.sync_targets()
         _check_new(loss, member)
         member = keep(member)
@@ -84,13 +86,25 @@ def make_member(
     return member, data
 
 
+def _networks(loss: SPARLoss) -> dict[str, TensorDictBase]:
+    """What is a member's own."""
+    value = {"the value network": loss.value_network_params} if loss.has_value else {}
+    return {"the head": loss.actor_network_params["head"], "a critic": loss.qvalue_network_params, **value}
+
+
+@torch.no_grad()
+def _keep_frozen(loss: SPARLoss, member: SPARLoss) -> None:
+    """Layers that are not trained, such as features of images, are not drawn anew."""
+    for old, new in zip(_networks(loss).values(), _networks(member).values()):
+        for key, tensor in old.items(True, True):
+            if not tensor.requires_grad:
+                new[key].data.copy_(tensor)
+
+
 def _check_new(loss: SPARLoss, member: SPARLoss) -> None:
     """Refuses weights that no module resets: they would be those of the first."""
-    old, new = (
-        {"the head": each.actor_network_params["head"], "a critic": each.qvalue_network_params}
-        for each in (loss, member)
-    )
-    for name, params in old.items():
+    new = _networks(member)
+    for name, params in _networks(loss).items():
         for key, tensor in params.items(True, True):
             is_constant = (tensor == tensor.flatten()[0]).all()  # as a layer norm starts
             if tensor.requires_grad and torch.equal(tensor, new[name][key]) and not is_constant:
