@@ -25,6 +25,8 @@ from torchrl.data import Bounded
 
 from torchrl_spar import InputError, OfflineReplayBuffer, environment_sizes
 
+# Some to fit the estimate, some to hold out.
+FEWEST_EPISODES = 4
 # Columns that the table of observations shows, of many.
 SHOWN = 40
 
@@ -82,7 +84,18 @@ def overview(data: OfflineReplayBuffer, duplicates: float) -> Table:
     )
     for name in ("terminated", "timeout", "cut"):
         table.add_row(f"ends: {name}", f"{ends[name].sum():,}")
+    table.caption = "cut: the last row is left out, for no observation follows it; or nothing ends the episode"
     return table
+
+
+def check_rewards(data: OfflineReplayBuffer, problems: list[str], with_env: bool) -> None:
+    """What training needs of them, and without an environment its judgement by the log."""
+    rows, episodes = data[:]["next"], len(data.episode_returns)
+    reward = rows["reward"]
+    if (reward == reward[0]).all() and (not reward[0] or not rows["terminated"].any()):
+        problems.append(f"all rewards are {reward[0].item():g}, so nothing tells a good action from a bad one")
+    if not with_env and 0 < episodes < FEWEST_EPISODES:
+        problems.append(f"{episodes} episodes: values are estimated from the log with {FEWEST_EPISODES} at least")
 
 
 def action_table(data: OfflineReplayBuffer, problems: list[str], least_share: float) -> Table:
@@ -207,6 +220,7 @@ def main(cfg: DictConfig) -> None:
         observation_table(data, problems, cfg.largest),
         environment,
     )
+    check_rewards(data, problems, with_env=environment is not None)
     if share > cfg.duplicates:
         problems.append(f"{share:.1%} of the rows are there twice (the same observation and action)")
     console = Console()

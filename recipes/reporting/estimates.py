@@ -39,8 +39,8 @@ def table(runs: list[Run]) -> str:
     """A row a data set and method: value and lower bound, both in the mean over seeds, and distance to the data."""
     lines = [row("data set", "method", "value", "lower bound", "distance to the data"), row(*["---"] * 5)]
     for dataset, methods in sorted(by_method(runs).items()):
-        first = next(iter(methods.values()))[0]["estimates"]
-        lines.append(row(dataset, "the data", f"{first['data']['mean']:.4g}", f"{first['data']['low']:.4g}", "1.00"))
+        of_data = [[run["estimates"]["data"][name] for run in next(iter(methods.values()))] for name in ("mean", "low")]
+        lines.append(row(dataset, "the data", *map(_spread, of_data), "1.00"))
         anchored = [run["estimates"] for group in methods.values() for run in group if "anchor" in run["estimates"]]
         if anchored:
             values = [[run["anchor"][name] for run in anchored] for name in ("mean", "low")]

@@ -187,6 +187,18 @@ def test_wrong_options_are_named():
     first = pretrained()
     with pytest.raises(InputError, match=r"critics\.stepz"):
         make_member(*first, seed=1, critics={"stepz": 3})
+    for option in ("report", "progress"):
+        with pytest.raises(InputError, match=rf"critics\.{option}: give it as {option}=..., beside critics"):
+            make_member(*first, seed=1, critics={option: None})
+        with pytest.raises(InputError, match=rf"vae\.{option}: give it as"):
+            pretrain(make_toy_data(), anchor=FEW, vae={option: None})
+    for seed in (True, -1, 1.0, None):
+        with pytest.raises(InputError, match=f"seed={seed}"):
+            make_member(*first, seed=seed)
+    with pytest.raises(InputError, match="loss: a SPARActor; give the SPARLoss"):
+        make_member(first[0].actor, first[1], seed=1)
+    with pytest.raises(InputError, match="losses: a SPARActor; give the SPARLoss"):
+        HealthCheck([first[0], first[0].actor], make_toy_data())
     with pytest.raises(InputError, match="seed=-1"):
         make_member(*first, seed=-1)
     with pytest.raises(InputError, match="share=0"):

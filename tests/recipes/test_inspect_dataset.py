@@ -56,7 +56,7 @@ def test_the_environment_is_the_one_that_training_would_take(tmp_path):
     assert "action bounds │ -2 to 2 │ -2 to 2" in printed and "steps up to │ 40 │ 60" in printed
     with np.load(write(tmp_path)) as arrays:
         columns = {f"x{i}": arrays["observations"][:, i] for i in range(3)}
-        columns |= {"u": arrays["actions"][:, 0], "r": arrays["rewards"], "id": np.repeat(np.arange(3), 40)}
+        columns |= {"u": arrays["actions"][:, 0], "r": np.tile([0.5, 1.5], 60), "id": np.repeat(np.arange(3), 40)}
     np.savetxt(
         tmp_path / "t.csv", np.stack([*columns.values()], 1), delimiter=",", header=",".join(columns), comments=""
     )
@@ -80,3 +80,16 @@ def test_the_embedded_set_has_no_problem_and_a_figure(tmp_path):
     done = run("inspect_dataset", "dataset=embedded", "figure=sub/look.png", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "no problem found" in done.stdout and (tmp_path / "sub" / "look.png").stat().st_size > 10_000
+
+
+def test_a_log_that_teaches_nothing_is_a_problem(tmp_path):
+    """Rewards that are all the same, unless an end cuts them short; fewer episodes than an estimate needs."""
+    never = np.zeros(120, bool)
+    for changes, found in (
+        ({"rewards": np.zeros(120)}, "all rewards are 0, so nothing tells"),
+        ({"terminals": never, "timeouts": np.arange(120) % 40 == 39}, "all rewards are 1, so nothing tells"),
+        ({}, "3 episodes: values are estimated from the log with 4 at least"),
+    ):
+        code, printed, _ = inspect(write(tmp_path, bound=1.0, **changes), "figure=null", "env=none")
+        assert code == 1 and found in printed
+    assert "all rewards" not in printed  # where an episode ends, less is earned

@@ -331,7 +331,7 @@ def test_the_table_of_logs_has_values_and_the_choice(tmp_path, capsys):
     write_runs(tmp_path, VALUES)
     report.main(tmp_path)
     shown = capsys.readouterr().out
-    assert "| a | the data | 5 | 4 | 1.00 |" in shown
+    assert "| a | the data | 5 +- 0 (2) | 4 +- 0 (2) | 1.00 |" in shown
     assert "| a | SPAR (head A) | 12 +- 2.8 (2) | 11 +- 2.8 (2) | 1.25 |" in shown
     assert "| a | IQL | 13 +- 0 (2) | 12 +- 0 (2) | 1.25 |" in shown
     assert "IQL would be chosen of 3." in shown and "regret" not in shown

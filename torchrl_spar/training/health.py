@@ -88,7 +88,7 @@ class HealthCheck:
         Of a call: what it measured itself, ``coherent_shift`` or nothing, to be logged beside the metrics.
 
     Raises:
-        InputError: without a loss; the data has no rewards.
+        InputError: without a SPARLoss; the data has no rewards.
 
     Source: ours; the bound is the geometric series.
 
@@ -111,6 +111,8 @@ class HealthCheck:
         losses = [losses] if isinstance(losses, SPARLoss) else list(losses)
         if not losses:
             raise InputError("losses: none given; give the loss that is trained, or its members")
+        if wrong := [type(loss).__name__ for loss in losses if not isinstance(loss, SPARLoss)]:
+            raise InputError(f"losses: a {wrong[0]}; give the SPARLoss that is trained, or its members")
         loss = losses[0]
         rows, key = whole_of(replay_buffer), under_next(loss.tensor_keys.reward)
         check_present(rows, [key])

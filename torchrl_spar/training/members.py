@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from copy import deepcopy
+from numbers import Integral
 from typing import Any
 
 import torch
 from tensordict import TensorDictBase
 from torchrl.data import ReplayBuffer, TensorDictReplayBuffer
 
-from torchrl_spar.errors import InputError, check_names, check_options
+from torchrl_spar.errors import InputError, check_options
 from torchrl_spar.objective import SPARLoss
-from torchrl_spar.training.pretrain import NO_OPTIONS, Report, fit_critics, with_own_episodes
+from torchrl_spar.training.pretrain import NO_OPTIONS, Report, check_options_of, fit_critics, with_own_episodes
 from torchrl_spar.training.progress import Progress
 from torchrl_spar.training.sampling import without_own_entries
 
@@ -68,10 +69,13 @@ def make_member(
         >>> policy(observation=torch.zeros(3)).shape
         torch.Size([2])
     """
-    check_options((isinstance(seed, int) and 0 <= seed < 2**63, "seed", seed, "a whole number from 0 to 2**63 - 1"))
+    if not isinstance(loss, SPARLoss):
+        raise InputError(f"loss: a {type(loss).__name__}; give the SPARLoss that was pre-trained")
+    is_whole = isinstance(seed, Integral) and not isinstance(seed, bool)
+    check_options((is_whole and 0 <= seed < 2**63, "seed", seed, "a whole number from 0 to 2**63 - 1"))
     member, device, data = deepcopy(loss), loss.residual_scale.device, without_own_entries(loss, data)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
+        torch.manual_seed(int(seed))
         member.reset_parameters_recursive()
         member.residual_vae_params.data.update_(loss.residual_vae_params.data)  # head B's decoder with it
         _keep_frozen(loss, member)
@@ -79,10 +83,10 @@ def make_member(
         _check_new(loss, member)
         member = keep(member)
         if critics is not None:
-            check_names(critics, fit_critics, prefix="critics.")
+            check_options_of("critics", critics, fit_critics)
             options = {"compile": compile, **critics, "progress": progress or Progress(), "report": report}
             fit_critics(member, data, **options)
-            data = with_own_episodes(member, data, share=episode_share, seed=seed)
+            data = with_own_episodes(member, data, share=episode_share, seed=int(seed))
     return member, data
 
 

@@ -102,7 +102,7 @@ def pretrain(
     progress = progress or Progress()
 
     def part(name: str, phase: Mapping[str, Any], fit: Callable[..., Any]) -> dict[str, Any]:
-        check_names(phase, fit, prefix=f"{name}.")
+        check_options_of(name, phase, fit)
         return {"compile": compile, **phase, "progress": progress, "report": report and report(name)}
 
     if not isinstance(anchor, TensorDictModuleBase):
@@ -117,6 +117,14 @@ def pretrain(
         fit_critics(loss, rows, **part("critics", critics, fit_critics))
         rows = with_own_episodes(loss, rows, share=episode_share, seed=torch.initial_seed())
     return loss, rows
+
+
+def check_options_of(name: str, phase: Mapping[str, Any], fit: Callable[..., Any]) -> None:
+    """Refuses what is no option of the fit, and what is given once for all of them."""
+    check_names(phase, fit, prefix=f"{name}.")
+    for option in ("progress", "report"):
+        if option in phase:
+            raise InputError(f"{name}.{option}: give it as {option}=..., beside {name}")
 
 
 def with_own_episodes(
