@@ -255,6 +255,28 @@ def test_the_speeds_are_the_committed_benchmark():
     assert f"({results['load_short_episodes']['load']['seconds']:.1f} s as 8,000 episodes)" in prose
 
 
+def test_the_speeds_beside_jax_and_the_stages_are_the_committed_ones():
+    large, small = (
+        json.loads((RESULTS / "benchmark" / f"{name}.json").read_text()) for name in ("cpu_avx2", "cpu_avx2_main_job")
+    )
+    found = {row[0]: row[1:] for table in tables((RECIPES / "benchmarks" / "README.md").read_text()) for row in table}
+    for name, row in large.items():
+        if isinstance(row, dict) and "relative_to_jax" in row:
+            assert found[name] == [
+                cell
+                for one in (row, small[name])
+                for cell in (
+                    f"{one['updates_per_cpu_second']:.1f}", f"{one['relative_to_jax']:.2f}",
+                    f"{one['share_of_matmul']:.0%}" if "share_of_matmul" in one else "",
+                )
+            ]  # fmt: skip
+    total = sum(large["stages"].values())
+    for name, seconds in large["stages"].items():
+        if seconds >= 1:
+            assert found[name] == [f"{seconds:.0f}", f"{seconds / total:.0%}"]
+    assert f"The sum is {total:.0f} CPU seconds" in (RECIPES / "benchmarks" / "README.md").read_text()
+
+
 def test_the_citation_has_the_version():
     versions = re.findall(r"^version: (\S+)$", (ROOT / "CITATION.cff").read_text(), flags=re.M)
     assert versions == [torchrl_spar.__version__]
