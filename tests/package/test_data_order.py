@@ -205,6 +205,71 @@ def test_ids_that_two_logs_share_are_told_apart(tmp_path, column):
     np.testing.assert_allclose(buffer.episode_returns, RETURNS)
 
 
+@pytest.mark.parametrize("length", [1, 10], ids=["turns", "chunks"])
+@pytest.mark.parametrize("terminated", [0, 20])
+def test_streams_of_a_fast_system_are_put_together_by_their_ids(tmp_path, length, terminated):
+    """Whose observations differ as much from row to row as from stream to stream."""
+    rng, count, steps = np.random.default_rng(4), 4, 100
+    states = np.concatenate([np.sin(8 * np.arange(steps)[:, None] * rng.uniform(0.5, 1.5, 6)) for _ in range(count)])
+    states[:, 3:] = rng.normal(size=(count * steps, 3))  # as of an accelerometer
+    order = np.arange(count * steps).reshape(count, -1, length).transpose(1, 0, 2).ravel()
+    end = (np.arange(count * steps) % terminated == terminated - 1) if terminated else np.zeros(count * steps, bool)
+    arrays = {
+        "observations": states, "actions": np.tanh(states[:, :2]), "rewards": np.ones(len(states)), "terminals": end,
+        "episode": np.repeat(np.arange(count), steps),
+    }  # fmt: skip
+    np.savez(tmp_path / "toy.npz", **{name: array[order] for name, array in arrays.items()})
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*used again")
+        buffer = load_offline_dataset(tmp_path / "toy.npz")
+    rows = buffer[:]
+    at = np.argsort(order)  # where a row of the streams lies in the file
+    following = torch.from_numpy(states[order[buffer.source_rows]])
+    torch.testing.assert_close(rows["observation"].double(), following, rtol=1e-5, atol=1e-5)
+    going = ~rows["next", "terminated"][:, 0]
+    true = torch.from_numpy(states[order[buffer.source_rows[going]] + 1])
+    torch.testing.assert_close(rows["next", "observation"][going].double(), true, rtol=1e-5, atol=1e-5)
+    assert len(at) - len(rows) == (0 if terminated else count)
+
+
+def test_a_clock_that_is_set_back_cuts_an_episode(tmp_path):
+    times = np.arange(EPISODES * STEPS) / 50
+    late = times.copy()
+    late[[450, 451]] = late[[451, 450]]
+    times[451:500] -= 0.811
+    with pytest.warns(UserWarning, match="the clock is set back 1 times, first after row 450"):
+        buffer = with_steps(tmp_path, DATA, times)
+    assert len(buffer.episode_returns) == EPISODES + 1
+    assert (buffer[:]["next", "observation"] - buffer[:]["observation"]).abs().max() < 0.6
+    # Two rows that were logged in each other's place are put in order.
+    swapped = np.arange(len(late))
+    swapped[[450, 451]] = [451, 450]
+    buffer = with_steps(tmp_path, {name: array[swapped] for name, array in DATA.items()}, late)
+    np.testing.assert_allclose(buffer.episode_returns, RETURNS)
+
+
+def test_steps_that_count_down_are_told_of(tmp_path):
+    left = np.tile(np.arange(STEPS)[::-1], EPISODES)
+    with pytest.warns(UserWarning, match="steps or times fall from row to row.* count what is left"):
+        with_steps(tmp_path, DATA, left)
+    newest_first = {name: array[::-1] for name, array in DATA.items()}
+    with pytest.warns(UserWarning, match="put in the order in which they grow"):
+        buffer = with_steps(tmp_path, newest_first, np.arange(EPISODES * STEPS)[::-1])
+    np.testing.assert_allclose(np.sort(buffer.episode_returns), np.sort(RETURNS))
+
+
+def test_nanoseconds_since_1970_and_pauses_between_episodes(tmp_path):
+    """One session, whose episodes' ends are flagged."""
+    step = 1_700_000_000_000_000_000 + np.arange(EPISODES * STEPS) * 20_000_003
+    step += np.repeat(np.arange(EPISODES), STEPS) * 5_000_000_000
+    end = np.arange(EPISODES * STEPS) % STEPS == STEPS - 1
+    arrays = {**DATA, "episode": np.zeros(len(step), int), "terminals": end}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        buffer = with_steps(tmp_path, {name: array[SHUFFLED] for name, array in arrays.items()}, step[SHUFFLED])
+    np.testing.assert_allclose(buffer.episode_returns, RETURNS)
+
+
 @pytest.mark.parametrize("longest", [2, 4, 39])
 def test_ids_that_are_used_again_by_short_episodes_are_told_apart(tmp_path, longest):
     rng = np.random.default_rng(0)

@@ -169,6 +169,11 @@ def test_the_member_that_fails_is_named_though_the_mean_of_all_is_healthy(key, g
     assert warned(checked(), [[good, good, good]] * 20 + [[bad, good, good]] * 3 + [[good, bad, good]] * 3, key) == []
 
 
+def test_metrics_may_come_later_and_be_plain_numbers():
+    check = checked()
+    assert check(100, {}) == check(200, {"pred_value": 1.0}) == check(300, {"residual_ratio": torch.tensor(0.1)}) == {}
+
+
 def test_a_run_warns_by_its_logged_rows(tmp_path, monkeypatch):
     # Any residual is too much: the eight logged rows of this run all say so, five are enough.
     monkeypatch.setattr(health, "RESIDUAL_RATIO_LIMIT", -1.0)

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 from helpers import make_batch
-from tensordict.nn import TensorDictModule
+from tensordict.nn import TensorDictModule, TensorDictSequential
 from torchrl.data import Bounded, LazyTensorStorage, TensorDictReplayBuffer
+from torchrl.modules import TanhModule
 
 from torchrl_spar import (
     BatchSampler,
@@ -89,6 +90,22 @@ def test_an_estimate_does_not_depend_on_the_unit(tmp_path, unit):
 
     mine, other = value(UNITS[0]), value(unit)
     assert (mine.mean, *mine.interval) == pytest.approx((other.mean, *other.interval), rel=1e-4)
+
+
+def test_a_tanh_on_the_way_tells_no_bounds():
+    """The error is that of the actions, in their own unit."""
+    rows = make_batch(64)
+    buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(64), batch_size=64)
+    buffer.extend(rows)
+    buffer.sample = lambda: rows
+    inner = TensorDictModule(torch.nn.Linear(5, 3), ["observation"], ["hidden"])
+    squash = TanhModule(in_keys=["hidden"], out_keys=["squashed"], low=-5.0, high=5.0)
+    actor = TensorDictSequential(inner, squash, TensorDictModule(lambda x: 20 * x, ["squashed"], ["action"]))
+    actor = actor.select_out_keys("action")
+    expected = (actor(rows.select("observation"))["action"] - rows["action"]).pow(2).mean()
+    seen = []
+    fit_anchor(actor, buffer, steps=1, report=lambda step, metrics: seen.append(metrics["loss_bc"]))
+    torch.testing.assert_close(seen[0], expected.detach())
 
 
 def test_cloning_of_a_plain_buffer_is_in_the_actors_range():

@@ -15,8 +15,14 @@ from torchrl_spar.data.order import Links, are_unrelated, chained, equal_rows, f
 MOSTLY_CUT = 0.25
 # Steps that differ in more of the rows are no count of rows, but times.
 SOME_GAPS = 0.1
+# So many of the rows must go on in the next one for those that do not to tell of another episode.
+SMOOTH = 0.75
 # Times that differ by so many usual steps are no jitter of a clock.
 PAUSE = 3.0
+# Times that fall at so few of the rows, by so many steps and for so many rows, are those of a clock that is set back.
+SET_BACK, STAYS = 0.01, 5
+# Of the rows, from where on times that fall are told of.
+FALLING = 0.9
 # Where ids are used again, this share of the stretches of rows begins at the id's first step.
 AGAIN = 0.9
 # Rows in order of their steps differ from their followers by less; where by so much more, the steps are none.
@@ -49,8 +55,9 @@ def arrange(fields: dict[str, Any], *, sequence: np.ndarray | None = None) -> di
         if not once.all():
             fields |= {name: array[once] for name, array in fields.items()}
             stop, label, step, n = stop[once], label[once], step[once], int(once.sum())
-        label, step = _clocked(fields["observation"], label, step, notes)
     fields["row"] = np.flatnonzero(once)
+    if label is not None and step is not None:
+        label, step = _clocked(fields, label, step, notes)
 
     def take(order: np.ndarray) -> None:
         nonlocal stop, label
@@ -70,7 +77,8 @@ def arrange(fields: dict[str, Any], *, sequence: np.ndarray | None = None) -> di
         if order is not None:
             take(order)
         if step is not None and label is not None:
-            stop[:-1] |= _gaps(label, step if order is None else step[order], fields["row"], notes)
+            now, ended = step if order is None else step[order], stop | fields["terminated"]
+            stop[:-1] |= _gaps(label, now, ended, fields["row"], notes)
     ordered, cut = True, np.zeros(n, dtype=bool)
     if given:
         found = links()
@@ -124,7 +132,7 @@ def _once(fields: dict[str, Any], label: np.ndarray, step: np.ndarray, notes: li
 
 
 def _clocked(
-    observation: np.ndarray, label: np.ndarray, step: np.ndarray, notes: list[str]
+    fields: dict[str, Any], label: np.ndarray, step: np.ndarray, notes: list[str]
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Labels told apart where they are used again, and the steps; None where these do not tell an order."""
     by_step = np.lexsort((step, label))
@@ -134,11 +142,24 @@ def _clocked(
         first = step[by_step][np.concatenate([[True], ~same])]  # of each label, which are 0, 1, ...
         if (step[begins] == first[label[begins]]).mean() > AGAIN:
             return np.cumsum(begins) - 1, step
+    inside, falls = label[1:] == label[:-1], np.diff(step) < 0
+    if "next_observation" not in fields:  # which tell more
+        back = _set_back(label, step)
+        if back.any():
+            row = fields["row"][back.argmax()]
+            notes.append(f"the clock is set back {back.sum()} times, first after row {row}: episodes are cut there")
+            return np.cumsum(np.concatenate([[True], back | ~inside])) - 1, step
+        if falls[inside].sum() > FALLING * max(1, inside.sum()):
+            notes.append(
+                "the steps or times fall from row to row, and rows are put in the order in which they grow: if they "
+                "count what is left of an episode, give the data without them"
+            )
     order = np.argsort(label, kind="stable")
     if ((np.diff(label[order]) == 0) & (np.diff(step[order]) < 0)).any():
-        spread = np.maximum(observation.std(axis=0), 1e-12)
+        spread = np.maximum(fields["observation"].std(axis=0), 1e-12)
         given, sorted_ = (
-            np.median((np.abs(np.diff(observation[rows], axis=0)) / spread).mean(axis=1)) for rows in (order, by_step)
+            np.median((np.abs(np.diff(fields["observation"][rows], axis=0)) / spread).mean(axis=1))
+            for rows in (order, by_step)
         )
         if sorted_ > ROUGHER * given:
             notes.append(
@@ -148,6 +169,18 @@ def _clocked(
     return label, step
 
 
+def _set_back(label: np.ndarray, step: np.ndarray) -> np.ndarray:
+    """Rows after which a clock starts again below what it showed and stays there, at few places, bool ``[n - 1]``."""
+    inside, grows = label[1:] == label[:-1], np.diff(step)
+    falls = inside & (grows < 0)
+    if not falls.any() or falls.sum() > SET_BACK * inside.sum():
+        return np.zeros_like(falls)
+    rows = np.flatnonzero(falls)
+    after = np.minimum(rows + STAYS, len(step) - 1)  # single rows that were logged late are followed by later ones
+    far = grows[rows] < -STAYS * np.median(np.abs(grows[inside]))
+    return falls if (far & (step[after] < step[rows]) & (label[after] == label[rows])).all() else np.zeros_like(falls)
+
+
 def _told_apart(fields: dict[str, Any], label: np.ndarray, stop: np.ndarray, notes: list[str]) -> np.ndarray:
     """Labels that differ where one is used again by rows whose observations do not go on from its earlier ones."""
     begins = np.concatenate([[0], 1 + np.flatnonzero(label[1:] != label[:-1])])
@@ -155,9 +188,13 @@ def _told_apart(fields: dict[str, Any], label: np.ndarray, stop: np.ndarray, not
     by_label = np.argsort(label[begins], kind="stable")
     again = label[begins][by_label][1:] == label[begins][by_label][:-1]
     rows, to = last[by_label[:-1][again]], begins[by_label[1:][again]]
-    unended = ~(stop | fields["terminated"])[rows]
-    rows, to = rows[unended], to[unended]
-    if not len(rows) or go_on(fields["observation"], rows, to).mean() >= 0.5:
+    ended = stop | fields["terminated"]
+    rows, to = rows[~ended[rows]], to[~ended[rows]]
+    within = np.flatnonzero((label[1:] == label[:-1]) & ~ended[:-1])
+    if not len(rows) or not len(within):
+        return label
+    goes_on, usual = (go_on(fields["observation"], *pair).mean() for pair in ((rows, to), (within, within + 1)))
+    if usual < SMOOTH or goes_on >= 0.5:
         return label
     notes.append(
         f"ids of episodes are used again {len(rows)} times, first in row {fields['row'][to.min()]}, by rows that do "
@@ -166,10 +203,10 @@ def _told_apart(fields: dict[str, Any], label: np.ndarray, stop: np.ndarray, not
     return np.repeat(np.arange(len(begins)), np.diff(np.append(begins, len(label))))
 
 
-def _gaps(label: np.ndarray, step: np.ndarray, row: np.ndarray, notes: list[str]) -> np.ndarray:
+def _gaps(label: np.ndarray, step: np.ndarray, ended: np.ndarray, row: np.ndarray, notes: list[str]) -> np.ndarray:
     """Rows whose following step is missing: steps that grow by more than nearly everywhere else."""
     grows = np.diff(step)
-    inside = label[1:] == label[:-1]
+    inside = (label[1:] == label[:-1]) & ~ended[:-1]
     if not inside.any():
         return inside
     usual = np.median(grows[inside])
@@ -179,7 +216,8 @@ def _gaps(label: np.ndarray, step: np.ndarray, row: np.ndarray, notes: list[str]
     if not usual or not gaps.any() or (off > 0.5 * usual).mean() > SOME_GAPS:
         return np.zeros_like(inside)
     notes.append(
-        f"steps are missing after {gaps.sum()} rows, first after row {row[gaps.argmax()]}: episodes are cut there"
+        f"steps are missing after {gaps.sum()} rows, first after row {row[gaps.argmax()]}, or a clock paused: episodes "
+        "are cut there"
     )
     return gaps
 

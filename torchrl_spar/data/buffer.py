@@ -35,6 +35,8 @@ from torchrl_spar.paths import user_path
 ACTION_TOLERANCE = 1e-6
 # Actions that vary by a smaller share of their range are noted: residuals are at least so large.
 NARROW = 0.01
+# A smaller share is float32 rounding: the component is constant.
+ROUNDING = 1e-7
 # Rows that are left out are told of where they hold more than this share of the rewards, and twice their own.
 MOST_LOST = 0.05
 # A spread below this, relative to max(1, |mean|), is float32 rounding: the dimension is constant.
@@ -295,6 +297,12 @@ def _check(
         steps.notes += (
             "actions go beyond +-1, so their least and largest values are their bounds: action_spec sets others",
         )
+    elif (narrow := _narrow(steps.action, low.numpy(), high.numpy())).any():
+        steps.notes += (
+            f"components {np.flatnonzero(narrow).tolist()} of actions vary by less than {NARROW:.0%} of their bounds, "
+            "too little to be learnt in this range: give the true bounds, action_spec=Bounded(low, high, shape) "
+            "(in recipes action_bounds=[low,high])",
+        )
     _check_actions(steps, low, high, clip_actions)
     returns = torch.from_numpy(_returns(steps))
     longest = int(np.bincount(steps.episode).max()) if steps.ordered else None
@@ -345,19 +353,19 @@ def _bounds(spec: TensorSpec) -> tuple[torch.Tensor, torch.Tensor]:
     return spec.space.low.float().cpu(), spec.space.high.float().cpu()
 
 
+def _narrow(action: np.ndarray, least: np.ndarray, most: np.ndarray) -> np.ndarray:
+    if action.shape[1:] != least.shape:  # refused below
+        return np.zeros(1, dtype=bool)
+    span = (action.max(axis=0) - action.min(axis=0)) / (most - least)
+    return (span > ROUNDING) & (span < NARROW)
+
+
 def _check_actions(steps: Steps, low: torch.Tensor, high: torch.Tensor, clip: bool) -> None:
     shape = steps.action.shape[1:]
     if low.shape != shape:
         raise InputError(f"actions are of shape {tuple(shape)}, their bounds of shape {tuple(low.shape)}")
     check_bounds("the action space", low, high)
     least, most = low.numpy(), high.numpy()
-    span = (steps.action.max(axis=0) - steps.action.min(axis=0)) / (most - least)
-    if (narrow := (span > 0) & (span < NARROW)).any():
-        steps.notes += (
-            f"components {np.flatnonzero(narrow).tolist()} of actions vary by less than {NARROW:.0%} of their bounds, "
-            "too little to be learnt in this range: give the true bounds, action_spec=Bounded(low, high, shape) "
-            "(in recipes action_bounds=[low,high])",
-        )
     extremes = np.maximum(least - steps.action.min(axis=0), steps.action.max(axis=0) - most)
     tolerance = ACTION_TOLERANCE * np.maximum(np.abs(least), np.abs(most))
     if not (extremes > tolerance).any():

@@ -121,6 +121,14 @@ def _scalars(label: str, array: np.ndarray) -> np.ndarray:
     return array.reshape(-1).astype(np.float64, copy=False)
 
 
+def _counts(label: str, array: np.ndarray) -> np.ndarray:
+    """Steps or times; whole ones, such as nanoseconds since 1970, less the first, which float64 would round."""
+    _check_column(label, array)
+    if array.dtype.kind in "iu" and array.size:
+        return (array.reshape(-1) - array.min()).astype(np.float64)
+    return _scalars(label, array)
+
+
 def _flags(label: str, array: np.ndarray) -> np.ndarray:
     _check_scalars(label, array)
     values = array.reshape(-1)
@@ -182,7 +190,7 @@ _CASTS: dict[str, Callable[[str, np.ndarray], np.ndarray]] = {
     "done": _flags,
     "success": _flags,
     "episode": _labels,
-    "step": _scalars,
+    "step": _counts,
 }
 
 

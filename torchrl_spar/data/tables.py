@@ -174,7 +174,8 @@ def _read(table: Any, columns: Columns, notes: Sequence[str] = ()) -> Steps:
     least, most = fields["action"].min(axis=0), fields["action"].max(axis=0)
     is_guess = bool((least < low).any() or (most > high).any())
     if is_guess:
-        low, high = least, np.where(most > least, most, least + 1e-3 * np.maximum(1, np.abs(least)))
+        size = np.maximum(np.abs(least), np.abs(most))
+        low, high = least, np.where(most - least > 1e-6 * size, most, least + 1e-3 * np.maximum(1, size))
     fields["notes"] = (*notes, *fields["notes"])
     return Steps(**fields, action_bounds=(low, high), bounds_are_guessed=is_guess)
 

@@ -134,7 +134,9 @@ class HealthCheck:
         low, high = self.value_range
         # A tenth of a unit for data without rewards.
         slack = 0.1 * (high - low) + 0.1
-        values, ratios = (metrics[name].reshape(-1).tolist() if name in metrics else [] for name in CHECKED)
+        values, ratios = (
+            torch.as_tensor(metrics[name]).reshape(-1).tolist() if name in metrics else [] for name in CHECKED
+        )
         if due := self._due("pred_value", [not low - slack <= value <= high + slack for value in values]):
             warnings.warn(
                 f"the critics{_of(due, values)} diverge: at step {step} their mean value is {values[due[0]]:.3g}, "
@@ -162,7 +164,8 @@ class HealthCheck:
 
     def _due(self, name: str, found: list[bool], patience: int = PATIENCE) -> list[int]:
         """Of which members the problem has now been found often enough; each once."""
-        counts, due = self._found.setdefault(name, [0] * len(found)), []
+        counts, due = self._found.setdefault(name, []), []
+        counts.extend([0] * (len(found) - len(counts)))
         for i, is_found in enumerate(found):
             if counts[i] < patience:  # not warned of yet
                 counts[i] = counts[i] + 1 if is_found else 0

@@ -39,7 +39,8 @@ def make_member(
         loss: pre-trained, see :func:`~torchrl_spar.pretrain`; not changed. It may be trained already.
         data: the rows that came with it. Their critics' episodes and targets are not used.
         seed: of the new parameters, which the networks' ``reset_parameters`` draw, and of the critics' episodes. The
-            state of torch's generator is left as it is. Parameters that do not require gradients are the first's.
+            state of torch's generator is left as it is. Parameters of the loss that do not require gradients
+            are the first's; of a single critic, which SPARLoss copies and draws anew, all require them.
         critics: options of :func:`~torchrl_spar.fit_critics`; None leaves the new critics as they are.
         episode_share: of the episodes, what each critic learns from after its start; see
             :func:`~torchrl_spar.with_member_weights`.

@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from tensordict import TensorDictBase
+from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 from torch.nn.functional import mse_loss
@@ -187,7 +187,7 @@ def fit_anchor(
         loss = BCLoss(actor)
 
     key, writes_action_alone = loss.tensor_keys.action, {*actor.out_keys} == {loss.tensor_keys.action}
-    unit = _half_range(actor, replay_buffer)
+    unit = _half_range(actor, replay_buffer, key)
 
     def cloning(batch: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
         valid = valid_mask(batch)
@@ -213,13 +213,16 @@ def fit_anchor(
     return actor
 
 
-def _half_range(actor: TensorDictModuleBase, replay_buffer: ReplayBuffer) -> Tensor | float:
+def _half_range(actor: TensorDictModuleBase, replay_buffer: ReplayBuffer, key: NestedKey) -> Tensor | float:
     """Of the actions, ``[action_dim]``; 1 where nothing tells their bounds."""
     if isinstance(replay_buffer, OfflineReplayBuffer):
         space = replay_buffer.action_spec.space
         return space.high / 2 - space.low / 2
-    squash = next((module for module in actor.modules() if isinstance(module, TanhModule)), None)
-    return 1.0 if squash is None else squash.action_high / 2 - squash.action_low / 2
+    name = key if isinstance(key, str) else "_".join(key)  # as TanhModule names its buffers
+    for module in actor.modules():
+        if isinstance(module, TanhModule) and key in module.out_keys:
+            return getattr(module, f"{name}_high") / 2 - getattr(module, f"{name}_low") / 2
+    return 1.0
 
 
 def fit_vae(
