@@ -287,3 +287,16 @@ def test_guessed_bounds_are_the_actions_own(tmp_path):
     assert space.low.tolist() == pytest.approx([-2e-4, 0, 7]) and space.high.tolist() == pytest.approx(
         [3e-4, 50, 7.007]
     )
+
+
+@pytest.mark.parametrize("unit, is_told", [(1e-9, True), (1e-5, False), (1e-15, False)])
+def test_observations_in_too_large_a_unit_are_told_of(tmp_path, unit, is_told):
+    states = np.random.default_rng(0).normal(size=(200, 2)).cumsum(0) / 10
+    states[:, 1] *= unit
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        scale = load_offline_dataset(write(tmp_path, states, actions=np.tanh(states))).observation_scale
+    told = [
+        str(one.message) for one in caught if "columns [1] of observations vary by less than 1e-06" in str(one.message)
+    ]
+    assert len(told) == is_told and (scale[1] == 1) == (unit < 1e-6)

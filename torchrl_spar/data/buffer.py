@@ -43,6 +43,8 @@ MOST_LOST = 0.05
 SCALE_FLOOR = 1e-6
 # The same for a mean in float64.
 WIDE_SCALE_FLOOR = 1e-12
+# Numbers below this are a simulator's noise about zero.
+NOISE = 1e-12
 
 
 class ActionError(InputError):
@@ -309,6 +311,7 @@ def _check(
     if end_at_success:
         relabel(steps)
     _note_lost_rewards(steps)
+    _note_tiny_columns(steps)
     row = np.arange(len(steps.reward)) if steps.row is None else steps.row
     return {
         "source_rows": torch.from_numpy(row[steps.known]),
@@ -331,6 +334,18 @@ def _note_lost_rewards(steps: Steps) -> None:
             f"{out.sum()} rows at episodes' ends are left out, for no observation follows them and they are "
             f"not terminated; they hold {lost / size.sum():.0%} of the rewards (in absolute value): give the next "
             "observations, or tell which of them are 'terminals'",
+        )
+
+
+def _note_tiny_columns(steps: Steps) -> None:
+    """Tells of observations in a unit so large that their numbers look like the rounding of a constant."""
+    least, most = steps.observation.min(axis=0), steps.observation.max(axis=0)
+    size = np.maximum(np.abs(least), np.abs(most))
+    columns = np.flatnonzero((size > NOISE) & (most - least > 0.1 * size) & (most - least < 10 * SCALE_FLOOR))
+    if tiny := [int(i) for i in columns if steps.observation[:, i].std(dtype=np.float64) < SCALE_FLOOR]:
+        steps.notes += (
+            f"columns {tiny} of observations vary by less than {SCALE_FLOOR:g} about zero and are taken for constant: "
+            "if they are not, give them in a smaller unit",
         )
 
 
