@@ -186,7 +186,8 @@ def _told_apart(fields: dict[str, Any], label: np.ndarray, stop: np.ndarray, not
     begins = np.concatenate([[0], 1 + np.flatnonzero(label[1:] != label[:-1])])
     last = np.append(begins[1:], len(label)) - 1
     by_label = np.argsort(label[begins], kind="stable")
-    again = label[begins][by_label][1:] == label[begins][by_label][:-1]
+    sorted_ = label[begins][by_label]
+    again = sorted_[1:] == sorted_[:-1]
     rows, to = last[by_label[:-1][again]], begins[by_label[1:][again]]
     ended = stop | fields["terminated"]
     rows, to = rows[~ended[rows]], to[~ended[rows]]

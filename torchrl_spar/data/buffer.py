@@ -299,13 +299,9 @@ def _check(
         steps.notes += (
             "actions go beyond +-1, so their least and largest values are their bounds: action_spec sets others",
         )
-    elif (narrow := _narrow(steps.action, low.numpy(), high.numpy())).any():
-        steps.notes += (
-            f"components {np.flatnonzero(narrow).tolist()} of actions vary by less than {NARROW:.0%} of their bounds, "
-            "too little to be learnt in this range: give the true bounds, action_spec=Bounded(low, high, shape) "
-            "(in recipes action_bounds=[low,high])",
-        )
     _check_actions(steps, low, high, clip_actions)
+    if given is not None or not steps.bounds_are_guessed:
+        _note_narrow_actions(steps, low.numpy(), high.numpy())
     returns = torch.from_numpy(_returns(steps))
     longest = int(np.bincount(steps.episode).max()) if steps.ordered else None
     if end_at_success:
@@ -323,6 +319,17 @@ def _check(
         "env_kwargs": steps.env_kwargs,
         "reward_shift": REWARD_SHIFT if end_at_success else 0.0,
     }
+
+
+def _note_narrow_actions(steps: Steps, least: np.ndarray, most: np.ndarray) -> None:
+    """Tells of actions that hardly use their bounds."""
+    span = (steps.action.max(axis=0) - steps.action.min(axis=0)) / (most - least)
+    if (narrow := (span > ROUNDING) & (span < NARROW)).any():
+        steps.notes += (
+            f"components {np.flatnonzero(narrow).tolist()} of actions vary by less than {NARROW:.0%} of their bounds, "
+            "too little to be learnt in this range: give the true bounds, action_spec=Bounded(low, high, shape) "
+            "(in recipes action_bounds=[low,high])",
+        )
 
 
 def _note_lost_rewards(steps: Steps) -> None:
@@ -366,13 +373,6 @@ def _bounds(spec: TensorSpec) -> tuple[torch.Tensor, torch.Tensor]:
     if not isinstance(spec, Bounded):
         raise InputError(f"action_spec must be a torchrl.data.Bounded, not {type(spec).__name__}")
     return spec.space.low.float().cpu(), spec.space.high.float().cpu()
-
-
-def _narrow(action: np.ndarray, least: np.ndarray, most: np.ndarray) -> np.ndarray:
-    if action.shape[1:] != least.shape:  # refused below
-        return np.zeros(1, dtype=bool)
-    span = (action.max(axis=0) - action.min(axis=0)) / (most - least)
-    return (span > ROUNDING) & (span < NARROW)
 
 
 def _check_actions(steps: Steps, low: torch.Tensor, high: torch.Tensor, clip: bool) -> None:

@@ -122,9 +122,9 @@ def _scalars(label: str, array: np.ndarray) -> np.ndarray:
 
 
 def _counts(label: str, array: np.ndarray) -> np.ndarray:
-    """Steps or times; whole ones, such as nanoseconds since 1970, less the first, which float64 would round."""
+    """Steps or times; nanoseconds since 1970, which float64 would round, less the least of them."""
     _check_column(label, array)
-    if array.dtype.kind in "iu" and array.size:
+    if array.dtype.kind in "iu" and array.dtype.itemsize == 8:  # smaller ones need it not, and could overflow
         return (array.reshape(-1) - array.min()).astype(np.float64)
     return _scalars(label, array)
 

@@ -74,9 +74,10 @@ def make_member(
         raise InputError(f"loss: a {type(loss).__name__}; give the SPARLoss that was pre-trained")
     is_whole = isinstance(seed, Integral) and not isinstance(seed, bool)
     check_options((is_whole and 0 <= seed < 2**63, "seed", seed, "a whole number from 0 to 2**63 - 1"))
+    seed = int(seed)
     member, device, data = deepcopy(loss), loss.residual_scale.device, without_own_entries(loss, data)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(int(seed))
+        torch.manual_seed(seed)
         member.reset_parameters_recursive()
         member.residual_vae_params.data.update_(loss.residual_vae_params.data)  # head B's decoder with it
         _keep_frozen(loss, member)
@@ -87,7 +88,7 @@ def make_member(
             check_options_of("critics", critics, fit_critics)
             options = {"compile": compile, **critics, "progress": progress or Progress(), "report": report}
             fit_critics(member, data, **options)
-            data = with_own_episodes(member, data, share=episode_share, seed=int(seed))
+            data = with_own_episodes(member, data, share=episode_share, seed=seed)
     return member, data
 
 
