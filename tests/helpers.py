@@ -30,7 +30,7 @@ SHARED = Path(__file__).resolve().parents[2] / "shared" / "datasets"
 
 # A run of the main job in seconds.
 SMALL = ["preset=smoke", "anchor.steps=5", "vae.steps=5", "critics.steps=5", "spar.updates=4"]
-SMALL += ["eval.interval=2", "eval.final_episodes=2", "spar.loss.hidden=[8]", "logger.interval=2"]
+SMALL += ["eval.interval=2", "eval.final_episodes=2", "spar.loss.hidden=[8]", "spar.members=1", "logger.interval=2"]
 # A second process costs seconds to start.
 TINY = [*SMALL, "eval.background=false"]
 
@@ -99,18 +99,18 @@ def compose_recipe(name: str, *overrides: str) -> Any:
 
 
 class Started:
-    """A recipe as a user starts it, in a process and a session of its own.
+    """A recipe (or another script, by its path) as a user starts it, in a process and a session of its own.
 
     It is forked from one that has loaded the libraries, which takes seconds.
     """
 
-    def __init__(self, script: str, *overrides: Any, cwd: Path) -> None:
-        self.command = [str(RECIPES / f"{script}.py"), *map(str, overrides)]
+    def __init__(self, script: str | Path, *overrides: Any, cwd: Path, **variables: str) -> None:
+        self.command = [str(RECIPES / f"{script}.py" if isinstance(script, str) else script), *map(str, overrides)]
         self.scratch = tempfile.TemporaryDirectory()
         self.outputs = [Path(self.scratch.name, name) for name in ("stdout", "stderr")]
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(LIBRARIES.split())
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "MINARI_DATASETS_PATH": str(cwd / "minari")}
+        environment = environment_in(cwd, variables)
         self.process = context.Process(target=_become, args=(self.command, cwd, environment, self.outputs))
         with patch.dict(os.environ, ENVIRONMENT, clear=True):
             self.process.start()
@@ -139,12 +139,19 @@ class Started:
 
 
 def run(script: str, *overrides: Any, cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    """A recipe from its start to its end: forked, or fresh with variables, which libraries may read as they load."""
-    if not variables:
-        return Started(script, *overrides, cwd=cwd).wait()
+    """A recipe from its start to its end."""
+    return Started(script, *overrides, cwd=cwd, **variables).wait()
+
+
+def run_fresh(script: str, *overrides: Any, cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Where libraries read the variables as they load."""
     command = [sys.executable, str(RECIPES / f"{script}.py"), *map(str, overrides)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MINARI_DATASETS_PATH": str(cwd / "minari"), **variables}
+    environment = environment_in(cwd, variables)
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=600, env=environment)
+
+
+def environment_in(cwd: Path, variables: dict[str, str]) -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "MINARI_DATASETS_PATH": str(cwd / "minari"), **variables}
 
 
 def _become(command: list[str], cwd: Path, environment: dict[str, str], outputs: list[Path]) -> None:

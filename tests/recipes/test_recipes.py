@@ -12,7 +12,7 @@ from importlib import import_module
 import numpy as np
 import pytest
 import torch
-from helpers import RECIPES, SHARED, SMALL, TINY, assert_one_line, compose_recipe, run
+from helpers import RECIPES, SHARED, SMALL, TINY, assert_one_line, compose_recipe, run, run_fresh
 
 from torchrl_spar import (
     BatchSampler,
@@ -25,6 +25,7 @@ from torchrl_spar import (
     pretrain,
 )
 from torchrl_spar.training import health
+from torchrl_spar.training.compiling import check_compiler
 
 pytest.importorskip("hydra")
 import compare
@@ -174,7 +175,7 @@ def test_video_of_a_mujoco_episode(finished, monkeypatch):
     monkeypatch.delenv("DISPLAY", raising=False)  # without a screen EGL is the default
     _, cwd = finished
     options = ["policy=result/policy.pt", "episodes=1", "seed=5", "video=hopper.gif"]
-    done = run("evaluate", *options, cwd=cwd, OMP_NUM_THREADS="1")  # loads OpenGL anew
+    done = run_fresh("evaluate", *options, cwd=cwd)  # loads OpenGL anew
     assert done.returncode == 0, done.stderr
     lengths = []
     policy, _ = load_policy(cwd / "result" / "policy.pt")
@@ -185,7 +186,7 @@ def test_video_of_a_mujoco_episode(finished, monkeypatch):
 
 
 def test_an_opengl_that_mujoco_cannot_load_is_named(tmp_path):
-    done = run("evaluate", "policy=absent.pt", cwd=tmp_path, MUJOCO_GL="nonsense")
+    done = run_fresh("evaluate", "policy=absent.pt", cwd=tmp_path, MUJOCO_GL="nonsense")
     assert_one_line(done, "MUJOCO_GL=nonsense", "unset it")
 
 
@@ -269,13 +270,14 @@ def test_a_set_that_cannot_be_downloaded_is_named(tmp_path):
     assert not os.listdir(tmp_path)
 
 
-def test_compile_without_a_compiler_ends_in_one_line(tmp_path):
-    options = ["device=cpu", "spar.compile=true", "out=result"]
+def test_compile_without_a_compiler_is_named(tmp_path, monkeypatch):
+    check_compiler.cache_clear()
     # An empty cache, for code that was compiled before needs no compiler.
-    done = run(
-        "spar_d4rl", *TINY, *options, cwd=tmp_path, CXX="absent", TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache")
-    )
-    assert_one_line(done, "compile=True", "C++ compiler")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("absent",))
+    cfg = compose_recipe("spar_d4rl", *TINY, "device=cpu", "spar.compile=true", "out=x")
+    with pytest.raises(InputError, match=r"compile=True: .*C\+\+ compiler"):
+        spar_d4rl.train(cfg, [0], [tmp_path / "result"])
     assert not (tmp_path / "result").exists()
 
 

@@ -5,13 +5,10 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
-from helpers import RECIPES, TINY, assert_one_line, run
+from helpers import RECIPES, TINY, Started, assert_one_line, run
 
 pytest.importorskip("hydra")
 import h5py
@@ -101,8 +98,7 @@ def test_the_whole_way_on_made_up_data(folder):
     small = [option for option in TINY if not option.startswith("preset")]
     small += ["eval.episodes=1", "eval.final_episodes=1", "critics.steps=5", "batch_size=8", "logger.interval=2"]
     options = [f"files={folder}", "tasks=hopper-medium", "method=bc", "seed=0", "runs=runs", *small]
-    command = [sys.executable, str(RECIPES / "reproduce_d4rl.py"), *options]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    done = run("reproduce_d4rl", *options, cwd=folder)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "In all: 1 runs to do, 0 finished." in done.stdout and done.stdout.splitlines()[-1].startswith(
         "| hopper-medium | - | "
@@ -137,12 +133,9 @@ def test_an_unknown_option_is_named_before_files_are_looked_for():
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_waits_for_what_the_child_saves(signum, tmp_path):
     code = "import sys; from reproduce_d4rl import run_to_its_end as run; "
-    code += f"sys.exit(run([sys.executable, '-c', {SAVING!r}]))"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(RECIPES), os.environ.get("PYTHONPATH", "")])}
-    parent = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, start_new_session=True, env=environment)
-    while not (tmp_path / "ready").exists():
-        assert parent.poll() is None
-        time.sleep(0.05)
+    (tmp_path / "parent.py").write_text(f"{code}sys.exit(run([sys.executable, '-c', {SAVING!r}]))")
+    parent = Started(tmp_path / "parent.py", cwd=tmp_path)
+    parent.until((tmp_path / "ready").exists)
     send = os.killpg if signum == signal.SIGINT else os.kill  # Ctrl-C reaches the child, too
-    send(parent.pid, signum)
-    assert parent.wait(60) == 130 and (tmp_path / "saved").exists()
+    send(parent.process.pid, signum)
+    assert parent.wait(60).returncode == 130 and (tmp_path / "saved").exists()
