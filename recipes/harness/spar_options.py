@@ -104,7 +104,7 @@ class Spar:
     )
     compile: bool = option(
         False,
-        "Whether updates go through torch.compile, which needs a C++ compiler (on a GPU Triton): a minute to start, "
+        "Whether updates go through torch.compile, which needs a C++ compiler (on a GPU Triton): minutes to start, "
         "some seconds once torch has cached it, then faster. On a GPU they are CUDA graphs anyway.",
     )
     loss: Loss = option(Loss(), "Options of the loss.")
