@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ACTION, OBSERVATION, SMALL, compose_recipe, make_batch, run
+from helpers import ACTION, OBSERVATION, TINY, compose_recipe, make_batch, run
 from tensordict import TensorDict
 from torchrl.data import Bounded
 
@@ -101,7 +101,7 @@ def test_an_ablation_changes_spars_own_options(name):
 def test_the_ablations_with_code_run(tmp_path):
     methods = ["ablation/value_gradient", "ablation/action_space", "ablation/no_anchor"]
     # action_space has nothing to fit.
-    options = [option for option in SMALL if option != "vae.steps=5"]
+    options = [option for option in TINY if option != "vae.steps=5"]
     done = run(
         "compare", *options, f"method={','.join(methods)}", "seed=0", "runs=runs", "hydra/launcher=basic", cwd=tmp_path
     )
