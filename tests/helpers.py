@@ -38,7 +38,7 @@ TINY = [*SMALL, "eval.background=false"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 # What every recipe loads.
 LIBRARIES = "torchrl.checkpoint torchrl.collectors torchrl.objectives torchrl.record gymnasium.envs.mujoco minari"
-LIBRARIES += " pandas matplotlib.backends.backend_agg matplotlib.pyplot rich.console"
+LIBRARIES += " matplotlib.backends.backend_agg matplotlib.pyplot rich.console"
 LIBRARIES += " hydra._internal.core_plugins.basic_sweeper hydra_plugins.hydra_joblib_launcher.joblib_launcher"
 
 torch.set_num_threads(1)

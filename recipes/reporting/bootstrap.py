@@ -1,7 +1,7 @@
 """Statistics of few runs on several data sets, with bootstrap intervals.
 
-After Agarwal et al., Deep RL at the Edge of the Statistical Precipice (https://arxiv.org/abs/2108.13264); the tests
-compare with their library rliable.
+After Agarwal et al., Deep RL at the Edge of the Statistical Precipice (https://arxiv.org/abs/2108.13264); draw by draw
+the numbers of their library rliable 1.2.
 """
 
 from __future__ import annotations

@@ -417,14 +417,14 @@ def test_a_process_compiles_more_programs_than_dynamo_keeps_of_one(monkeypatch):
 
 @pytest.mark.slow
 def test_the_compiled_update_is_the_eager_one(monkeypatch):
-    # The programs before and after the critics settle.
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    # The programs before and after the critics settle, each in one graph.
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager", fullgraph=True))
     options = {"hidden": [8], "joint_vae": False, "num_candidates": 2, "num_qvalue_nets": 2}
     torch.manual_seed(0)
     losses = [make_spar_loss(OBSERVATION, Bounded(-1, 1, (ACTION,)), **options) for _ in range(2)]
     losses[1].load_state_dict(losses[0].state_dict())
     for loss, compile in zip(losses, (False, True)):
-        update = SPARUpdate(loss, compile=compile, policy_interval=2, decay_steps=4)
+        update = SPARUpdate(loss, compile=compile, policy_interval=1, decay_steps=4)
         torch.manual_seed(1)
         for step in range(4):
             batch = make_batch(12, seed=step)

@@ -1,9 +1,10 @@
-"""The reports' statistics: those of rliable, draw by draw, and those of pairs against what is counted out."""
+"""The reports' statistics against slow loops and what is counted out."""
 
 from __future__ import annotations
 
 from functools import partial
 from itertools import product
+from statistics import mean
 
 import numpy as np
 import pytest
@@ -39,30 +40,47 @@ def test_a_tie_is_half_an_improvement():
     )
 
 
-@pytest.mark.parametrize("statistic", ["iqm", "improvement", "profile"])
-def test_points_and_intervals_are_rliables(statistic, scores):
-    library, metrics = (pytest.importorskip(f"rliable.{name}", exc_type=ImportError) for name in ("library", "metrics"))
-    ours, theirs = {
-        "iqm": (interquartile_mean, metrics.aggregate_iqm),
-        "improvement": (probability_of_improvement, metrics.probability_of_improvement),
-        "profile": (
-            partial(performance_profile, thresholds=THRESHOLDS),
-            lambda values: library.score_distributions(values, THRESHOLDS),
-        ),
-    }[statistic]
+def slow_interquartile_mean(scores):
+    ordered = sorted(score for row in scores for score in row)
+    cut = len(ordered) // 4
+    return mean(ordered[cut : len(ordered) - cut])
+
+
+def slow_improvement(better, worse):
+    wins = {True: 1.0, False: 0.0, None: 0.5}
+    return mean(wins[None if x == y else x > y] for one, other in product(better, worse) for x, y in zip(one, other))
+
+
+def slow_profile(scores):
+    return [mean(float(score > threshold) for row in scores for score in row) for threshold in THRESHOLDS]
+
+
+@pytest.mark.parametrize(
+    ("ours", "slow"),
+    [
+        (interquartile_mean, slow_interquartile_mean),
+        (probability_of_improvement, slow_improvement),
+        (partial(performance_profile, thresholds=THRESHOLDS), slow_profile),
+    ],
+)
+def test_points_and_intervals_are_those_of_loops(ours, slow, scores):
     samples = {name: (values,) for name, values in scores.items()}
-    if statistic == "improvement":
+    if slow is slow_improvement:
         samples = {name: (scores["a"], scores[name]) for name in ("b", "c")}
-    np.random.seed(0)  # rliable draws from numpy's global generator
-    points, bounds = library.get_interval_estimates(
-        {name: arrays if len(arrays) > 1 else arrays[0] for name, arrays in samples.items()},
-        lambda *arrays: np.atleast_1d(theirs(*arrays)),
-        reps=100,
-    )
-    found = intervals(samples, ours, repetitions=100)
+    found = intervals(samples, ours, repetitions=50)
+    draw = np.random.RandomState(0).randint
     for name, arrays in samples.items():
-        np.testing.assert_allclose(np.atleast_1d(ours(*arrays)), points[name], rtol=1e-12)
-        np.testing.assert_allclose(found[name].reshape(2, -1), bounds[name], rtol=1e-12)
+        np.testing.assert_allclose(ours(*arrays), slow(*arrays), rtol=1e-12)
+        values = []
+        for _ in range(50):
+            # The seeds of each data set are drawn by themselves.
+            chosen = [draw(len(runs), size=runs.shape) for runs in arrays]
+            drawn = [
+                [[runs[seed, column] for column, seed in enumerate(row)] for row in seeds]
+                for runs, seeds in zip(arrays, chosen)
+            ]
+            values.append(slow(*drawn))
+        np.testing.assert_allclose(found[name], np.percentile(values, [2.5, 97.5], axis=0), rtol=1e-12)
 
 
 PAIRS = [np.array([3.0, -1.0, 2.0]), np.array([0.5, 0.5]), np.array([4.0])]

@@ -274,7 +274,26 @@ def test_the_speeds_beside_jax_and_the_stages_are_the_committed_ones():
     for name, seconds in large["stages"].items():
         if seconds >= 1:
             assert found[name] == [f"{seconds:.0f}", f"{seconds / total:.0%}"]
-    assert f"The sum is {total:.0f} CPU seconds" in (RECIPES / "benchmarks" / "README.md").read_text()
+    prose = " ".join((RECIPES / "benchmarks" / "README.md").read_text().split())
+    assert f"The sum is {total:.0f} CPU seconds" in prose
+    runs = [*runs_of("six_sets/runs.jsonl"), *(run for run in runs_of("compare/runs.jsonl") if run["method"] != "spar")]
+    after, seconds = [], []
+    for method, rate in (("spar", "spar_compiled"), ("iql", "torchrl_iql"), ("td3_bc", "torchrl_td3bc")):
+        steps = [steps_to_score(run["curve"]) for run in runs if run["method"] == method]
+        assert len(steps) == 18
+        after.append(f"{np.median(steps):,.0f}")
+        seconds.append(np.median(steps) / small[rate]["updates_per_cpu_second"])
+    assert f"after {after[0]} updates of SPAR (one member), {after[1]} of IQL" in prose
+    assert f"and {after[2]} of TD3+BC" in prose
+    first = sum(large["stages"][name] for name in ("anchor", "vae")) + large["stages"]["critics"] / 3
+    assert f"{seconds[0]:.0f} CPU seconds of SPAR, compiled, after {first:.0f} for anchor" in prose
+    assert f"{seconds[1]:.0f} of IQL and {seconds[2]:.0f} of TD3+BC" in prose
+
+
+def steps_to_score(curve: dict) -> int:
+    """The first evaluation with 90 % of the last one's score."""
+    scores = curve["normalized"]
+    return next(step for step, score in zip(curve["step"], scores) if score >= 0.9 * scores[-1])
 
 
 def test_the_citation_has_the_version():

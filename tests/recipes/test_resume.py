@@ -148,8 +148,8 @@ def end_by(signum, started, condition):
 
 
 def test_sigterm_ends_a_run_in_one_line_and_it_goes_on(tmp_path):
-    options = ["seed=3", "anchor.steps=500", "eval.background=true", "out=stopped"]
-    start_run("spar", tmp_path / "undisturbed", "anchor.steps=500")
+    options = ["seed=3", "anchor.steps=300", "eval.background=true", "out=stopped"]
+    start_run("spar", tmp_path / "undisturbed", "anchor.steps=300")
     started = Started("spar_d4rl", *TINY, *options, cwd=tmp_path)
     end_by(signal.SIGTERM, started, lambda: rows(tmp_path / "stopped", "anchor") > 2)
     done = run("spar_d4rl", *TINY, *options, "resume=true", cwd=tmp_path)
@@ -159,14 +159,14 @@ def test_sigterm_ends_a_run_in_one_line_and_it_goes_on(tmp_path):
 
 def test_ctrl_c_ends_several_seeds_in_one_line_and_they_go_on(tmp_path):
     outs = {seed: tmp_path / "stopped" / f"seed_{seed}" for seed in (3, 4)}
-    started = Started("spar_d4rl", *TINY, "seeds=[3,4]", "vae.steps=500", "out=stopped", cwd=tmp_path)
+    started = Started("spar_d4rl", *TINY, "seeds=[3,4]", "vae.steps=300", "out=stopped", cwd=tmp_path)
     end_by(signal.SIGINT, started, lambda: all(rows(out, "vae") > 2 for out in outs.values()))
     for seed, out in outs.items():
         assert (
             checkpoints.all_checkpoints(out) or (out / "results.json").exists()
         )  # one may be done before the other begins
-        start_run("spar", out, "vae.steps=500", seed=seed)
-        start_run("spar", tmp_path / "undisturbed" / out.name, "vae.steps=500", seed=seed)
+        start_run("spar", out, "vae.steps=300", seed=seed)
+        start_run("spar", tmp_path / "undisturbed" / out.name, "vae.steps=300", seed=seed)
     assert outcome(tmp_path / "stopped") == outcome(tmp_path / "undisturbed")
 
 

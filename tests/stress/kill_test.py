@@ -17,8 +17,10 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -50,20 +52,22 @@ TINY += [f"dataset={DATA}", "env=Hopper-v5", "spar.members=1"]
 
 
 def start_run(method: str, out: Path, *options: str, seed: int = 3) -> None:
-    """The job of a method in this process; it goes on if it was begun."""
-    cfg: Any = compose_recipe(
-        "spar_d4rl" if method in ("spar", "stack") else "compare",
-        *TINY,
-        "resume=true",
-        *([] if method in ("spar", "stack") else [f"method={method}"]),
-        *options,
-    )
-    if method == "spar":
-        spar_d4rl.train(cfg, [seed], [out])
-    elif method == "stack":
-        spar_d4rl.train(cfg, [3, 4], [out / "seed_3", out / "seed_4"])
-    else:
-        compare.start(cfg, seed, out)
+    """The job of a method in this process, without its figure; it goes on if it was begun."""
+    cfg = composed(method, options)
+    with patch("harness.spar_run.plot_learning_curve"), patch("harness.spar_run.plot_log_curve"):
+        if method == "spar":
+            spar_d4rl.train(cfg, [seed], [out])
+        elif method == "stack":
+            spar_d4rl.train(cfg, [3, 4], [out / "seed_3", out / "seed_4"])
+        else:
+            compare.start(cfg, seed, out)
+
+
+@cache  # a quarter of a second each
+def composed(method: str, options: tuple[str, ...]) -> Any:
+    own = method in ("spar", "stack")
+    method_option = [] if own else [f"method={method}"]
+    return compose_recipe("spar_d4rl" if own else "compare", *TINY, "resume=true", *method_option, *options)
 
 
 def outcome(out: Path) -> dict[str, Any]:
