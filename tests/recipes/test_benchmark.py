@@ -47,6 +47,7 @@ def test_benchmark_writes_its_keys(tmp_path, monkeypatch):
     for module in (benchmark, stages, updates):
         monkeypatch.setattr(module, "BLOCK", 4)  # updates in a block: fewer take less
     monkeypatch.setattr(updates.spar, "__kwdefaults__", {**updates.spar.__kwdefaults__, "block": 4})
+    monkeypatch.setattr(benchmark, "IMPORTED", ("json",))
     out = tmp_path / "benchmark.json"
     options = "rounds=1 window=0.01 hidden=[8] batch_size=8 seeds=[2] load_steps=2000 stage_steps=2 env=Pendulum-v1"
     options = [*options.split(), "device=cpu", f"out={out}"]
