@@ -109,7 +109,7 @@ def test_cloning_answers_with_the_mean_action(bandit, cloned):
 
 @pytest.mark.parametrize("method", LEARNERS)
 def test_every_rival_learns_and_ends_nearer_to_the_best_action_than_cloning(method, bandit, cloned):
-    rows, distance = train(bandit, 300, f"method={method}", *LEARNERS[method])
+    rows, distance = train(bandit, 200, f"method={method}", *LEARNERS[method])
     assert all(np.isfinite(value) for row in rows for value in row.values())
     # The others' critics are there before the first update.
     if "loss_qvalue" in rows[0] and method not in ("spar_iql", "td3_bc_critics", "rebrac_critics"):
