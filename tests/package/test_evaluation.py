@@ -226,15 +226,15 @@ def test_errors_of_the_other_process_surface_here(evaluator):
         evaluator.drain()
 
 
-@pytest.mark.parametrize("moment", ["starting", "idle"])
+@pytest.mark.parametrize("moment", ["starting", "evaluating", "idle"])
 def test_a_killed_evaluation_is_named(moment):
     before = set(multiprocessing.active_children())
     with BackgroundEvaluator() as running:
         (process,) = set(multiprocessing.active_children()) - before
-        if moment == "idle":
+        if moment != "starting":
             running.submit("first", policy(), "Pendulum-v1", episodes=1)
             running.drain()
-        else:
+        if moment != "idle":
             running.submit(2000, policy(), "Pendulum-v1", episodes=500)
         os.kill(process.pid, signal.SIGKILL)
         process.join()
