@@ -73,6 +73,7 @@ def start_until_it_ends(*args):
         ("spar", ["spar.members=2", "spar.loss.joint_vae=true", "spar.loss.value_mix=0.5"]),
         ("spar", ["spar.loss.head=latent", "spar.updates=9", "eval.interval=5", "logger.interval=1"]),
         ("stack", ["spar.members=2"]),
+        ("bc", []),
         ("td3_bc", []),
         ("td3_bc_critics", []),
         ("cql", []),

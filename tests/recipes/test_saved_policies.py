@@ -94,7 +94,7 @@ def test_a_run_leaves_its_last_policy(finished, capsys):
     assert f"return {row['return_mean']:.1f} " in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("finished", ["iql", "ablation/no_anchor"], indirect=True)
+@pytest.mark.parametrize("finished", ["cql", "iql", "ablation/no_anchor"], indirect=True)
 def test_it_is_judged_from_its_log_and_exported(finished, tmp_path, capsys):
     out, trained = finished
     few = ["ope.steps=2", "ope.warm_steps=2", "ope.num_qvalue_nets=2"]
