@@ -70,7 +70,8 @@ class Options:
         [2], "Numbers of runs trained at once as one stack, beside a single one; null: none. On a GPU: seeds=[8,32]."
     )
     compile: bool = option(
-        False, "Also the update through torch.compile (a minute to compile; needs a C++ compiler, on a GPU Triton)."
+        False,
+        "Also the update through torch.compile (minutes to compile; needs a C++ compiler, on a GPU Triton).",
     )
     peers: bool = option(True, "Also the same update in JAX, where it is installed (extra `peers`).")
     load_steps: int = option(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from torchrl.objectives.value import ValueEstimatorBase
 
 from torchrl_spar.data.rows import MASK_KEYS, under_next
 from torchrl_spar.errors import InputError, check_bool, check_built, check_module, check_options, first_line
-from torchrl_spar.functional import call, call_ensemble
+from torchrl_spar.functional import call, call_ensemble, check_written
 from torchrl_spar.residual import ResidualVAE, SPARActor
 
 
@@ -38,6 +39,19 @@ class Conventions(LossModule):
     qvalue_network_params: TensorDictParams
     num_qvalue_nets: int
     loss_function: str
+    # Networks with targets.
+    _followed: tuple[str, ...] = ("qvalue_network",)
+
+    def __init__(
+        self,
+        *,
+        reduction: Literal["mean", "sum", "none"] | None,
+        use_prioritized_weights: bool | Literal["auto"],
+    ) -> None:
+        super().__init__()
+        check_options((reduction in (None, "mean", "sum", "none"), "reduction", reduction, "'mean', 'sum' or 'none'"))
+        self.reduction = reduction or "mean"
+        self.use_prioritized_weights = use_prioritized_weights
 
     def make_value_estimator(self, value_type: ValueEstimators | None = None, **hyperparams: Any) -> LossModule | None:
         """Chooses the target, ``gamma`` included: ``loss.make_value_estimator(gamma=0.995)``.
@@ -67,7 +81,7 @@ class Conventions(LossModule):
 
     @property
     def in_keys(self) -> list[NestedKey]:
-        """Every entry the loss reads."""
+        """Every entry that the loss needs."""
         if self._in_keys is None:
             self._in_keys = list(dict.fromkeys(self._list_in_keys()))
         return self._in_keys
@@ -113,6 +127,43 @@ class Conventions(LossModule):
             "target_value": masked_mean(target.mean(0), mask),
         }
         return self._reduce(error.sum(0), tensordict), metadata
+
+    def _add_critics(self, critics: list[TensorDictModuleBase], count: int, *, is_list: bool) -> None:
+        """Takes a list of critics, or one, of which it makes `count` and draws them anew; gives them targets."""
+        # A list of one gets no dimension E: with it, tensordict calls the parameters buffers, which nothing trains.
+        expand = None if is_list and count == 1 else count
+        networks = critics if len(critics) > 1 else critics[0]
+        self.convert_to_functional(networks, "qvalue_network", expand, create_target_params=True)
+        self.num_qvalue_nets = count
+
+    def network_params(self, name: str) -> TensorDictParams:
+        """The parameters of ``"actor_network"``, ``"qvalue_network"``, ``"residual_vae"`` or ``"value_network"``."""
+        return self._modules[f"{name}_params"]
+
+    def target_params(self, name: str) -> TensorDictParams:
+        """The targets of ``"actor_network"`` or ``"qvalue_network"``."""
+        # Not by attribute: TorchRL warns there until an updater exists, which pre-training does not need.
+        return self._modules[f"target_{name}_params"]
+
+    def reset_parameters_recursive(self) -> None:
+        """Draws new parameters for every network but the frozen policy, and copies them to the targets."""
+        for name in self._learning:
+            module, params = getattr(self, name), self.network_params(name).data
+            # One member at a time: initialisers read the fan-in off the weight's shape.
+            for member in params.unbind(0) if params.ndim else (params,):
+                with member.to_module(module, preserve_module_state=False):
+                    module.reset_parameters_recursive()
+        self.sync_targets()
+
+    def sync_targets(self, *names: str) -> None:
+        """Copies networks into their targets, by default all that have some."""
+        for name in names or self._followed:
+            self.target_params(name).data.copy_(self.network_params(name).data)
+
+    @property
+    def _learning(self) -> list[str]:
+        """The networks that a reset draws anew, in this order."""
+        return ["qvalue_network"]
 
     def _qvalue(self, state: TensorDictBase, action: Tensor, params: TensorDictBase) -> Tensor:
         raise NotImplementedError
@@ -253,6 +304,7 @@ class SPARLossBase(Conventions):
     residual_vae: ResidualVAE
     residual_vae_params: TensorDictParams
     target_residual_vae_params: TensorDictParams
+    _followed = ("actor_network", "qvalue_network")
     # Set by SPARLoss: whether, and how much, targets bootstrap from the state value.
     value_mix: float
 
@@ -267,7 +319,7 @@ class SPARLossBase(Conventions):
         reduction: Literal["mean", "sum", "none"] | None,
         use_prioritized_weights: bool | Literal["auto"],
     ) -> None:
-        super().__init__()
+        super().__init__(reduction=reduction, use_prioritized_weights=use_prioritized_weights)
         if not isinstance(actor_network, SPARActor):
             raise InputError(
                 f"actor_network must be a SPARActor, not {type(actor_network).__name__}: an actor of your own is the "
@@ -277,15 +329,13 @@ class SPARLossBase(Conventions):
             raise InputError(f"residual_vae must be a ResidualVAE, not {type(residual_vae).__name__}")
         if actor_network.is_latent and actor_network.decoder is not residual_vae.decoder:
             raise InputError("actor_network: the decoder of a latent head (head B) must be residual_vae.decoder itself")
-        check_options(
-            (num_qvalue_nets >= 1, "num_qvalue_nets", num_qvalue_nets, "at least 1"),
-            (reduction in (None, "mean", "sum", "none"), "reduction", reduction, "'mean', 'sum' or 'none'"),
-        )
-        critics = critics_of(qvalue_network)
-        is_one = qvalue_network is critics[0]
-        if not is_one and len(critics) != num_qvalue_nets:
-            raise InputError(f"qvalue_network: a list of {len(critics)} critics, but num_qvalue_nets={num_qvalue_nets}")
+        critics = check_critics(qvalue_network, num_qvalue_nets)
         check_built("actor_network", actor_network)
+        if not any(parameter.requires_grad for parameter in actor_network.head.parameters()):
+            raise InputError(
+                "actor_network: its head has no parameter that is trained, as that of loss.actor, which is frozen; "
+                "give a copy (copy.deepcopy) after actor.head.requires_grad_(True)"
+            )
         check_built("residual_vae", residual_vae)
         self.convert_to_functional(residual_vae, "residual_vae")
         # Head B shares the decoder's parameters with the VAE; the target is then their common average.
@@ -294,11 +344,7 @@ class SPARLossBase(Conventions):
         if value_network is not None:
             check_module("value_network", value_network)
             self.convert_to_functional(value_network, "value_network")
-        networks = qvalue_network if is_one else critics
-        self.convert_to_functional(networks, "qvalue_network", num_qvalue_nets, create_target_params=True)
-        self.num_qvalue_nets = num_qvalue_nets
-        self.reduction = reduction or "mean"
-        self.use_prioritized_weights = use_prioritized_weights
+        self._add_critics(critics, num_qvalue_nets, is_list=qvalue_network is not critics[0])
 
     # ------------------------------------------------------------------ policies
 
@@ -328,15 +374,6 @@ class SPARLossBase(Conventions):
 
     # ------------------------------------------------------------------ calls of the networks
 
-    def network_params(self, name: str) -> TensorDictParams:
-        """The parameters of ``"actor_network"``, ``"qvalue_network"``, ``"residual_vae"`` or ``"value_network"``."""
-        return self._modules[f"{name}_params"]
-
-    def target_params(self, name: str) -> TensorDictParams:
-        """The targets of ``"actor_network"`` or ``"qvalue_network"``."""
-        # Not by attribute: TorchRL warns there until an updater exists, which pre-training does not need.
-        return self._modules[f"target_{name}_params"]
-
     def _anchored(self, tensordict: TensorDictBase, *readers: TensorDictModuleBase) -> TensorDictBase:
         """The state entries that the readers (by default all but the anchor) need, with the anchor's action."""
         readers = readers or (*self._rectifiers, self.qvalue_network, self.residual_vae)
@@ -344,7 +381,8 @@ class SPARLossBase(Conventions):
         action = tensordict.get(self.tensor_keys.anchor_action, None)
         if action is None:
             anchor = self.actor_network.anchor
-            action = call(anchor, self.actor_network_params.get("anchor"), tensordict, {})[self.tensor_keys.action]
+            out = call(anchor, self.actor_network_params.get("anchor"), tensordict, {})
+            action = _written(out, self.tensor_keys.action, "the anchor")
         return state.set(self.tensor_keys.anchor_action, action)
 
     def _data_residual(self, tensordict: TensorDictBase, state: TensorDictBase) -> Tensor:
@@ -408,21 +446,9 @@ class SPARLossBase(Conventions):
 
     # ------------------------------------------------------------------ TorchRL's conventions
 
-    def reset_parameters_recursive(self) -> None:
-        """Draws new parameters for every network but the anchor, and copies them to the targets."""
-        value = ["value_network"] if self.has_value else []
-        for name in ("residual_vae", "actor_network", *value, "qvalue_network"):
-            module, params = getattr(self, name), getattr(self, f"{name}_params").data
-            # One member at a time: initialisers read the fan-in off the weight's shape.
-            for member in params.unbind(0) if params.ndim else (params,):
-                with member.to_module(module, preserve_module_state=False):
-                    module.reset_parameters_recursive()
-        self.sync_targets()
-
-    def sync_targets(self, *names: str) -> None:
-        """Copies networks into their targets: ``"actor_network"`` and ``"qvalue_network"``, by default both."""
-        for name in names or ("actor_network", "qvalue_network"):
-            self.target_params(name).data.copy_(self._modules[f"{name}_params"].data)
+    @property
+    def _learning(self) -> list[str]:
+        return ["residual_vae", "actor_network", *(["value_network"] if self.has_value else []), "qvalue_network"]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SPARLossBase:
         new = type(self).__new__(type(self))
@@ -480,7 +506,7 @@ class SPARLossBase(Conventions):
         def attempt(name: str, module: TensorDictModuleBase, run: Callable[[], Any], at: TensorDictBase = row) -> Any:
             try:
                 return run()
-            except (RuntimeError, ValueError) as err:
+            except (RuntimeError, ValueError, AssertionError) as err:
                 read = dict.fromkeys((*module.in_keys, keys.action))  # residuals have the action's type
                 present = {key: at[key] for key in read if at.get(key, None) is not None}
                 kinds = {key: f"{list(x.shape[1:])} {x.dtype} {x.device}" for key, x in present.items()}
@@ -523,15 +549,16 @@ class SPARLossBase(Conventions):
         return torch.randn_like(like) if noise is None else check_shape(noise, like.shape, key)
 
 
-def critics_of(network: Any) -> list[TensorDictModuleBase]:
-    """One critic, or each of several, of one architecture.
+def check_critics(network: Any, count: int) -> list[TensorDictModuleBase]:
+    """The critic, of which a loss makes `count`, or each of a list of that many; all are of one architecture.
 
     Examples:
-        >>> critics_of([torch.nn.Linear(3, 1)])
+        >>> check_critics([torch.nn.Linear(3, 1)], 1)
         Traceback (most recent call last):
             ...
         torchrl_spar.errors.InputError: qvalue_network: a Linear; give a TensorDictModule, ...
     """
+    check_options((count >= 1, "num_qvalue_nets", count, "at least 1"))
     several = isinstance(network, Iterable) and not isinstance(network, TensorDictModuleBase)
     critics = list(network) if several else [network]
     if not critics:
@@ -540,6 +567,14 @@ def critics_of(network: Any) -> list[TensorDictModuleBase]:
         check_module("qvalue_network", critic)
     if len({id(critic) for critic in critics}) < len(critics):
         raise InputError("qvalue_network: one critic is there twice; give copies of it (copy.deepcopy)")
+    owners = Counter(id(one) for critic in critics for one in critic.parameters() if one.requires_grad)
+    if any(number > 1 for number in owners.values()):
+        raise InputError(
+            "qvalue_network: critics share parameters that are trained, such as an encoder's, which the loss would "
+            "freeze; give each its own, or freeze the shared ones"
+        )
+    if several and len(critics) != count:
+        raise InputError(f"qvalue_network: a list of {len(critics)} critics, but num_qvalue_nets={count}")
     shapes = [{name: parameter.shape for name, parameter in critic.named_parameters()} for critic in critics]
     if any(each != shapes[0] for each in shapes):
         raise InputError("qvalue_network: the critics differ in their parameters; an ensemble has one architecture")
@@ -578,13 +613,12 @@ def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _written(out: Mapping[NestedKey, Tensor], key: NestedKey, writer: str) -> Tensor:
-    if key not in out:
-        raise InputError(f"{writer} writes {list(out)}, not {key!r}: tell the loss its keys by set_keys")
+    check_written(out, key, writer)
     return out[key]
 
 
 def _stateful(module: SPARActor, params: TensorDictBase) -> SPARActor:
-    """A copy of the module that shares the memory of `params`, without gradient."""
-    module = deepcopy(module).requires_grad_(False)
+    """A copy of the module that shares the memory of `params`, without gradient, as for deployment."""
+    module = deepcopy(module).requires_grad_(False).eval()
     params.data.to_module(module)
     return module

@@ -6,7 +6,7 @@ A network with ``functional(params, *inputs)`` is called without either, where t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -16,6 +16,7 @@ from tensordict.nn import TensorDictModule, TensorDictModuleBase
 from torch import Tensor
 from torch.func import vmap
 
+from torchrl_spar.errors import InputError
 from torchrl_spar.networks import functional_of
 
 
@@ -82,6 +83,7 @@ def call_ensemble(
         >>> call_ensemble(linear, params, state, {}, out_key="action").shape
         torch.Size([2, 5, 2])
     """
+    check_written(module.out_keys, out_key, "a critic")
     network = _direct(module)
     if network is None:
         members = params.unbind(0) if params.ndim else (params,)
@@ -92,6 +94,12 @@ def call_ensemble(
     dicts = _unbound(nested, params.batch_size[0]) if params.ndim else [nested]
     options = {} if dtype is None else {"dtype": dtype}
     return torch.stack([network(member, *inputs, **options) for member in dicts])
+
+
+def check_written(out_keys: Collection[NestedKey], key: NestedKey, writer: str) -> None:
+    """Raises an :class:`~torchrl_spar.InputError` where a network does not write this entry."""
+    if key not in out_keys:
+        raise InputError(f"{writer} writes {list(out_keys)}, not {key!r}: tell the loss its keys by set_keys")
 
 
 def _direct(module: TensorDictModuleBase) -> Any:
@@ -111,14 +119,20 @@ def _through_tensordict(
     entries: Mapping[NestedKey, Tensor],
 ) -> dict[NestedKey, Tensor]:
     scratch = state.select(*(key for key in module.in_keys if key not in entries))
+    lead: tuple[int, ...] = ()
+    for value in entries.values():
+        lead = value.shape[: value.ndim - 1 - state.ndim] or lead
+    if lead:
+        scratch = scratch.expand(*lead, *state.batch_size)
     for key, value in entries.items():
-        lead = value.shape[: value.ndim - 1 - state.ndim]
-        if lead and scratch.batch_size == state.batch_size:
-            scratch = scratch.expand(*lead, *state.batch_size)
         scratch.set(key, value)
+    # One batch of all candidates: convolutions, attention and BatchNorm would take further dimensions for others.
+    merged = scratch.batch_size[: len(lead) + min(state.ndim, 1)] if lead else ()
+    if merged:
+        scratch = scratch.flatten(0, len(merged) - 1)
     with nullcontext() if params is None else params.to_module(module, preserve_module_state=False):
         out = module(scratch)
-    return {key: out[key] for key in module.out_keys}
+    return {key: out[key].unflatten(0, merged) if merged else out[key] for key in module.out_keys}
 
 
 def _detached(params: Any) -> Any:

@@ -221,6 +221,8 @@ class SPARLoss(SPARLossBase):
         if name in ("lsi_coeff", "trust_coeff") and isinstance(value, (int, float)):
             check_options((value >= 0, name, value, "at least 0"))
             _check_term(self, name, value, f"set to {value}")
+        elif name == "reward_scale" and isinstance(value, (int, float)):
+            check_options((value > 0, name, value, "positive"))
         super().__setattr__(name, value)
 
     # ------------------------------------------------------------------ the method

@@ -23,7 +23,7 @@ def share_critics(spar: SPARLoss, other: LossModule) -> LossModule:
     Args:
         spar: the loss whose critics are shared.
         other: such as ``IQLLoss`` or ``CQLLoss``, with critics of the same architecture and number; changed in place.
-            Call it with a TensorDict.
+            Call it with a TensorDict: its ``forward`` and its single terms, called by name, see rewards as they are.
 
     Returns:
         ``other``.

@@ -174,6 +174,21 @@ def test_metrics_may_come_later_and_be_plain_numbers():
     assert check(100, {}) == check(200, {"pred_value": 1.0}) == check(300, {"residual_ratio": torch.tensor(0.1)}) == {}
 
 
+@pytest.mark.parametrize(
+    ("steps", "measured"),
+    [
+        (range(100, 6001, 100), [2000, 4000, 6000]),
+        (range(64, 6500, 64), [2048, 4032, 6016]),
+        (range(3100, 4301, 100), [4000]),  # resumed
+        ([2000], [2000]),
+    ],
+)
+def test_the_shift_is_measured_every_two_thousand_steps_whenever_it_is_called(steps, measured):
+    check = checked()
+    check._shift = lambda: torch.tensor(1.0)
+    assert [step for step in steps if "coherent_shift" in check(step, {})] == measured
+
+
 def test_a_run_warns_by_its_logged_rows(tmp_path, monkeypatch):
     # Any residual is too much: the eight logged rows of this run all say so, five are enough.
     monkeypatch.setattr(health, "RESIDUAL_RATIO_LIMIT", -1.0)

@@ -137,6 +137,7 @@ def test_weights_that_nothing_resets_are_named():
             return (torch.cat(inputs, -1) * self.weight).sum(-1, True)
 
     actor = trained("residual", 1)[0]
+    actor.head.requires_grad_(True)
     critics = [ValueOperator(Scaled(), in_keys=["observation", "action"]) for _ in range(2)]
     vae = make_spar_loss(OBSERVATION, Bounded(-1, 1, (ACTION,)), hidden=[8]).residual_vae
     loss = SPARLoss(actor, critics, vae, num_qvalue_nets=2, joint_vae=False)

@@ -348,6 +348,7 @@ def test_deployed_actor_follows_the_moving_average(make_loss, head):
     assert not torch.allclose(policy(observation=observation), before)
     torch.testing.assert_close(policy(observation=observation), loss.actor(observation=observation))
     assert not any(tensor.requires_grad for tensor in policy.state_dict(keep_vars=True).values())
+    assert not any(module.training for module in policy.modules())
 
 
 def test_train_mode_leaves_the_anchor_in_eval(make_loss):
@@ -403,6 +404,8 @@ def test_schedulable_coefficients(make_loss):
     loss.lsi_coeff, loss.trust_coeff = 1.0, 0.0
     torch.manual_seed(0)
     torch.testing.assert_close(loss.actor_loss(batch)[0] + trust, both)
+    with pytest.raises(InputError, match=r"reward_scale=-1\.0: must be positive"):
+        loss.reward_scale = -1.0
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from torchrl.modules import MLP, ProbabilisticActor, TanhNormal, ValueOperator
 from torchrl.objectives import CQLLoss, IQLLoss, SoftUpdate
 
 from torchrl_spar import (
+    FrozenAnchor,
     GaussianEncoder,
     InputError,
     ResidualHead,
@@ -213,6 +214,99 @@ def test_a_scale_in_the_place_of_a_log_std_is_refused():
 def test_a_list_of_another_length_is_named():
     with pytest.raises(InputError, match=r"a list of 2 critics, but num_qvalue_nets=4"):
         SPARLoss(make_actor(make_anchor()), make_critics(2), make_vae())
+
+
+@pytest.mark.parametrize("critics", [lambda: make_critics(1), lambda: make_critics(1)[0]], ids=["list", "module"])
+def test_one_critic_learns(critics):
+    loss = SPARLoss(make_actor(make_anchor()), critics(), make_vae(), num_qvalue_nets=1)
+    before = deepcopy(loss.qvalue_network_params)
+    SPARUpdate(loss)(make_batch(12))
+    assert all(
+        bool((now != was).any())
+        for now, was in zip(loss.qvalue_network_params.values(True, True), before.values(True, True))
+    )
+
+
+class Pictures(nn.Module):
+    """A convolution that takes one batch dimension, over the observation as an image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(1, 2, (OBSERVATION, 1))
+        self.joint = nn.Linear(2 + ACTION, 1)
+
+    def forward(self, observation: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
+        image = self.convolution(observation[..., None, :, None]).flatten(-3)
+        return self.joint(torch.cat((image, action), -1))
+
+
+class Attention(nn.Module):
+    """The observation and the action as two tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = nn.ModuleList([nn.Linear(size, 8) for size in (OBSERVATION, ACTION)])
+        self.mix = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+        self.value = nn.Linear(8, 1)
+
+    def forward(self, observation: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
+        tokens = [embed(part) for embed, part in zip(self.tokens, (observation, action))]
+        return self.value(self.mix(torch.stack(tokens, -2)).mean(-2))
+
+
+class Normalised(nn.Module):
+    """BatchNorm with statistics of its own, over as many features as the batch has rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.norm, self.value = nn.Linear(OBSERVATION + ACTION, 12), nn.BatchNorm1d(12), nn.Linear(12, 1)
+        nn.init.normal_(self.norm.running_mean)
+        self.eval()
+
+    def forward(self, observation: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
+        return self.value(self.norm(self.embed(torch.cat((observation, action), -1))))
+
+
+@pytest.mark.parametrize("network", [Pictures, Attention, Normalised])
+def test_candidates_are_one_batch_to_a_network_of_ones_own(network):
+    torch.manual_seed(0)
+    critics = [ValueOperator(network(), in_keys=["observation", "action"]) for _ in range(4)]
+    loss = SPARLoss(make_actor(make_anchor()), critics, make_vae())
+    loss.eval()
+    for critic in critics:
+        critic.eval()
+    batch = make_batch(12)
+    assert loss(batch)["loss_actor"].isfinite()
+    actions = torch.rand(5, 12, ACTION) * 2 - 1
+    at_once = loss._qvalue(batch, actions, loss.qvalue_network_params)
+    one_by_one = [
+        [critic(observation=batch["observation"], action=action)[..., 0] for action in actions] for critic in critics
+    ]
+    torch.testing.assert_close(at_once, torch.stack([torch.stack(values) for values in one_by_one]))
+
+
+def test_networks_that_nothing_would_train_are_refused():
+    shared = Joined(OBSERVATION, 8)
+    critics = [ValueOperator(nn.Sequential(shared, nn.Linear(8, 1)), in_keys=["observation"]) for _ in range(4)]
+    with pytest.raises(InputError, match="critics share parameters that are trained"):
+        SPARLoss(make_actor(make_anchor()), critics, make_vae())
+    shared.requires_grad_(False)
+    SPARLoss(make_actor(make_anchor()), critics, make_vae())
+    loss = make_loss()
+    with pytest.raises(InputError, match=r"its head has no parameter that is trained.*requires_grad_"):
+        SPARLoss(loss.actor, make_critics(), make_vae())
+    again = deepcopy(loss.actor)
+    again.head.requires_grad_(True)
+    assert SPARLoss(again, make_critics(), make_vae()).actor_network_params.get("head").requires_grad
+
+
+def test_an_output_of_another_name_is_named():
+    anchor = TensorDictModule(nn.Sequential(Joined(OBSERVATION, ACTION), nn.Tanh()), ["observation"], ["act"])
+    critics = [TensorDictModule(Joined(OBSERVATION + ACTION, 1), ["observation", "action"], ["q"]) for _ in range(4)]
+    with pytest.raises(InputError, match=r"a critic writes \['q'\], not 'state_action_value': .*set_keys"):
+        SPARLoss(make_actor(make_anchor()), critics, make_vae())(make_batch(12))
+    with pytest.raises(InputError, match=r"the anchor writes \['act'.*not 'action': .*set_keys"):
+        SPARLoss(make_actor(FrozenAnchor(anchor, action_key="act")), make_critics(), make_vae())(make_batch(12))
 
 
 def test_reduction_none_is_torchrls_default():

@@ -11,7 +11,7 @@ from tensordict import LazyStackedTensorDict
 from tensordict.nn import NormalParamExtractor, TensorDictModule
 from torch import nn
 from torchrl.data import LazyStackStorage, LazyTensorStorage, ListStorage, TensorDictReplayBuffer
-from torchrl.envs.transforms import RewardScaling
+from torchrl.envs.transforms import ObservationNorm, RewardScaling
 from torchrl.modules import MLP, MultiAgentMLP, ProbabilisticActor, TanhNormal, ValueOperator
 from torchrl.objectives import BCLoss, IQLLoss
 
@@ -24,6 +24,7 @@ from torchrl_spar import (
     ResidualVAE,
     SPARActor,
     SPARLoss,
+    SPARUpdate,
     estimate_value,
     fit_anchor,
     fit_critics,
@@ -125,6 +126,39 @@ def test_what_a_loss_may_read_reaches_its_batches():
             source = {tuple(row.tolist()): value for row, value in zip(extra["observation"], extra[key], strict=True)}
             found = torch.stack([source[tuple(row.tolist())] for row in batch["observation"]])
             assert torch.equal(batch[key], found), key
+
+
+def test_blocks_of_sequences_give_the_losses_of_their_rows():
+    loss = loss_of()
+    sampler = BatchSampler(loss, buffer_of(ROWS.reshape(16, STEPS), LazyTensorStorage(96, ndim=2), 4), length=2, seed=0)
+    batch = next(sampler)[1]
+    assert batch.shape == (4, STEPS)
+    for key, value in loss(batch.reshape(-1)).items():
+        torch.testing.assert_close(loss(batch)[key], value, msg=key)
+    SPARUpdate(loss).run(next(sampler))
+
+
+def test_statistics_are_of_what_a_transform_gives():
+    shift = ObservationNorm(loc=-5.0, scale=2.0, in_keys=["observation", ("next", "observation")])  # 2 x - 5
+    data = load_offline_dataset(ROWS, action_spec=TOY.action_spec, transform=shift)
+    torch.testing.assert_close(data.observation_loc, 2 * TOY.observation_loc - 5)
+    torch.testing.assert_close(data.observation_scale, 2 * TOY.observation_scale)
+
+
+def test_what_pre_training_returns_is_a_data_set_again():
+    few = {"steps": 1}
+    loss, rows = pretrain(TOY, anchor=few, vae=few, critics=few)
+    for name in ("name", "env_id", "env_kwargs", "reward_shift", "longest_episode", "action_spec"):
+        assert getattr(rows, name) == getattr(TOY, name), name
+    for name in ("observation_loc", "observation_scale", "source_rows", "episode_returns"):
+        assert torch.equal(getattr(rows, name), getattr(TOY, name)), name
+    assert estimate_value(None, rows).mean == estimate_value(None, TOY).mean
+    make_spar_loss(rows, hidden=[8], anchor=loss.anchor)
+
+
+def test_a_copied_update_would_train_the_first_loss():
+    with pytest.raises(InputError, match="copy the loss"):
+        deepcopy(SPARUpdate(loss_of()))
 
 
 def reading_state() -> SPARLoss:

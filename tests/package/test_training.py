@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import shutil
 from copy import deepcopy
 from functools import partial
 from itertools import islice
@@ -36,6 +34,7 @@ from torchrl_spar import (
     with_anchor_actions,
 )  # fmt: skip
 from torchrl_spar.training import sampling
+from torchrl_spar.training.compiling import check_compiler
 from torchrl_spar.training.optimization import adam, descent
 from torchrl_spar.training.sampling import uniform_batches
 
@@ -423,8 +422,11 @@ def test_the_compiled_update_is_the_eager_one(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="no C++ compiler, which Inductor needs")
 def test_the_generated_code_is_the_eager_update():
+    try:
+        check_compiler(torch.device("cpu"))
+    except InputError as err:
+        pytest.skip(str(err))
     made = torch._dynamo.utils.counters["inductor"]
     before = sum(made.values())
     compiled_and_eager_agree(policy_interval=1, num_candidates=2)

@@ -23,6 +23,7 @@ from torchrl.data import (
 
 from torchrl_spar.data.images import Encoder
 from torchrl_spar.data.readers import find_minari, read_file, read_minari
+from torchrl_spar.data.rows import whole_of
 from torchrl_spar.data.steps import Steps
 from torchrl_spar.data.success import REWARD_SHIFT
 from torchrl_spar.data.success import end_at_success as relabel
@@ -72,8 +73,8 @@ class OfflineReplayBuffer(TensorDictReplayBuffer):
         **kwargs: passed to ``TensorDictReplayBuffer``, such as ``batch_size``.
 
     Attributes:
-        observation_loc: mean of ``"observation"`` over the rows, float32 ``[observation_dim]``,
-            computed in float64.
+        observation_loc: mean of ``"observation"`` over the rows, after a ``transform``, float32
+            ``[observation_dim]``, computed in float64.
         observation_scale: standard deviation (divided by N), likewise. It is ``max(1, 1e-6 |mean|)`` where it is
             below ``1e-6 max(1, |mean|)``, so that constant dimensions are not blown up.
         action_spec, episode_returns, name, env_id, env_kwargs, reward_shift, source_rows, longest_episode: as given;
@@ -110,7 +111,9 @@ class OfflineReplayBuffer(TensorDictReplayBuffer):
         device = torch.device(device or "cpu")
         storage = TensorStorage(data.to(device), device=device)
         super().__init__(storage=storage, writer=ImmutableDatasetWriter(), **kwargs)
-        loc, scale = _observation_statistics(data["observation"])
+        # A transform may change what networks read.
+        read = whole_of(self) if len(self.transform) else data
+        loc, scale = _observation_statistics(read.get("observation", data["observation"]))
         self.observation_loc, self.observation_scale = loc.to(device), scale.to(device)
         self.action_spec = action_spec.to(device)
         self.episode_returns = episode_returns
@@ -122,6 +125,15 @@ class OfflineReplayBuffer(TensorDictReplayBuffer):
             longest_episode = int(data["episode"].unique_consecutive(return_counts=True)[1].max())
         self.longest_episode = longest_episode
         self.name = name
+
+    def with_rows(self, rows: TensorDictBase) -> OfflineReplayBuffer:
+        """The same data set with further entries ``[N]``, such as the anchor's actions; uniform sampling."""
+        facts = (
+            "action_spec", "episode_returns", "name", "env_id", "env_kwargs", "reward_shift", "source_rows",
+            "longest_episode",
+        )  # fmt: skip
+        known = {name: getattr(self, name) for name in facts}
+        return OfflineReplayBuffer(rows, **known, device=rows.device, batch_size=self.batch_size)
 
 
 def load_offline_dataset(

@@ -137,7 +137,7 @@ def episode_ends(
 
 
 def discounted_sums(values: Tensor, factors: Tensor) -> Tensor:
-    """``x_t = values_t + factors_t x_{t+1}``, ``[N]``, in float64: a loop, linear in N, 0.1 s for 10^6 rows.
+    """``x_t = values_t + factors_t x_{t+1}``, ``[N]``, in float64: a loop, linear in N.
 
     Args:
         values: ``[N]``.

@@ -97,7 +97,7 @@ def load_policy(
         device: where the policy lives; the CPU by default.
 
     Returns:
-        The policy, raw ``observation -> action``, and the facts saved with it.
+        The policy, raw ``observation -> action``, in eval mode, and the facts saved with it.
 
     Raises:
         InputError: if the file is missing, damaged or something else, or needs a ``policy`` of another structure; if
@@ -148,7 +148,7 @@ def load_policy(
                 "the same structure as policy=..."
             )
         built.load_state_dict(weights, assign=built is not policy)  # in its own types
-        return built.to(device or "cpu"), facts
+        return built.to(device or "cpu").eval(), facts
     except (RuntimeError, TypeError, KeyError, AttributeError, EOFError, OSError, pickle.UnpicklingError) as err:
         raise InputError(f"{path}: damaged, or not a policy file: {first_line(err)}") from None
 

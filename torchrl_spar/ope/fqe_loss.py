@@ -19,7 +19,7 @@ from torch import Tensor
 from torchrl.envs.utils import ExplorationType
 
 from torchrl_spar.anchor import FrozenAnchor
-from torchrl_spar.conventions import Conventions, critics_of, masked_mean
+from torchrl_spar.conventions import Conventions, check_critics, masked_mean
 from torchrl_spar.data.rows import under_next
 from torchrl_spar.errors import InputError, check_options
 from torchrl_spar.functional import call, call_ensemble
@@ -131,18 +131,14 @@ class FQELoss(Conventions):
         reduction: Literal["mean", "sum", "none"] | None = None,
         use_prioritized_weights: bool | Literal["auto"] = "auto",
     ) -> None:
-        super().__init__()
-        critics, width = critics_of(qvalue_network), torch.as_tensor(trace_width)
-        is_one = qvalue_network is critics[0]
+        super().__init__(reduction=reduction, use_prioritized_weights=use_prioritized_weights)
+        critics, width = check_critics(qvalue_network, num_qvalue_nets), torch.as_tensor(trace_width)
         check_options(
-            (num_qvalue_nets >= 1, "num_qvalue_nets", num_qvalue_nets, "at least 1"),
-            (is_one or num_qvalue_nets == len(critics), "num_qvalue_nets", num_qvalue_nets, "the length of the list"),
             (0 <= lmbda <= 1, "lmbda", lmbda, "between 0 and 1"),
             (bool((width > 0).all()), "trace_width", trace_width, "positive"),
             (loss_function in ("l1", "l2", "smooth_l1"), "loss_function", loss_function, "l1, l2 or smooth_l1"),
             (reward_scale > 0, "reward_scale", reward_scale, "positive"),
-            (reduction in (None, "mean", "sum", "none"), "reduction", reduction, "'mean', 'sum' or 'none'"),
-        )  # fmt: skip
+        )
         if not isinstance(actor_network, TensorDictModuleBase):
             raise InputError(f"actor_network must be a TensorDictModule, not {type(actor_network).__name__}")
         read, written = critics[0].in_keys, actor_network.out_keys
@@ -151,15 +147,9 @@ class FQELoss(Conventions):
             raise InputError(f"the critic reads {read}, none of what the actor writes: {written}")
         frozen = FrozenAnchor(actor_network, action_key=action_key, exploration_type=exploration_type)
         self.convert_to_functional(frozen, "actor_network")
-        # A list of one is converted without the dimension E: with it, tensordict calls its parameters buffers.
-        count = num_qvalue_nets if is_one or num_qvalue_nets > 1 else None
-        networks = critics[0] if is_one or count is None else critics
-        self.convert_to_functional(networks, "qvalue_network", count, create_target_params=True)
-        self.num_qvalue_nets = num_qvalue_nets
+        self._add_critics(critics, num_qvalue_nets, is_list=qvalue_network is not critics[0])
         self.lmbda = lmbda
         self.loss_function = loss_function
-        self.reduction = reduction or "mean"
-        self.use_prioritized_weights = use_prioritized_weights
         self.out_keys = ["loss_qvalue", "pred_value", "target_value", "next_state_value"]
         device = self._default_device
         self.register_coeff_buffer("reward_scale", float(reward_scale), device=device)
@@ -187,7 +177,7 @@ class FQELoss(Conventions):
             ``target_value``, ``next_state_value`` (means, times ``reward_scale``).
         """
         with torch.no_grad():
-            params = self._modules["target_qvalue_network_params"]
+            params = self.target_params("qvalue_network")
             target, next_value = self._one_step(tensordict, params)
             if self.lmbda > 0:
                 qvalue = self._qvalue(tensordict, tensordict[self.tensor_keys.action], params)
@@ -284,16 +274,3 @@ class FQELoss(Conventions):
         if tensordict.get(under_next(keys.policy_action), None) is not None:
             spared.update(under_next(key) for key in alone)
         return [key for key in self.in_keys if key not in spared]
-
-    def reset_parameters_recursive(self) -> None:
-        """Draws new critics and copies them to the targets; the policy stays."""
-        params = self.qvalue_network_params.data
-        # One member at a time: initialisers read the fan-in off the weight's shape.
-        for member in params.unbind(0) if params.ndim else (params,):
-            with member.to_module(self.qvalue_network, preserve_module_state=False):
-                self.qvalue_network.reset_parameters_recursive()
-        self.sync_targets()
-
-    def sync_targets(self) -> None:
-        """Copies the critics into their targets."""
-        self._modules["target_qvalue_network_params"].data.copy_(self.qvalue_network_params.data)

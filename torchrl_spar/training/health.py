@@ -74,8 +74,8 @@ class HealthCheck:
       the critics (``pred_value``) beyond it, by a tenth of its width, are divergence.
     * ``residual_ratio`` above 0.7 is how policies that left the data were seen to look; some that gained most, on data
       that mixes good and bad behaviour, did, too.
-    * ``coherent_shift`` (:class:`~torchrl_spar.training.shift.CoherentShift`) above 5 is how policies looked that
-      fell although each of their steps was near the data. It is measured at each step that 2,000 divides.
+    * ``coherent_shift`` (:class:`~torchrl_spar.training.shift.CoherentShift`) above 5 was seen in policies that fell,
+      although each single action was near the data. It is measured every 2,000 steps.
 
     One batch tells little, so the first two warn when five checks in a row fail; each problem is named once.
 
@@ -123,6 +123,7 @@ class HealthCheck:
         self.value_range = low, high
         self._shift = CoherentShift(losses, replay_buffer)
         self._found: dict[str, list[int]] = {}
+        self._checked: int | None = None
 
     def __call__(self, step: int, metrics: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Checks ``pred_value`` and ``residual_ratio`` of one batch, where they are given.
@@ -151,7 +152,10 @@ class HealthCheck:
                 "and bad behaviour; if it is worse than the anchor, raise trust_coeff, or lower lsi_coeff",
                 stacklevel=2,
             )
-        if step % SHIFT_INTERVAL or (shift := self._shift()) is None:
+        checked, self._checked = self._checked, step
+        # The multiple of the interval, if one lies between the calls; before the first call, where one may resume.
+        is_due = step // SHIFT_INTERVAL > (step - 1 if checked is None else checked) // SHIFT_INTERVAL
+        if not is_due or (shift := self._shift()) is None:
             return {}
         if self._due("coherent_shift", [float(shift) > SHIFT_LIMIT], patience=1):
             warnings.warn(

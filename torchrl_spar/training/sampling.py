@@ -37,7 +37,7 @@ def with_anchor_actions(loss: SPARLoss, replay_buffer: ReplayBuffer) -> TensorDi
         replay_buffer: the data; ``rb[:]`` gives all of it.
 
     Returns:
-        A read-only buffer with the batch size of the given one, uniform sampling and shared memory: the
+        A read-only buffer of the given one's kind and batch size, with uniform sampling and shared memory: the
         loss's ``in_keys``, of ``"episode"``, ``"return_to_go"``, ``"steps_to_next_obs"``, masks, weights and targets
         what there is, and ``anchor_action`` ``[N, action_dim]`` at the root and under ``"next"``.
 
@@ -66,7 +66,7 @@ def with_anchor_actions(loss: SPARLoss, replay_buffer: ReplayBuffer) -> TensorDi
             if_random=", even under ExplorationType.DETERMINISTIC; fix its noise, see FrozenAnchor",
         )  # fmt: skip
         state.set(keys.anchor_action, actions)
-    return _fixed_buffer(rows, replay_buffer.batch_size)
+    return _fixed_buffer(rows, replay_buffer)
 
 
 def with_value_targets(loss: SPARLoss, replay_buffer: ReplayBuffer) -> TensorDictReplayBuffer:
@@ -80,12 +80,13 @@ def with_value_targets(loss: SPARLoss, replay_buffer: ReplayBuffer) -> TensorDic
         replay_buffer: the data in order, with the anchor's actions (:func:`with_anchor_actions`).
 
     Returns:
-        The same buffer where it holds ``value_target`` and ``advantage_std`` already, which are overwritten; else one
-        with uniform sampling that shares its memory and holds both, ``[N, 1]``, beside. So it is, too, where what is
-        read of a buffer is a copy (lists, ensembles, transforms).
+        The given buffer, updated in place, if it holds ``value_target`` and ``advantage_std`` ``[N, 1]`` already and
+        reading it makes no copy (as lists, ensembles and transforms do). Otherwise a new buffer with uniform sampling
+        that shares its memory and holds them beside.
 
     Raises:
-        InputError: if the rows are out of order, or steps of several (``"steps_to_next_obs"``).
+        InputError: if the rows are out of order, steps of several (``"steps_to_next_obs"``), padded or sequences, or
+            if the loss has ``lmbda=0``.
 
     Source: ours.
 
@@ -108,7 +109,7 @@ def with_value_targets(loss: SPARLoss, replay_buffer: ReplayBuffer) -> TensorDic
     if all(key in rows.keys(True) and _is_kept(rows[key], read_again[key], found[key]) for key in keys):
         rows.update_(found)
         return replay_buffer
-    return _fixed_buffer(rows.copy().update(found), replay_buffer.batch_size)
+    return _fixed_buffer(rows.copy().update(found), replay_buffer)
 
 
 def _is_kept(tensor: torch.Tensor, read_again: torch.Tensor, found: torch.Tensor) -> bool:
@@ -185,7 +186,7 @@ def with_member_weights(
     order = torch.rand(int(ends.sum()), members, generator=generator).argsort(-1).argsort(-1)
     weight = (order < count).to(ends.device, torch.get_default_dtype()) * members / count
     rows = rows.copy().set(loss.tensor_keys.member_weight, weight[ends.cumsum(0) - ends.long()])
-    return _fixed_buffer(rows, replay_buffer.batch_size)
+    return _fixed_buffer(rows, replay_buffer)
 
 
 def has_trajectories(loss: SPARLoss, replay_buffer: ReplayBuffer) -> bool:
@@ -201,7 +202,7 @@ def without_own_entries(loss: SPARLoss, replay_buffer: ReplayBuffer) -> TensorDi
         return replay_buffer
     keys = loss.tensor_keys
     rows = whole_of(replay_buffer).exclude(keys.member_weight, keys.value_target, keys.advantage_std)
-    return _fixed_buffer(rows, replay_buffer.batch_size)
+    return _fixed_buffer(rows, replay_buffer)
 
 
 @contextmanager
@@ -214,9 +215,11 @@ def _explained(loss: SPARLoss, rows: TensorDictBase) -> Iterator[None]:
         raise
 
 
-def _fixed_buffer(rows: TensorDictBase, batch_size: int | None) -> TensorDictReplayBuffer:
+def _fixed_buffer(rows: TensorDictBase, like: ReplayBuffer) -> TensorDictReplayBuffer:
+    if isinstance(like, OfflineReplayBuffer) and "observation" in rows.keys() and rows.batch_size == (len(like),):
+        return like.with_rows(rows)
     storage = TensorStorage(rows, device=rows.device)
-    return TensorDictReplayBuffer(storage=storage, writer=ImmutableDatasetWriter(), batch_size=batch_size)
+    return TensorDictReplayBuffer(storage=storage, writer=ImmutableDatasetWriter(), batch_size=like.batch_size)
 
 
 def batch_size_of(replay_buffer: ReplayBuffer) -> int:
@@ -330,7 +333,7 @@ class BatchSampler(Iterator[TensorDictBase]):
         index = torch.randint(len(self.rows), self.shape, generator=self.generator, device=device)
         block = self.rows[index]
         for key, shape in self.noise.items():
-            block.set(key, torch.randn(*self.shape, *shape, generator=self.generator, device=device))
+            block.set(key, torch.randn(*block.shape, *shape, generator=self.generator, device=device))
         self.drawn += len(block)
         return block
 

@@ -13,7 +13,7 @@ from tensordict.nn import CudaGraphModule
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from torchrl_spar.errors import check_options
+from torchrl_spar.errors import InputError, check_options
 from torchrl_spar.objective import SPARLoss
 from torchrl_spar.training.compiling import check_compiler
 from torchrl_spar.training.health import CHECK_INTERVAL, check_finite
@@ -42,7 +42,7 @@ class SPARUpdate:
         critic_share: of ``decay_steps``, in which the critics' rate (and the value network's) falls to zero. From the
             next block on they stay as they are and are not reported; head, VAE and targets go on (ours: 0.5). With
             constant rates they never stop.
-        compile: whether losses and gradients go through ``torch.compile``: a minute to start, then faster.
+        compile: whether losses and gradients go through ``torch.compile``: one to three minutes to start, then faster.
         cudagraph: whether updates are captured as a CUDA graph and replayed; batches must keep their
             shape, and the next call overwrites the metrics.
 
@@ -188,6 +188,9 @@ class SPARUpdate:
                 group.update(options)
         self.steps = self._checked = state["steps"]
         self._sequence.cache_clear()  # a captured graph reads the old state
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SPARUpdate:
+        raise InputError("a copy of SPARUpdate would train the loss of the first: copy the loss, and make it an update")
 
     def __call__(self, batch: TensorDictBase) -> dict[str, Tensor]:
         """One update on a batch ``[*B]`` (``[S, B]`` for S seeds); see :meth:`run`."""
