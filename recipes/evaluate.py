@@ -35,6 +35,7 @@ from harness.environment import (
 from harness.launch import best_device, describe, run_recipe, summarize
 from harness.log_values import Support, estimate_any, estimate_spar
 from harness.options import option, recipe_options
+from harness.output import whole_file
 from harness.printing import show_estimates
 from harness.same_rows import check_same, digest_of
 from harness.spar_options import OPE
@@ -44,7 +45,6 @@ from tensordict.nn import TensorDictModuleBase
 from torchrl.data import Bounded
 
 from torchrl_spar import InputError, OfflineReplayBuffer, SPARActor, environment_sizes, evaluate, make_env
-from torchrl_spar.networks import ObservationNorm
 
 FRAMES_PER_SECOND = 30
 # Rows of a batch of FQE, as in training.
@@ -92,16 +92,13 @@ def film(policy: TensorDictModuleBase, env: str, seed: int, path: Path, **env_kw
         if now % stride == 0:
             frames.append(envs[0].render())
 
-    partial = path.with_name(f"partial-{path.name}")
     try:
         evaluate(policy, env, 1, seed, on_step=keep, **{**env_kwargs, "render_mode": "rgb_array"})
         options: dict[str, Any] = {"loop": 0} if path.suffix == ".gif" else {}
-        imageio.imwrite(partial, np.stack(frames), fps=speed / stride, **options)
-        partial.replace(path)
+        with whole_file(path) as partial:
+            imageio.imwrite(partial, np.stack(frames), extension=path.suffix, fps=speed / stride, **options)
     except Exception as err:  # rendering fails in as many ways as there are drivers
         raise InputError(f"video={path}: cannot be rendered here: {err} (a server needs MUJOCO_GL=egl)") from err
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 @recipe_options("evaluate")
@@ -149,22 +146,11 @@ def check_actions(policy: TensorDictModuleBase, facts: dict[str, Any], name: str
 
 def check_sizes(cfg: DictConfig, name: str, policy: TensorDictModuleBase, data: OfflineReplayBuffer) -> None:
     """Refuses a log of other sizes than the policy's."""
-    norms = (module.loc for module in policy.modules() if isinstance(module, ObservationNorm))
-    pairs = (
-        ("observations", next(norms, None), data.observation_loc),
-        ("actions", getattr(policy, "low", None), data.action_spec.space.low),
-    )
-    for what, own, given in pairs:
-        if own is not None and own.numel() != given.numel():
-            raise InputError(
-                f"{name}: does not fit dataset={cfg.dataset}: its {what} have size {own.numel()}, the "
-                f"log's {given.numel()}"
-            )
     try:
         action = policy(data[:1].select("observation"))["action"]
     except RuntimeError as err:
         size = data.observation_loc.numel()
-        raise InputError(f"{name}: fails on dataset={cfg.dataset}'s observations of size {size} ({err})") from err
+        raise InputError(f"{name}: does not fit dataset={cfg.dataset}: observations of size {size} ({err})") from err
     if (own := action.shape[-1]) != (given := data.action_spec.shape[-1]):
         raise InputError(f"{name}: does not fit dataset={cfg.dataset}: its actions have size {own}, the log's {given}")
 

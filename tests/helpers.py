@@ -20,7 +20,7 @@ from unittest.mock import patch
 
 import torch
 from tensordict import TensorDict
-from torchrl.data import Bounded
+from torchrl.data import Bounded, LazyTensorStorage, TensorDictReplayBuffer
 
 from torchrl_spar import SPARLoss, make_spar_loss
 
@@ -69,6 +69,14 @@ def make_batch(*batch: int, dtype: torch.dtype = torch.float32, seed: int = 0) -
     )
 
 
+def buffer_of(rows: Any, storage: Any = None, batch_size: int | None = 8, **options: Any) -> TensorDictReplayBuffer:
+    """TorchRL's buffer of the rows, in memory unless ``storage`` says otherwise."""
+    storage = LazyTensorStorage(len(rows)) if storage is None else storage
+    buffer = TensorDictReplayBuffer(storage=storage, batch_size=batch_size, **options)
+    buffer.extend(rows)
+    return buffer
+
+
 def build_loss(seed: int = 0, **options: Any) -> SPARLoss:
     """A small loss whose head, targets and scale are away from their start."""
     torch.manual_seed(seed)
@@ -81,6 +89,18 @@ def build_loss(seed: int = 0, **options: Any) -> SPARLoss:
             if key[-1] in ("weight", "bias") and "anchor" not in key:
                 tensor.data += 0.1 * torch.randn(tensor.shape, generator=generator)
     return loss
+
+
+def by_hand(policy: Any, env: Any, seed: int) -> float:
+    """The return of a policy in an environment that somebody else made."""
+    observation, _ = env.reset(seed=seed)
+    total, done = 0.0, False
+    while not done:
+        with torch.no_grad():
+            action = policy(observation=torch.as_tensor(observation, dtype=torch.float32)[None])[0].numpy()
+        observation, reward, terminated, truncated, _ = env.step(action)
+        total, done = total + float(reward), terminated or truncated
+    return total
 
 
 def total(losses: TensorDict) -> torch.Tensor:

@@ -45,10 +45,11 @@ def call(
         torch.Size([5, 2])
     """
     network = _direct(module)
+    if frozen and params is not None:
+        params = params.detach()
     if network is None or params is None:
-        return _through_tensordict(module, params.data if frozen and params is not None else params, state, entries)
-    nested = params.to_dict()["module"]
-    outputs = network(_detached(nested) if frozen else nested, *_inputs(module, state, entries))
+        return _through_tensordict(module, params, state, entries)
+    outputs = network(params.to_dict()["module"], *_inputs(module, state, entries))
     return dict(zip(module.out_keys, outputs if isinstance(outputs, tuple) else (outputs,)))
 
 
@@ -133,12 +134,6 @@ def _through_tensordict(
     with nullcontext() if params is None else params.to_module(module, preserve_module_state=False):
         out = module(scratch)
     return {key: out[key].unflatten(0, merged) if merged else out[key] for key in module.out_keys}
-
-
-def _detached(params: Any) -> Any:
-    if isinstance(params, Tensor):
-        return params.detach()
-    return {name: _detached(value) for name, value in params.items()}
 
 
 def _unbound(params: Mapping[str, Any], size: int) -> list[dict[str, Any]]:

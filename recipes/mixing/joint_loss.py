@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from rivals.bc import cloning_loss
 from rivals.models import Networks
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential
@@ -17,6 +16,7 @@ from torchrl.objectives import CQLLoss, IQLLoss
 from torchrl.objectives.common import LossModule
 
 from torchrl_spar import ResidualHead, ResidualVAE, SPARActor, SPARLoss, share_critics
+from torchrl_spar.training.pretrain import cloning_loss
 
 # CQL's loss for its actor while it warms up by cloning; it would pull against the other one.
 LEFT_OUT = ("loss_actor_bc",)

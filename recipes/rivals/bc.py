@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 from tensordict import TensorDictBase
-from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 from torch.nn.functional import mse_loss
-from torchrl.objectives import BCLoss
 
 from rivals.base import Problem, Rival
 from rivals.batches import keep_best_episodes
 from rivals.models import squash
-
-
-def cloning_loss(actor: TensorDictModuleBase) -> BCLoss:
-    with warnings.catch_warnings():
-        # BCLoss has no target; TorchRL warns that it is not annotated.
-        warnings.filterwarnings("ignore", message="The name target_actor_network_params")
-        return BCLoss(actor)
 
 
 def build(problem: Problem, *, lr: float, share: float) -> Rival:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import ACTION, OBSERVATION, make_batch
+from helpers import ACTION, OBSERVATION, buffer_of, make_batch
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch import nn
-from torchrl.data import Bounded, LazyTensorStorage, TensorDictReplayBuffer
+from torchrl.data import Bounded, TensorDictReplayBuffer
 from torchrl.data.datasets import LeRobotExperienceReplay
 from torchrl.modules.models import ACTModel
 
@@ -37,13 +37,7 @@ def episodes() -> TensorDictReplayBuffer:
     data["next", "terminated"], data["next", "truncated"] = terminated, truncated
     data["next", "done"] = terminated | truncated
     data["episode"] = torch.arange(4).repeat_interleave(torch.tensor(LENGTHS))
-    return buffer(data)
-
-
-def buffer(data: TensorDict) -> TensorDictReplayBuffer:
-    memory = TensorDictReplayBuffer(storage=LazyTensorStorage(len(data)), batch_size=8)
-    memory.extend(data)
-    return memory
+    return buffer_of(data)
 
 
 @pytest.mark.parametrize("length", [1, 2, 3])
@@ -74,7 +68,7 @@ def test_returns_of_chunks_are_those_of_single_steps():
     data = episodes()[:]
     data["next", "terminated"][6] = data["next", "terminated"][13] = True  # all ends are terminal: no bootstrap
     data["next", "done"] = data["next", "terminated"].clone()
-    rows, gamma = chunk_actions(buffer(data), 3, gamma=0.9)[:], 0.9
+    rows, gamma = chunk_actions(buffer_of(data), 3, gamma=0.9)[:], 0.9
     for index, row in enumerate(data):
         rewards = data["next", "reward"][index:][data["episode"][index:] == row["episode"]]
         expected = sum(gamma**i * reward for i, reward in enumerate(rewards))
@@ -85,7 +79,7 @@ def test_wrong_lengths_are_named():
     for length in (0, 9):
         memory = episodes()
         if length:
-            memory = buffer(memory[:7].set(("next", "terminated"), torch.zeros(7, 1, dtype=torch.bool)))
+            memory = buffer_of(memory[:7].set(("next", "terminated"), torch.zeros(7, 1, dtype=torch.bool)))
         with pytest.raises(InputError, match=f"length={length}"):
             chunk_actions(memory, length)
 
@@ -112,7 +106,7 @@ def test_critics_start_from_returns_of_single_steps():
     fit_critics(loss, rows, steps=1)
     torch.testing.assert_close(loss.reward_scale, 1 / rows[:]["return_to_go"].std())
     with pytest.raises(InputError, match="return_to_go"):
-        fit_critics(loss, buffer(rows[:].exclude("return_to_go")), steps=1)
+        fit_critics(loss, buffer_of(rows[:].exclude("return_to_go")), steps=1)
 
 
 def test_from_lerobot_data_to_a_better_chunk():

@@ -292,14 +292,14 @@ def episode(length, terminated=False, truncated=False, seed=0, observations=None
     )
 
 
-def write_minari(root, episodes, observation_space=OBSERVATIONS, action_space=ACTIONS, env=None):
+def write_minari(root, episodes, observation_space=OBSERVATIONS, action_space=ACTIONS, *, name=ID, **options):
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Minari asks for an author and a description
         patch.setenv("MINARI_DATASETS_PATH", str(root))
         minari.create_dataset_from_buffers(
-            ID, episodes, env=env, observation_space=observation_space, action_space=action_space
+            name, episodes, observation_space=observation_space, action_space=action_space, **options
         )
-    return root / ID
+    return root / name
 
 
 EPISODES = [

@@ -10,8 +10,9 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from helpers import SHARED
+from helpers import SHARED, by_hand
 from tensordict.nn import TensorDictModule
+from test_data import write_minari
 from torch import nn
 
 from torchrl_spar import (
@@ -77,28 +78,12 @@ def collect(root, env, episodes=2):
             for name, value in zip(("rewards", "terminations", "truncations"), outcome):
                 rows[name].append(value)
         buffers.append(EpisodeBuffer(**{name: np.stack(values) for name, values in rows.items()}))
-    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        patch.setenv("MINARI_DATASETS_PATH", str(root))
-        minari.create_dataset_from_buffers("test/recorded-v0", buffer=buffers, env=env)
-    return root / "test" / "recorded-v0"
+    return write_minari(root, buffers, None, None, name="test/recorded-v0", env=env)
 
 
 def push(size, actions=1):
     torch.manual_seed(0)
     return TensorDictModule(nn.Sequential(nn.Linear(size, actions), nn.Tanh()), ["observation"], ["action"])
-
-
-def by_hand(policy, env, seed):
-    """The return of a policy in an environment that somebody else made."""
-    observation, _ = env.reset(seed=seed)
-    total, done = 0.0, False
-    while not done:
-        with torch.no_grad():
-            action = policy(observation=torch.as_tensor(observation, dtype=torch.float32)[None])[0].numpy()
-        observation, reward, terminated, truncated, _ = env.step(action)
-        total, done = total + float(reward), terminated or truncated
-    return total
 
 
 @pytest.mark.parametrize(
@@ -221,13 +206,6 @@ def test_home_is_expanded_everywhere_alike_and_its_absence_named(tmp_path, monke
     for source, options in (("~nobody_here/x.npz", {}), ("minari:a/b-v0", {"root": "~nobody_here/x"})):
         with pytest.raises(InputError, match="there is no such home directory"):
             load_offline_dataset(source, **options)
-
-
-def test_a_set_from_before_minari_0_5_is_named(tmp_path):
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "main_data.hdf5").write_bytes(b"old")
-    with pytest.raises(InputError, match=r"which Minari has written since 0\.5"):
-        load_offline_dataset(tmp_path)
 
 
 # --- D4RL's protocols -------------------------------------------------------------------------------

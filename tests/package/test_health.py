@@ -7,10 +7,10 @@ import warnings
 import pytest
 import torch
 from harness.checkpoints import Checkpoints
-from helpers import ACTION, OBSERVATION, make_batch
+from helpers import ACTION, OBSERVATION, buffer_of, make_batch
 from kill_test import start_run
 from torch.utils._python_dispatch import TorchDispatchMode
-from torchrl.data import Bounded, LazyTensorStorage, TensorDictReplayBuffer
+from torchrl.data import Bounded
 
 from torchrl_spar import (
     HealthCheck,
@@ -101,9 +101,8 @@ def test_updates_do_not_wait_for_the_device_but_in_the_check(make_loss):
 def test_fits_stop_within_a_hundred_steps(fit):
     rows = make_batch(32)
     key = {"anchor": "action", "residual": "action", "value": ("next", "reward")}[fit]
-    buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(32), batch_size=8)
     rows[key][5] = NAN
-    buffer.extend(rows)
+    buffer = buffer_of(rows)
     spec = Bounded(-1, 1, (ACTION,))
     steps, name = {"anchor": (250, "loss_bc"), "residual": (130, "loss_vae"), "value": (250, "loss_qvalue")}[fit]
     seen = []
@@ -113,14 +112,10 @@ def test_fits_stop_within_a_hundred_steps(fit):
 
     with pytest.raises(NonFiniteError, match=rf"^step 100: NaN or infinity in {name}"):
         if fit == "anchor":
-            fit_anchor(
-                make_anchor(OBSERVATION, spec, hidden=[8]), buffer, steps=steps, report=lambda n, _: seen.append(n)
-            )
+            fit_anchor(make_anchor(OBSERVATION, spec, hidden=[8]), buffer, steps=steps, report=report)
         else:
             loss = make_spar_loss(OBSERVATION, spec, hidden=[8])
-            {"residual": fit_vae, "value": fit_critics}[fit](
-                loss, buffer, steps=steps, report=lambda n, _: seen.append(n)
-            )
+            {"residual": fit_vae, "value": fit_critics}[fit](loss, buffer, steps=steps, report=report)
     assert seen[-1] == 99
 
 

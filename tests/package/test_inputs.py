@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import ACTION, OBSERVATION, build_loss, make_batch, total
+from helpers import ACTION, OBSERVATION, buffer_of, build_loss, make_batch, total
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import nn
@@ -12,11 +12,9 @@ from torchrl.data import (
     Bounded,
     LazyMemmapStorage,
     LazyStackStorage,
-    LazyTensorStorage,
     ListStorage,
     MultiStep,
     ReplayBufferEnsemble,
-    TensorDictReplayBuffer,
 )
 from torchrl.envs.utils import ExplorationType
 from torchrl.modules import MLP, ProbabilisticActor, ValueOperator
@@ -82,14 +80,6 @@ def episodes(count: int = 8, steps: int = 10) -> TensorDict:
     }  # fmt: skip
     action = torch.rand(count, steps, ACTION) * 2 - 1
     return TensorDict({"observation": states[:, :-1], "action": action, "next": outcome}, [count, steps]).reshape(-1)
-
-
-def filled(rows: TensorDict, storage=None, **options) -> TensorDictReplayBuffer:
-    buffer = TensorDictReplayBuffer(
-        storage=LazyTensorStorage(len(rows)) if storage is None else storage, batch_size=8, **options
-    )
-    buffer.extend(rows)
-    return buffer
 
 
 def losses(loss, batch):
@@ -344,12 +334,12 @@ READS = {
 def test_a_function_names_what_a_buffer_lacks(key):
     for name in READS[key]:
         with pytest.raises(InputError, match=f"lacks .*'{key if isinstance(key, str) else key[-1]}'"):
-            FUNCTIONS[name](build_loss(hidden=[8]), filled(episodes().exclude(key)))
+            FUNCTIONS[name](build_loss(hidden=[8]), buffer_of(episodes().exclude(key)))
 
 
 def test_a_fit_names_the_entry_that_does_not_fit_and_not_the_outcome_that_it_does_not_read():
     rows = episodes()
-    buffer = filled(rows.set("action", rows["action"].double()))
+    buffer = buffer_of(rows.set("action", rows["action"].double()))
     for name in ("fit_vae", "fit_critics", "with_value_targets", "BatchSampler"):
         with pytest.raises(InputError, match=r"cannot take this batch, which holds .*'action': '\[3\] torch.float64"):
             FUNCTIONS[name](build_loss(hidden=[8]), buffer)
@@ -380,12 +370,13 @@ def test_targets_are_read_where_they_were_written(kind, tmp_path):
     Of a thousand rows, the second stack often lies where the first one lay.
     """
     loss, rows = build_loss(hidden=[8]), episodes(count=100)
-    rows = with_value_targets(loss, with_anchor_actions(loss, filled(rows)))[:].exclude("index")
+    rows = with_value_targets(loss, with_anchor_actions(loss, buffer_of(rows)))[:].exclude("index")
     buffer = {
-        "tensor": lambda: filled(rows), "memmap": lambda: filled(rows, LazyMemmapStorage(1000, scratch_dir=tmp_path)),
-        "list": lambda: filled(rows, ListStorage(1000)), "stack": lambda: filled(rows, LazyStackStorage(1000)),
-        "transform": lambda: filled(rows, transform=lambda rows: rows.clone()),
-        "ensemble": lambda: ReplayBufferEnsemble(filled(rows[:500]), filled(rows[500:]), batch_size=8),
+        "tensor": lambda: buffer_of(rows),
+        "memmap": lambda: buffer_of(rows, LazyMemmapStorage(1000, scratch_dir=tmp_path)),
+        "list": lambda: buffer_of(rows, ListStorage(1000)), "stack": lambda: buffer_of(rows, LazyStackStorage(1000)),
+        "transform": lambda: buffer_of(rows, transform=lambda rows: rows.clone()),
+        "ensemble": lambda: ReplayBufferEnsemble(buffer_of(rows[:500]), buffer_of(rows[500:]), batch_size=8),
     }[kind]()  # fmt: skip
     with torch.no_grad():
         for parameter in loss.target_params("qvalue_network").values(True, True):
@@ -399,7 +390,7 @@ def test_targets_are_read_where_they_were_written(kind, tmp_path):
 
 def test_functions_take_ensembles_as_their_rows():
     rows, loss = episodes(), build_loss(hidden=[8])
-    ensemble, whole = ReplayBufferEnsemble(filled(rows[:40]), filled(rows[40:]), batch_size=8), filled(rows)
+    ensemble, whole = ReplayBufferEnsemble(buffer_of(rows[:40]), buffer_of(rows[40:]), batch_size=8), buffer_of(rows)
     assert HealthCheck(loss, ensemble).value_range == HealthCheck(loss, whole).value_range
     for function in (FUNCTIONS["BatchSampler"], lambda loss, buffer: with_member_weights(loss, buffer)[:]):
         found, expected = function(loss, ensemble), function(loss, whole)
@@ -460,9 +451,9 @@ def test_an_actor_that_does_not_fit_the_data(kind):
 def test_cloning_names_an_actor_of_another_size():
     """Its one action would be compared with each of the data's."""
     with pytest.raises(InputError, match=r"the actor writes actions of shape \(1,\) a row"):
-        fit_anchor(linear(OBSERVATION, 1), filled(episodes()), steps=1)
+        fit_anchor(linear(OBSERVATION, 1), buffer_of(episodes()), steps=1)
     with pytest.raises(InputError, match="the actor cannot take the data"):
-        fit_anchor(linear(4, ACTION), filled(episodes()), steps=1)
+        fit_anchor(linear(4, ACTION), buffer_of(episodes()), steps=1)
 
 
 def test_what_is_no_policy():

@@ -4,18 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import build_loss, make_batch
+from helpers import buffer_of, build_loss, make_batch
 from tensordict import TensorDict
-from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
 
 from torchrl_spar import BatchSampler, InputError, SPARUpdate, load_offline_dataset, pretrain, with_member_weights
 from torchrl_spar.data.returns import episode_ends
-
-
-def buffer_of(data, **options):
-    buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(len(data)), **options)
-    buffer.extend(data)
-    return buffer
 
 
 def lucky_data(episodes=60, length=5):

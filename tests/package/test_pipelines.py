@@ -7,10 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import buffer_of
 from tensordict import LazyStackedTensorDict
 from tensordict.nn import NormalParamExtractor, TensorDictModule
 from torch import nn
-from torchrl.data import LazyStackStorage, LazyTensorStorage, ListStorage, TensorDictReplayBuffer
+from torchrl.data import LazyStackStorage, LazyTensorStorage, ListStorage
 from torchrl.envs.transforms import ObservationNorm, RewardScaling
 from torchrl.modules import MLP, MultiAgentMLP, ProbabilisticActor, TanhNormal, ValueOperator
 from torchrl.objectives import BCLoss, IQLLoss
@@ -52,14 +53,6 @@ REWARD = ("next", "reward")
 def loss_of(seed=0, **options) -> SPARLoss:
     torch.manual_seed(seed)
     return make_spar_loss(TOY, hidden=[8], joint_vae=False, **options)
-
-
-def buffer_of(rows, storage=None, batch_size=96, **options) -> TensorDictReplayBuffer:
-    buffer = TensorDictReplayBuffer(
-        storage=LazyTensorStorage(len(rows)) if storage is None else storage, batch_size=batch_size, **options
-    )
-    buffer.extend(rows)
-    return buffer
 
 
 def halving() -> RewardScaling:
@@ -202,9 +195,7 @@ def test_a_sampler_that_resumes_asks_the_loaded_anchor():
 
 def test_entries_of_several_shapes_that_nobody_reads_are_left_alone():
     rows = [row.set("extra", torch.zeros(1 + i % 3)) for i, row in enumerate(ROWS.clone().unbind(0))]
-    data = TensorDictReplayBuffer(storage=LazyStackStorage(96), batch_size=96)
-    data.extend(LazyStackedTensorDict(*rows))
-    loss = loss_of()
+    loss, data = loss_of(), buffer_of(LazyStackedTensorDict(*rows), LazyStackStorage(96))
     found, expected = (with_anchor_actions(loss, source)[:]["anchor_action"] for source in (data, buffer_of(ROWS)))
     torch.testing.assert_close(found, expected)
 

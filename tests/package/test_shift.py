@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ACTION, OBSERVATION, build_loss
+from helpers import ACTION, OBSERVATION, buffer_of, build_loss
 from tensordict import TensorDict
-from torchrl.data import Bounded, LazyTensorStorage, TensorDictReplayBuffer
+from torchrl.data import Bounded
 
 from torchrl_spar import HealthCheck, load_offline_dataset, make_spar_loss
 from torchrl_spar.conventions import _stateful
@@ -33,12 +33,6 @@ def make_data(lengths, observation=None, action=None):
     return TensorDict(
         {"observation": observation, "action": action, "next": {**following, "done": done, "terminated": done}}, [rows]
     )
-
-
-def buffer_of(data):
-    buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(len(data)), batch_size=8)
-    buffer.extend(data)
-    return buffer
 
 
 @torch.no_grad()

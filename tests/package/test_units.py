@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from helpers import make_batch
+from helpers import buffer_of, make_batch
 from tensordict.nn import TensorDictModule, TensorDictSequential
-from torchrl.data import Bounded, LazyTensorStorage, TensorDictReplayBuffer
+from torchrl.data import Bounded
 from torchrl.modules import TanhModule
 
 from torchrl_spar import (
@@ -95,8 +95,7 @@ def test_an_estimate_does_not_depend_on_the_unit(tmp_path, unit):
 def test_a_tanh_on_the_way_tells_no_bounds():
     """The error is that of the actions, in their own unit."""
     rows = make_batch(64)
-    buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(64), batch_size=64)
-    buffer.extend(rows)
+    buffer = buffer_of(rows, batch_size=64)
     buffer.sample = lambda: rows
     inner = TensorDictModule(torch.nn.Linear(5, 3), ["observation"], ["hidden"])
     squash = TanhModule(in_keys=["hidden"], out_keys=["squashed"], low=-5.0, high=5.0)
@@ -114,8 +113,7 @@ def test_cloning_of_a_plain_buffer_is_in_the_actors_range():
     for unit in (1.0, 2.0**-20):
         batch = rows.clone()
         batch["action"] = batch["observation"][:, :3].tanh() * unit
-        buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(64), batch_size=64)
-        buffer.extend(batch)
+        buffer = buffer_of(batch, batch_size=64)
         torch.manual_seed(0)
         anchor = make_anchor(5, Bounded(-unit, unit, (3,)), hidden=[8])
         errors.append([])

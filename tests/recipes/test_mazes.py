@@ -1,10 +1,8 @@
 """Mazes: success as an end, against a slow loop; environments with arguments, from the data to the saved policy."""
 
 import json
-import warnings
 
 import gymnasium
-import minari
 import numpy as np
 import pytest
 import torch
@@ -12,7 +10,7 @@ from gymnasium.spaces import Box, Dict
 from helpers import compose_recipe
 from minari.data_collector import EpisodeBuffer
 from rivals.batches import add_next_actions, keep_best_episodes, transform_rewards
-from test_data import ARRAYS, write
+from test_data import ARRAYS, write, write_minari
 
 from torchrl_spar import InputError, load_offline_dataset, returns_to_go
 from torchrl_spar.data import readers
@@ -42,13 +40,7 @@ def maze_episode(success, seed, recorded="with reset", **changes):
 
 
 def write_maze(root, episodes, space=SPACE, bound=1, **options):
-    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Minari asks for an author and a description
-        patch.setenv("MINARI_DATASETS_PATH", str(root))
-        minari.create_dataset_from_buffers(
-            ID, episodes, observation_space=space, action_space=Box(-bound, bound, (2,), np.float32), **options
-        )
-    return root / ID
+    return write_minari(root, episodes, space, Box(-bound, bound, (2,), np.float32), name=ID, **options)
 
 
 def relabelled(episodes):
@@ -270,10 +262,7 @@ def test_the_kitchens_tasks_are_the_data_sets(tmp_path):
         observations=stack(observation), actions=np.full((1, 9), 0.5, np.float32), rewards=np.zeros(1),
         terminations=np.zeros(1, bool), truncations=np.ones(1, bool),
     )  # fmt: skip
-    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        patch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
-        minari.create_dataset_from_buffers(ID, [row], env=env, action_space=Box(-1, 1, (9,), np.float32))
+    write_minari(tmp_path, [row], None, Box(-1, 1, (9,), np.float32), name=ID, env=env)
     env.close()
     options = [f"dataset={tmp_path / ID}", "out=x"]
     data, env_id, kwargs = load(compose_recipe("spar_d4rl", *options, "preset=kitchen"), torch.device("cpu"))

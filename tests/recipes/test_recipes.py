@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import RECIPES, SHARED, SMALL, TINY, assert_one_line, compose_recipe, run, run_fresh
+from test_data import write
 
 from torchrl_spar import (
     BatchSampler,
@@ -157,7 +158,7 @@ def test_film_keeps_every_fourth_of_125_frames_a_second(finished, monkeypatch):
     with Image.open(cwd / "slides.gif") as video:
         found = [video.seek(i) or video.convert("RGB").getpixel((4, 4))[0] for i in range(video.n_frames)]
     assert found == pytest.approx([5 * n for n in range(1, 44, 4)], abs=2)
-    assert not list(cwd.glob("partial-*"))
+    assert not list(cwd.glob(".*.partial"))
 
 
 def opengl_missing():
@@ -247,12 +248,7 @@ def test_bad_data_ends_in_one_line_and_writes_nothing(case, tmp_path):
         (["device=tpu9"], ["tpu9"]),
         (["spar.loss.kappa=-1"], ["kappa"]),
         (["logger.backend=paper"], ["logger.backend"]),
-        (["anchor.lr=-1"], ["anchor.lr=-1: must be a number from 0 on"]),
-        (["spar.loss.temperature=warm"], ["spar.loss.temperature=warm: must be a number"]),
-        (["seed=1.5"], ["seed=1.5: must be a whole number"]),
-        (["seed=-1"], ["seed=-1: must be a number from 0 on"]),
         (["spar.loss.temprature=0.1"], ["spar.loss.temprature: no such option, did you mean spar.loss.temperature?"]),
-        (["+spar.loss.temprature=0.1"], ["spar.loss.temprature: no such option, did you mean spar.loss.temperature?"]),
         (["preset=d4lr"], ["preset/d4lr", "kitchen"]),
         (["spar.loss.lsi_coeff=0", "spar.loss.trust_coeff=0"], ["spar.loss.trust_coeff=0: must be positive"]),
         (["anchor=null"], ["anchor=None: must be names and values"]),
@@ -355,13 +351,6 @@ def test_make_dataset_writes_what_the_loader_reads(tmp_path):
     assert trained.returncode == 0, trained.stderr
 
 
-def write_hdf5(path, arrays):
-    with h5py.File(path, "w") as file:
-        for name, values in arrays.items():
-            file[name] = values
-    return path
-
-
 def run_on_the_door(path, cwd):
     """The main job on a D4RL file, checked against the file itself."""
     done = run("spar_d4rl", *TINY, f"dataset={path}", "env=AdroitHandDoor-v1", "out=r", cwd=cwd)
@@ -384,7 +373,7 @@ def run_on_the_door(path, cwd):
 def test_door_shaped_file_runs_end_to_end(tmp_path):
     index = np.arange(40)
     arrays = steps(observation=39, action=28, terminals=np.zeros(40, bool), timeouts=index % 10 == 9)
-    run_on_the_door(write_hdf5(tmp_path / "door.hdf5", arrays), tmp_path)
+    run_on_the_door(write(tmp_path / "door.hdf5", arrays), tmp_path)
 
 
 @pytest.mark.skipif(not (SHARED / "door-human.hdf5").exists(), reason="the real demonstrations are not at hand")

@@ -14,7 +14,6 @@ from torchrl.objectives import IQLLoss, SoftUpdate, TD3BCLoss
 
 pytest.importorskip("hydra")
 from rivals.base import followed
-from rivals.bc import cloning_loss
 from rivals.cql import ConservativeLoss
 from rivals.models import Networks
 from rivals.td3 import BehaviorRegularizedLoss
@@ -22,6 +21,7 @@ from test_rivals import HIDDEN, build_rival, episodes, make_bandit
 
 from torchrl_spar import InputError
 from torchrl_spar.networks import ObservationNorm
+from torchrl_spar.training.pretrain import cloning_loss
 
 
 def modules_of(loss, networks, count, layer_norm):

@@ -136,6 +136,13 @@ def with_own_episodes(
     return with_value_targets(loss, with_member_weights(loss, rows, share=share, seed=seed))
 
 
+def cloning_loss(actor: TensorDictModuleBase) -> BCLoss:
+    with warnings.catch_warnings():
+        # BCLoss has no target; TorchRL warns that it is not annotated.
+        warnings.filterwarnings("ignore", message="The name target_actor_network_params")
+        return BCLoss(actor)
+
+
 def fit_anchor(
     actor: TensorDictModuleBase,
     replay_buffer: ReplayBuffer,
@@ -181,11 +188,7 @@ def fit_anchor(
         >>> bool((actor(observation=rows["observation"]) - rows["action"]).abs().mean() < 0.1)
         True
     """
-    with warnings.catch_warnings():
-        # BCLoss has no target; TorchRL warns that it is not annotated.
-        warnings.filterwarnings("ignore", message="The name target_actor_network_params")
-        loss = BCLoss(actor)
-
+    loss = cloning_loss(actor)
     key, writes_action_alone = loss.tensor_keys.action, {*actor.out_keys} == {loss.tensor_keys.action}
     unit = _half_range(actor, replay_buffer, key)
 
