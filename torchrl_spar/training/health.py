@@ -153,7 +153,7 @@ class HealthCheck:
                 stacklevel=2,
             )
         checked, self._checked = self._checked, step
-        # The multiple of the interval, if one lies between the calls; before the first call, where one may resume.
+        # A multiple of the interval lies between this call and the last; the first may be that of a run that resumes.
         is_due = step // SHIFT_INTERVAL > (step - 1 if checked is None else checked) // SHIFT_INTERVAL
         if not is_due or (shift := self._shift()) is None:
             return {}
