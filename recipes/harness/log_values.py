@@ -27,8 +27,8 @@ from torchrl_spar.training.sampling import batch_size_of
 
 # Held-out rows whose distance is taken, the rows of the other episodes it is taken to, and how many of the nearest.
 PROBES, REFERENCE, NEIGHBOURS = 1_000, 20_000, 5
-# Of the actions' standard deviation, in ranges of theirs.
-LEAST_WIDTH = 1e-6
+# Of the actions' standard deviation, in ranges of theirs: what varies less is not learnt, a constant one least of all.
+LEAST_WIDTH = 0.01
 # Groups of equal size in which predicted and true returns are compared.
 BINS = 10
 # Rows of an episode in a piece of FQE's batch.

@@ -32,6 +32,11 @@ def save_figure(figure: Figure, path: Path, *, dpi: int = 150) -> None:
     plt.close(figure)
 
 
+def printable(text: str) -> str:
+    """Without the bytes of a file's name that are no UTF-8, which Matplotlib refuses."""
+    return text.encode(errors="backslashreplace").decode()
+
+
 def check_figure(path: Path) -> None:
     """Refuses a name that tells no kind of figure."""
     kinds = FigureCanvasBase.get_supported_filetypes()
@@ -51,7 +56,7 @@ def plot_learning_curve(path: Path, curve: list[dict[str, float]], results: dict
     if results["data"][name] is not None:  # Minari's kitchen sets have no score
         axes.axhline(results["data"][name], color=GREY, linestyle=":", label="data")
     axes.set(xlabel="updates", ylabel="D4RL-normalised score" if name == "normalized" else "return")
-    axes.set_title(f"{results['env']}, {results['dataset']}, seed {results['seed']}")
+    axes.set_title(printable(f"{results['env']}, {results['dataset']}, seed {results['seed']}"))
     axes.set_ylim(bottom=min(0, *axes.get_ylim()))
     axes.legend(loc="lower right")
     save_figure(figure, path)
@@ -68,7 +73,7 @@ def plot_log_curve(path: Path, curve: list[dict[str, float]], results: dict[str,
         mean, low, high = (estimates[name][key] for key in ("mean", "low", "high"))
         axes.axhline(mean, color=color, linestyle="--", label=f"{label}: {mean:.4g} [{low:.4g}, {high:.4g}]")
     axes.set_ylabel(f"return discounted by {estimates['gamma']:g}")
-    axes.set_title(f"no environment, {results['dataset']}, seed {results['seed']}")
+    axes.set_title(printable(f"no environment, {results['dataset']}, seed {results['seed']}"))
     axes.legend()
     below.plot(steps, [row["support_distance"] for row in curve], "-o", color=BLUE, markersize=4)
     below.axhline(1, color=GREY, linestyle=":")

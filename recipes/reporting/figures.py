@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 
 import numpy as np
-from harness.plots import BLUE, GREEN, GREY, VERMILION, plt, save_figure
+from harness.plots import BLUE, GREEN, GREY, VERMILION, plt, printable, save_figure
 
 from reporting.names import label
 from reporting.statistics import Comparison, Interval
@@ -85,7 +85,7 @@ def _curves(comparison: Comparison) -> plt.Figure:
                 axes.fill_between(steps / 1000, center - spread, center + spread, color=color, alpha=0.15, linewidth=0)
         if anchors := comparison.anchors(dataset):
             handles["SPAR's anchor"] = axes.axhline(float(np.mean(anchors)), color=GREY, linestyle="--")
-        axes.set(title=dataset.removeprefix("minari:"), xlabel="thousand updates", ylabel="normalised score")
+        axes.set(title=printable(dataset.removeprefix("minari:")), xlabel="thousand updates", ylabel="normalised score")
     for axes in panels.flat[len(comparison.datasets) :]:
         axes.remove()
     figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=4, fontsize=10, frameon=False)

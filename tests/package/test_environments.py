@@ -135,6 +135,16 @@ def test_an_environment_of_somebody_elses_module_is_made_by_its_entry_point(tmp_
         make_env("no_such_module:TestWalk-v0")
 
 
+def test_wrappers_with_statistics_that_the_set_does_not_hold_are_told(tmp_path):
+    env = gymnasium.make("Pendulum-v1", max_episode_steps=20)
+    normalised = gymnasium.wrappers.NormalizeObservation(env)
+    with pytest.warns(UserWarning, match="has the wrapper NormalizeObservation, whose running statistics"):
+        load_offline_dataset(collect(tmp_path / "first", normalised))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*statistics")
+        load_offline_dataset(collect(tmp_path / "second", gymnasium.wrappers.RescaleAction(env, -1.0, 1.0)))
+
+
 def test_a_wrapper_without_its_arguments_is_named():
     lost = {"name": "Mine", "entry_point": "gymnasium.wrappers:RescaleAction", "kwargs": None}
     with pytest.raises(InputError, match=r"Pendulum-v1.*Mine.*name it \(env="):

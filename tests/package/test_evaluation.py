@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import signal
 import threading
 import time
 
+import numpy as np
 import pytest
 import torch
 from helpers import Started, by_hand
@@ -272,3 +274,46 @@ def test_no_process_outlives_its_parent(end, tmp_path):
     while any(map(is_running, children)) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not any(map(is_running, children))
+
+
+class Faulty(gymnasium.Env):
+    """An environment of somebody else, with one fault."""
+
+    observation_space = gymnasium.spaces.Box(-1, 1, (3,))
+    action_space = gymnasium.spaces.Box(-1, 1, (1,))
+
+    def __init__(self, fault="none"):
+        self.fault = fault
+
+    def reset(self, *, seed=None, options=None):
+        if self.fault == "reset":
+            raise TypeError("no seeds here")
+        return np.zeros(3, np.float32), {}
+
+    def step(self, action):
+        if self.fault == "step":
+            raise OSError("the port is closed")
+        reward = {"reward": math.nan, "array": np.array([2.0]), "vector": np.zeros(2)}.get(self.fault, 2.0)
+        return np.full(3, math.inf if self.fault == "observation" else 0.5, np.float32), reward, False, False, {}
+
+
+gymnasium.register("Faulty-v0", Faulty, max_episode_steps=3, disable_env_checker=True, order_enforce=False)
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("reset", r"'Faulty-v0' fails in reset\(\): TypeError: no seeds here"),
+        ("step", r"'Faulty-v0' fails in step\(\): OSError: the port is closed"),
+        ("vector", r"'Faulty-v0' fails in step\(\): ValueError"),
+        ("reward", r"'Faulty-v0' gives a reward that is NaN or infinite, after 0 steps"),
+        ("observation", r"'Faulty-v0' gives an observation that is NaN or infinite, after 1 steps"),
+    ],
+)
+def test_an_environment_that_fails_is_named(fault, message):
+    with pytest.raises(InputError, match=message):
+        evaluate(policy(), "Faulty-v0", episodes=2, fault=fault)
+
+
+def test_a_reward_may_be_an_array_of_one_number():
+    assert evaluate(policy(), "Faulty-v0", episodes=2, fault="array").tolist() == [6.0, 6.0]

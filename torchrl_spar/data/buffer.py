@@ -21,6 +21,7 @@ from torchrl.data import (
     TensorStorage,
 )
 
+from torchrl_spar.data import notes
 from torchrl_spar.data.images import Encoder
 from torchrl_spar.data.readers import find_minari, read_file, read_minari
 from torchrl_spar.data.rows import whole_of
@@ -34,18 +35,10 @@ from torchrl_spar.paths import user_path
 
 # Float32 rounding and simulators leave actions this far outside their bounds.
 ACTION_TOLERANCE = 1e-6
-# Actions that vary by a smaller share of their range are noted: residuals are at least so large.
-NARROW = 0.01
-# A smaller share is float32 rounding: the component is constant.
-ROUNDING = 1e-7
-# Rows that are left out are told of where they hold more than this share of the rewards, and twice their own.
-MOST_LOST = 0.05
 # A spread below this, relative to max(1, |mean|), is float32 rounding: the dimension is constant.
 SCALE_FLOOR = 1e-6
 # The same for a mean in float64.
 WIDE_SCALE_FLOOR = 1e-12
-# Numbers below this are a simulator's noise about zero.
-NOISE = 1e-12
 
 
 class ActionError(InputError):
@@ -244,7 +237,8 @@ def load_offline_dataset(
     if batch_size < 1:
         raise InputError(f"batch_size={batch_size}: at least one row is needed")
     in_memory = is_tensor_collection(source) or isinstance(source, (list, tuple, ReplayBuffer))
-    name = "TensorDict" if is_tensor_collection(source) else type(source).__name__ if in_memory else str(source)
+    is_path = isinstance(source, (str, os.PathLike))
+    name = "TensorDict" if is_tensor_collection(source) else str(source) if is_path else f"a {type(source).__name__}"
     try:
         if isinstance(source, OfflineReplayBuffer):
             raise InputError(
@@ -295,8 +289,11 @@ def _find(
             return path, minari
         if path.suffix.lower() in (".hdf5", ".h5", ".npz"):
             return path, read_file
+    what = "no such directory, or no known form of source"
+    if not isinstance(source, (str, os.PathLike)):
+        what = "no known form of source (arrays: write them with np.savez, or put them into a TensorDict)"
     raise InputError(
-        "no such directory, or no known form of source. Accepted are 'minari:<id>', the directory of a Minari data "
+        f"{what}. Accepted are 'minari:<id>', the directory of a Minari data "
         "set, a .hdf5, .h5 or .npz file with D4RL's arrays, a .parquet, .arrow, .feather or .csv table, "
         "'lerobot:<id or path>', and a TensorDict in TED form, a list or a replay buffer of such ones"
     )
@@ -313,13 +310,15 @@ def _check(
         )
     _check_actions(steps, low, high, clip_actions)
     if given is not None or not steps.bounds_are_guessed:
-        _note_narrow_actions(steps, low.numpy(), high.numpy())
+        notes.narrow_actions(steps, low.numpy(), high.numpy())
+    notes.rewards(steps)
+    notes.ends(steps)
     returns = torch.from_numpy(_returns(steps))
     longest = int(np.bincount(steps.episode).max()) if steps.ordered else None
     if end_at_success:
         relabel(steps)
-    _note_lost_rewards(steps)
-    _note_tiny_columns(steps)
+    notes.lost_rewards(steps)
+    notes.tiny_columns(steps, SCALE_FLOOR)
     row = np.arange(len(steps.reward)) if steps.row is None else steps.row
     return {
         "source_rows": torch.from_numpy(row[steps.known]),
@@ -331,41 +330,6 @@ def _check(
         "env_kwargs": steps.env_kwargs,
         "reward_shift": REWARD_SHIFT if end_at_success else 0.0,
     }
-
-
-def _note_narrow_actions(steps: Steps, least: np.ndarray, most: np.ndarray) -> None:
-    """Tells of actions that hardly use their bounds."""
-    span = (steps.action.max(axis=0) - steps.action.min(axis=0)) / (most - least)
-    if (narrow := (span > ROUNDING) & (span < NARROW)).any():
-        steps.notes += (
-            f"components {np.flatnonzero(narrow).tolist()} of actions vary by less than {NARROW:.0%} of their bounds, "
-            "too little to be learnt in this range: give the true bounds, action_spec=Bounded(low, high, shape) "
-            "(in recipes action_bounds=[low,high])",
-        )
-
-
-def _note_lost_rewards(steps: Steps) -> None:
-    """Tells where rows that are left out hold more than their part of the rewards, as where the last step succeeds."""
-    size, out = np.abs(steps.reward), ~steps.known
-    lost = size[out].sum()
-    if lost > max(MOST_LOST, 2 * out.mean()) * size.sum():
-        steps.notes += (
-            f"{out.sum()} rows at episodes' ends are left out, for no observation follows them and they are "
-            f"not terminated; they hold {lost / size.sum():.0%} of the rewards (in absolute value): give the next "
-            "observations, or tell which of them are 'terminals'",
-        )
-
-
-def _note_tiny_columns(steps: Steps) -> None:
-    """Tells of observations in a unit so large that their numbers look like the rounding of a constant."""
-    least, most = steps.observation.min(axis=0), steps.observation.max(axis=0)
-    size = np.maximum(np.abs(least), np.abs(most))
-    columns = np.flatnonzero((size > NOISE) & (most - least > 0.1 * size) & (most - least < 10 * SCALE_FLOOR))
-    if tiny := [int(i) for i in columns if steps.observation[:, i].std(dtype=np.float64) < SCALE_FLOOR]:
-        steps.notes += (
-            f"columns {tiny} of observations vary by less than {SCALE_FLOOR:g} about zero and are taken for constant: "
-            "if they are not, give them in a smaller unit",
-        )
 
 
 def _returns(steps: Steps) -> np.ndarray:

@@ -33,6 +33,9 @@ _ID_KEYS = {
     "step": ("step", "step_count", "timestep", "timesteps"),
 }
 
+# Gymnasium's wrappers whose running statistics change what is seen or earned.
+_WITH_STATISTICS = ("NormalizeObservation", "NormalizeReward")
+
 
 def find_minari(dataset_id: str, root: str | os.PathLike[str] | None) -> Path:
     """The directory of a Minari data set, downloaded if it is not there."""
@@ -95,6 +98,18 @@ def read_minari(directory: Path, *, with_success: bool = False) -> Steps:
         action_bounds=(space.low, space.high),
         env_id=env_id,
         env_kwargs=env_kwargs,
+        notes=_of_wrappers(env_kwargs),
+    )
+
+
+def _of_wrappers(env_kwargs: Mapping[str, Any]) -> tuple[str, ...]:
+    """Tells of wrappers with statistics of their own, which the set does not hold."""
+    names = [wrapper["name"] for wrapper in env_kwargs.get("additional_wrappers", ())]
+    return tuple(
+        f"its environment has the wrapper {name}, whose running statistics are not in the set: evaluated there, they "
+        "start anew, so scores tell little; record the set without it"
+        for name in names
+        if name in _WITH_STATISTICS
     )
 
 

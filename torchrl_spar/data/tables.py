@@ -42,6 +42,7 @@ def read_table(path: Path, columns: Columns | None) -> Steps:
             table = arrow.csv.read_csv(path)
         else:
             table = _read_arrow(path)
+        table.column_names  # noqa: B018 - decoded when they are asked for
     return _read(table, columns)
 
 
@@ -122,6 +123,12 @@ def read_lerobot(directory: Path, columns: Columns | None = None, encoder: Encod
             if name not in present:
                 raise missing_array(repr(name), present)
         table = arrow.concat_tables([arrow.parquet.read_table(file, columns=wanted) for file in files])
+    total = info.get("total_frames")
+    if isinstance(total, int) and len(table) < total:
+        raise InputError(
+            f"meta/info.json tells of {total} frames, the Parquet files below data hold {len(table)}: some are "
+            "missing; copy or download the set again"
+        )
     notes = []
     if unseen := [name for name in images + videos if name not in encoded]:
         sees = ", ".join([*_names(named["observation"]), *encoded])
@@ -242,6 +249,8 @@ def _check_columns(columns: Columns | None, needed: Sequence[str] = _NEEDED) -> 
     for field in needed:
         if not _names(columns.get(field, ())):
             raise InputError(f"columns: {field!r} must be named")
+    if both := [name for name in _names(columns.get("action", ())) if name in _names(columns.get("observation", ()))]:
+        raise InputError(f"columns: {both[0]!r} is named in 'observation' and in 'action': the action would be known")
     if not {"terminated", "truncated", "done", "episode"} & set(columns):
         raise InputError("columns: name one of 'episode', 'terminated', 'truncated', 'done', which tell episodes apart")
     return dict(columns)

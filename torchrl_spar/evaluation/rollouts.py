@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -78,18 +79,23 @@ def evaluate(
     try:
         space = envs[0].action_space
         returns = [0.0] * episodes
-        observations = [flatten_observation(env.reset(seed=seed + i)[0], dtype=dtype) for i, env in enumerate(envs)]
+        with _named(env_id, "reset"):
+            observations = [flatten_observation(env.reset(seed=seed + i)[0], dtype=dtype) for i, env in enumerate(envs)]
         running = list(range(episodes))
         limit = getattr(envs[0].spec, "max_episode_steps", None) or LONGEST_EPISODE
         for step in range(limit):
             batch = np.empty((len(running), *observations[0].shape), dtype)
             for row, observation in enumerate(observations):
                 batch[row] = observation
+            _check_finite(env_id, step, "an observation", batch)
             actions = _act(act, torch.from_numpy(batch).to(device, own), env_id, space)
             still_running, observations = [], []
             for i, action in zip(running, actions):
-                observation, reward, terminated, truncated, _ = envs[i].step(action)
-                returns[i] += gamma**step * float(reward)
+                with _named(env_id, "step"):
+                    observation, reward, terminated, truncated, _ = envs[i].step(action)
+                    reward = np.asarray(reward, np.float64).item()
+                _check_finite(env_id, step, "a reward", reward)
+                returns[i] += gamma**step * reward
                 if not (terminated or truncated):
                     still_running.append(i)
                     observations.append(flatten_observation(observation, dtype=dtype))
@@ -107,6 +113,21 @@ def evaluate(
     finally:
         for env in envs:
             env.close()
+
+
+@contextmanager
+def _named(env_id: str, call: str) -> Iterator[None]:
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as err:  # of any type: the environment is not ours
+        raise InputError(f"environment {env_id!r} fails in {call}(): {type(err).__name__}: {err}") from err
+
+
+def _check_finite(env_id: str, step: int, what: str, value: float | np.ndarray) -> None:
+    if not np.isfinite(value).all():
+        raise InputError(f"environment {env_id!r} gives {what} that is NaN or infinite, after {step} steps")
 
 
 @torch.no_grad()

@@ -253,7 +253,10 @@ def split_episodes(rows: TensorDictBase, share: float, seed: int) -> tuple[Tenso
     episode = rows["episode"]
     count = int(episode[-1]) + 1
     if count < 4:
-        raise InputError(f"{count} episodes: at least 4 are needed, some to be held out (what ends them is 'done')")
+        raise InputError(
+            f"the data holds {count} episodes, and at least 4 are needed, some to be held out: tell where they end "
+            "('timeouts' or ids of the 'episode' in a file, 'done' under \"next\" in TED rows)"
+        )
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     chosen = torch.zeros(count, dtype=torch.bool)
     chosen[order[: min(max(2, round(share * count)), count - 2)]] = True
