@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from contextlib import closing
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -45,8 +46,11 @@ from tensordict.nn import TensorDictModuleBase
 from torchrl.data import Bounded
 
 from torchrl_spar import InputError, OfflineReplayBuffer, SPARActor, environment_sizes, evaluate, make_env
+from torchrl_spar.networks import ObservationNorm
 
 FRAMES_PER_SECOND = 30
+# Of the training data's standard deviation: a log so far from it may be in another unit.
+FAR = 10
 # Rows of a batch of FQE, as in training.
 BATCH_SIZE = 128
 OWN = "own"
@@ -146,13 +150,33 @@ def check_actions(policy: TensorDictModuleBase, facts: dict[str, Any], name: str
 
 def check_sizes(cfg: DictConfig, name: str, policy: TensorDictModuleBase, data: OfflineReplayBuffer) -> None:
     """Refuses a log of other sizes than the policy's."""
+    norm = next((module for module in policy.modules() if isinstance(module, ObservationNorm)), None)
+    pairs = (
+        ("observations", None if norm is None else norm.loc, data.observation_loc),
+        ("actions", getattr(policy, "low", None), data.action_spec.space.low),
+    )
+    for what, own, given in pairs:
+        if own is not None and own.numel() != given.numel():
+            raise InputError(
+                f"{name}: does not fit dataset={cfg.dataset}: its {what} have size {own.numel()}, the "
+                f"log's {given.numel()}"
+            )
     try:
         action = policy(data[:1].select("observation"))["action"]
     except RuntimeError as err:
         size = data.observation_loc.numel()
-        raise InputError(f"{name}: does not fit dataset={cfg.dataset}: observations of size {size} ({err})") from err
+        raise InputError(f"{name}: fails on dataset={cfg.dataset}'s observations of size {size} ({err})") from err
     if (own := action.shape[-1]) != (given := data.action_spec.shape[-1]):
         raise InputError(f"{name}: does not fit dataset={cfg.dataset}: its actions have size {own}, the log's {given}")
+    if norm is not None:
+        loc, scale = norm.loc.cpu(), norm.scale.cpu()
+        far = torch.maximum((data.observation_loc.cpu() - loc).abs(), data.observation_scale.cpu()) > FAR * scale
+        if columns := far.nonzero().flatten().tolist():
+            warnings.warn(
+                f"dataset={cfg.dataset}: columns {columns} of its observations lie more than {FAR} standard deviations "
+                f"of {name}'s training data from their mean: they may be in another unit",
+                stacklevel=2,
+            )
 
 
 def judge(

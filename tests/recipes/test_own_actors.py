@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import warnings
 
+import evaluate
 import pytest
 import torch
 from helpers import compose_recipe
 
 import torchrl_spar
-from torchrl_spar import InputError, save_policy
+from torchrl_spar import InputError, load_offline_dataset, make_spar_loss, make_toy_data, save_policy
 
 pytest.importorskip("hydra")
 pytest.importorskip("gymnasium")
@@ -123,3 +125,18 @@ def test_an_export_needs_the_size_of_the_observation(own, options, message, tmp_
 def test_an_environment_must_be_named_where_no_file_does(own):
     with pytest.raises(InputError, match=r"actor=my_networks\.make: names no log; give one"):
         start("evaluate", "actor=my_networks.make")
+
+
+def test_a_log_in_another_unit_is_told():
+    data = make_toy_data()
+    policy, rows = make_spar_loss(data).actor, data[:].exclude("index")
+    same, other = (load_offline_dataset(part, action_spec=data.action_spec) for part in (rows, rows.clone()))
+    for part in (other[:], other[:]["next"]):
+        part["observation"][:, 1] *= 1000
+    other = load_offline_dataset(other[:].exclude("index"), action_spec=data.action_spec)
+    cfg = compose_recipe("evaluate", "dataset=log.csv")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        evaluate.check_sizes(cfg, "policy.pt", policy, same)
+    with pytest.warns(UserWarning, match=r"columns \[1\] of its observations .* policy\.pt's training data"):
+        evaluate.check_sizes(cfg, "policy.pt", policy, other)
