@@ -263,8 +263,8 @@ def test_npz_never_unpickles(tmp_path, how):
     [
         ("d4rl:hopper-medium-v2", r"d4rl:hopper-medium-v2: .*give the path of the data set's .hdf5 file"),
         ("hopper-medium-v2", r"hopper-medium-v2: .*Accepted are 'minari:<id>'.*TensorDict"),
-        (3, r"3: .*Accepted are 'minari:<id>'"),
-        (None, r"None: .*Accepted are 'minari:<id>'"),
+        (3, r"int: .*Accepted are 'minari:<id>'"),
+        (None, r"NoneType: .*Accepted are 'minari:<id>'"),
     ],
 )
 def test_unknown_sources(source, message):

@@ -79,7 +79,7 @@ def test_rewards_that_teach_nothing_or_drown_the_others_are_told(tmp_path):
 
 
 def test_arrays_are_told_where_they_belong():
-    with pytest.raises(InputError, match=r"^a dict: no known form of source \(arrays: write them with np\.savez"):
+    with pytest.raises(InputError, match=r"^dict: no known form of source \(arrays: write them with np\.savez"):
         load_offline_dataset(make_log())
 
 

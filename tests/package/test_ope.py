@@ -242,7 +242,7 @@ def test_held_out_episodes_do_not_reach_the_critics():
 
 
 def test_bad_data_and_options_are_named():
-    with pytest.raises(InputError, match="3 episodes: at least 4 are needed"):
+    with pytest.raises(InputError, match="3 episodes, and at least 4 are needed"):
         fit_fqe(policy_of(1, 1, 1), CHAIN.data(3, seed=0))
     data = CHAIN.data(8, seed=0)
     with pytest.raises(InputError, match="slice_len=257"):

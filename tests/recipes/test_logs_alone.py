@@ -202,7 +202,7 @@ def test_too_few_episodes_are_refused_before_anything_is_written(env, tmp_path):
     np.savez(tmp_path / "few.npz", **arrays, **flags, rewards=np.ones(30))
     data = [f"dataset={tmp_path / 'few.npz'}", "action_bounds=[[-2],[2]]"]
     done = run("spar_d4rl", *TINY, *data, f"env={env}", "select=ope", "out=result", cwd=tmp_path)
-    assert done.returncode == 2 and "3 episodes: at least 4 are needed" in done.stderr
+    assert done.returncode == 2 and "3 episodes, and at least 4 are needed" in done.stderr
     assert not (tmp_path / "result" / "config.yaml").exists() and not (tmp_path / "result" / "metrics.csv").exists()
 
 

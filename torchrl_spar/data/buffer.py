@@ -238,7 +238,7 @@ def load_offline_dataset(
         raise InputError(f"batch_size={batch_size}: at least one row is needed")
     in_memory = is_tensor_collection(source) or isinstance(source, (list, tuple, ReplayBuffer))
     is_path = isinstance(source, (str, os.PathLike))
-    name = "TensorDict" if is_tensor_collection(source) else str(source) if is_path else f"a {type(source).__name__}"
+    name = "TensorDict" if is_tensor_collection(source) else str(source) if is_path else type(source).__name__
     try:
         if isinstance(source, OfflineReplayBuffer):
             raise InputError(
