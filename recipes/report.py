@@ -111,7 +111,9 @@ if __name__ == "__main__":
     given = [argument for argument in sys.argv[1:] if not argument.startswith("table=")]
     given = [str(user_path(name)) for name in given]
     tables = [user_path(argument.removeprefix("table=")) for argument in sys.argv[1:] if argument.startswith("table=")]
-    if not given or not all(Path(name.partition("@")[0]).exists() for name in given) or len(tables) > 1:
+    if missing := [name for name in given if not Path(name.partition("@")[0]).exists()]:
+        sys.exit(f"error: {missing[0]}: no such folder or table")
+    if not given or len(tables) > 1:
         sys.exit("error: usage: python recipes/report.py FOLDER[@METHOD]... [table=FILE]: folders with runs or tables")
     try:
         if tables:

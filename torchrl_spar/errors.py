@@ -64,7 +64,7 @@ def check_bounds(name: str, low: Any, high: Any) -> None:
         raise InputError(
             f"{name}: no finite bounds with low < high (within +-{LARGEST_BOUND:g}), which actions are clamped to and "
             "noise is measured in: give them as action_spec=Bounded(low, high, shape) (in recipes "
-            "action_bounds=[low,high])"
+            "action_bounds=[low,high] or [[low,...],[high,...]])"
         )
 
 

@@ -488,3 +488,4 @@ def test_report_gives_mean_and_spread_over_seeds(tmp_path):
     assert_one_line(report(tmp_path, tmp_path), "results.json")
     (tmp_path / "empty").mkdir()
     assert_one_line(report(tmp_path / "empty", tmp_path), "empty")
+    assert_one_line(report(tmp_path / "nowhere", tmp_path), "nowhere: no such folder or table")

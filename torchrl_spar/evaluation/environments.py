@@ -65,6 +65,8 @@ def make_env(env_id: str, **kwargs: Any) -> Any:
         remedy = ""
         if lost := [wrapper["name"] for wrapper in wrappers or () if wrapper["kwargs"] is None]:
             remedy = f". Register an environment that contains {', '.join(lost)}, and name it (env=...)"
+        if isinstance(err, gymnasium.error.NameNotFound) and ":" not in env_id:
+            remedy = f" If a module of yours registers it, name it, too: 'module:{env_id}'"
         raise InputError(f"environment {env_id!r} cannot be made{given}: {err}{remedy}") from None
 
 
