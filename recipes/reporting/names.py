@@ -8,7 +8,8 @@ from reporting.runs import Run
 
 # The order of the report; methods without a name here come after, under their own.
 NAMES = {
-    "bc": "BC", "bc10": "10%BC", "td3_bc": "TD3+BC", "td3_bc_critics": "TD3+BC, SPAR's critics", "iql": "IQL",
+    "bc": "BC", "bc10": "10%BC", "td3_bc": "TD3+BC", "td3_bc-0.5": "TD3+BC, alpha tuned: 0.5",
+    "td3_bc_critics": "TD3+BC, SPAR's critics", "iql": "IQL",
     "cql": "CQL", "cql_torchrl": "CQLLoss (TorchRL)",
     "rebrac": "ReBRAC", "rebrac_tuned": "ReBRAC, penalties tuned for each set",
     "rebrac_small": "ReBRAC, the main job's batch", "rebrac_shared": "ReBRAC's losses, shared networks and batch",

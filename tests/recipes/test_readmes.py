@@ -230,6 +230,18 @@ def test_what_settled_critics_change_is_the_committed_runs():
         assert row[1:] == [f"{value:.1f}" for value in (*values, values.mean())], row[0]
 
 
+def test_the_settings_of_the_rivals_are_the_committed_runs():
+    scores = defaultdict(list)
+    for one in runs_of("grid/runs.jsonl"):
+        scores[one["method"], one["seed"]].append(one["policy"]["normalized"])
+    assert all(len(found) == 6 for found in scores.values())
+    (shown,) = [table for table in tables((RESULTS / "README.md").read_text()) if table[0][0] == "development seed"]
+    td3_bc, iql = (0.25, 0.5, 1, 2.5), (0.3, 1, 3)
+    for seed, *cells in shown[2:]:
+        for cell, method in zip(cells, [f"td3_bc-{x}" for x in td3_bc] + [f"iql-{x}" for x in iql], strict=True):
+            assert cell == (f"{np.mean(found):.1f}" if (found := scores.get((method, int(seed)))) else ""), method
+
+
 def test_the_figures_of_off_policy_evaluation_are_the_studies():
     readme, files = (RESULTS / "ope" / "README.md").read_text(), sorted((RESULTS / "ope").glob("*.json"))
     assert files
