@@ -90,7 +90,7 @@ def test_rows_in_any_order_with_text_ids_steps_and_lists(tmp_path, step, categor
         ({**COLUMNS, "observation": "hole"}, r"hole: 1 values are missing, the first in row 2"),
         ({**COLUMNS, "observation": "ragged"}, r"ragged: lists of 1 to 2 numbers"),
         ({**COLUMNS, "observation": "holes"}, r"holes: 1 numbers within its lists are missing"),
-        ({**COLUMNS, "observation": ["x", "name"]}, r"name: type string, expected numbers"),
+        ({**COLUMNS, "observation": ["x", "name"]}, r"name: type string, such as .* in row 0, expected numbers"),
         ({**COLUMNS, "observation": "empty"}, r"empty: empty lists"),
         ({**COLUMNS, "truncated": None}, r"columns: 'truncated' is None, expected"),
     ],

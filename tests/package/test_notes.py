@@ -98,6 +98,11 @@ def test_tables_that_are_not_whole_or_leak_the_action_are_refused(tmp_path):
     (tmp_path / "meta" / "info.json").write_text(json.dumps({"features": features, "total_frames": 50}))
     with pytest.raises(InputError, match="tells of 50 frames, the Parquet files below data hold 20"):
         load_offline_dataset(f"lerobot:{tmp_path}")
+    (tmp_path / "text.csv").write_text("x,u,e\n1,0.5,0\n2,error,0\n")
+    with pytest.raises(InputError, match="u: type string, such as 'error' in row 1, expected numbers"):
+        load_offline_dataset(
+            tmp_path / "text.csv", columns={"observation": "x", "action": "u", "reward": "x", "episode": "e"}
+        )
     (tmp_path / "log.csv").write_bytes("v\xe9,u,r,e\n1,0.5,1,0\n".encode("latin-1"))
     columns = {"observation": ["v", "u"], "action": "u", "reward": "r", "episode": "e"}
     with pytest.raises(InputError, match="'u' is named in 'observation' and in 'action'"):

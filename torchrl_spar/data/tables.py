@@ -226,8 +226,19 @@ def _column(table: Any, name: str, field: str) -> np.ndarray:
             raise InputError(f"{name}: lists of type {values.type}, expected numbers")
         return values.to_numpy(zero_copy_only=False).reshape(len(column), -1)
     elif not _is_number(kind):
-        raise InputError(f"{name}: type {kind}, expected numbers or lists of them")
+        text = arrow.types.is_string(kind) or arrow.types.is_large_string(kind)
+        wrong = [row for row, value in enumerate(column.to_pylist()) if not _reads_as_number(value)] if text else []
+        where = f", such as {column[wrong[0]].as_py()!r} in row {wrong[0]}" if wrong else ""
+        raise InputError(f"{name}: type {kind}{where}, expected numbers or lists of them")
     return column.to_numpy(zero_copy_only=False)[:, None]
+
+
+def _reads_as_number(value: Any) -> bool:
+    try:
+        float(value)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def _is_number(kind: Any) -> bool:
