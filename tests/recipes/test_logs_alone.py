@@ -6,6 +6,7 @@ import csv
 import hashlib
 import json
 import math
+import os
 import re
 import shlex
 import shutil
@@ -17,10 +18,19 @@ import pytest
 import torch
 from helpers import RECIPES, SMALL, TINY, compose_recipe, run
 from tensordict import TensorDict
+from tensordict.nn import TensorDictModule
 from torch import nn
 from torchrl.modules import ValueOperator
 
-from torchrl_spar import InputError, fit_fqe, load_offline_dataset, load_policy, make_anchor, make_spar_loss
+from torchrl_spar import (
+    InputError,
+    fit_fqe,
+    load_offline_dataset,
+    load_policy,
+    make_anchor,
+    make_spar_loss,
+    make_toy_data,
+)
 
 pytest.importorskip("hydra")
 import deployment_report
@@ -30,6 +40,7 @@ import report
 import spar_offline_to_online
 from harness import log_values
 from harness.environment import load_any
+from harness.plots import plot_learning_curve
 from harness.same_rows import SameRows, digest_of
 from harness.spar_run import EarlierPolicies, check_options
 from omegaconf import OmegaConf
@@ -560,3 +571,30 @@ def test_estimates_may_have_a_discount_of_their_own():
     OmegaConf.set_struct(cfg, False)
     del cfg.ope["gamma"]  # as in the files of runs before the option
     assert log_values.fqe_options(cfg)["gamma"] == 0.9
+
+
+def test_a_component_that_never_moves_does_not_drown_the_distance():
+    rows = make_toy_data(episodes=20)[:].exclude("index")
+    rows["action"][:, 1] = 0.3
+    support = log_values.Support(load_offline_dataset(rows), 0.2, 0)
+
+    def ending_with(last):
+        act = lambda state: torch.tensor([0.0, last]).expand(len(state), 2)  # noqa: E731
+        return TensorDictModule(act, ["observation"], ["action"])
+
+    exact, near = (support.of_policy(ending_with(last)) for last in (0.3, 0.301))
+    assert near < 1.1 * exact
+
+
+def test_a_name_that_is_no_utf_8_has_its_figure(tmp_path):
+    row = {"return_mean": 1.0, "normalized": 2.0}
+    results = {
+        "spar": row,
+        "anchor": row,
+        "data": row,
+        "env": "Toy-v0",
+        "dataset": os.fsdecode(b"l\xf6g.npz"),
+        "seed": 0,
+    }
+    plot_learning_curve(tmp_path / "curve.png", [{"step": 1, **row}], results)
+    assert (tmp_path / "curve.png").stat().st_size > 0
