@@ -162,6 +162,12 @@ def slow_returns(reward, terminated, end, gamma):
     return found
 
 
+def test_undiscounted_returns_go_on_with_the_mean():
+    cut = torch.tensor([[False], [True]])
+    rows = TensorDict({"next": {"reward": torch.ones(2, 1), "done": cut, "terminated": ~cut & cut}}, [2])
+    assert returns_to_go(rows, 1.0).flatten().tolist() == [3.5, 2.5]
+
+
 @pytest.mark.parametrize("gamma", [0.0, 1e-9, 0.5, 0.9, 0.999, 1.0])
 def test_returns_to_go_are_those_of_a_slow_reference(gamma):
     rng = np.random.default_rng(0)

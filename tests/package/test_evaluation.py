@@ -95,6 +95,12 @@ def test_steps_are_reported():
     assert steps == [2] * 4  # seeds 0 and 1 run 3 and 4 steps
 
 
+def test_sizes():
+    size, spec = environment_sizes("Pendulum-v1")
+    assert size == 3 and spec.shape == (1,)
+    assert spec.space.low.item() == -2 and spec.space.high.item() == 2 and spec.dtype == torch.float32
+
+
 def test_bad_input_is_named():
     with pytest.raises(InputError, match=r"NoSuch.*'module:NoSuch-v0'"):
         make_env("NoSuch-v0")

@@ -65,8 +65,8 @@ def test_flags_of_rows_that_go_on_are_told_from_terminals(tmp_path):
     (note,) = notes(tmp_path, terminals=~LAST)
     assert "98% of the rows are terminal" in note and "1 - terminals" in note
     rng = np.random.default_rng(0)  # of one step each
-    bandits = {"observations": rng.normal(size=(ROWS, 4)), "terminals": np.ones(ROWS, bool), "timeouts": ~LAST & LAST}
-    assert notes(tmp_path, **bandits) == []
+    ends = {"terminals": np.ones(ROWS, bool), "timeouts": np.zeros(ROWS, bool)}
+    assert notes(tmp_path, observations=rng.normal(size=(ROWS, 4)), **ends) == []
 
 
 def test_rewards_that_teach_nothing_or_drown_the_others_are_told(tmp_path):
@@ -84,8 +84,8 @@ def test_arrays_are_told_where_they_belong():
 
 
 def test_tables_that_are_not_whole_or_leak_the_action_are_refused(tmp_path):
-    arrow = pytest.importorskip("pyarrow")
     pytest.importorskip("pyarrow.parquet")
+    arrow = pytest.importorskip("pyarrow")
     (tmp_path / "meta").mkdir()
     (tmp_path / "data").mkdir()
     table = arrow.table({

@@ -221,10 +221,9 @@ def test_one_critic_learns(critics):
     loss = SPARLoss(make_actor(make_anchor()), critics(), make_vae(), num_qvalue_nets=1)
     before = deepcopy(loss.qvalue_network_params)
     SPARUpdate(loss)(make_batch(12))
-    assert all(
-        bool((now != was).any())
-        for now, was in zip(loss.qvalue_network_params.values(True, True), before.values(True, True))
-    )
+    pairs = zip(loss.qvalue_network_params.values(True, True), before.values(True, True), strict=True)
+    changed = [bool((now != was).any()) for now, was in pairs]
+    assert changed and all(changed)
 
 
 class Pictures(nn.Module):

@@ -13,6 +13,8 @@ from helpers import ACTION, OBSERVATION, buffer_of, make_batch, total
 from tensordict import TensorDict
 from tensordict.nn import NormalParamExtractor, TensorDictModule
 from torch import nn
+from torch._inductor.cpp_builder import get_cpp_compiler
+from torch._inductor.exc import InvalidCxxCompiler
 from torchrl.data import Bounded, SamplerWithoutReplacement
 from torchrl.modules import ProbabilisticActor, TanhNormal, ValueOperator
 from torchrl.objectives import BCLoss, SoftUpdate, ValueEstimators
@@ -33,7 +35,6 @@ from torchrl_spar import (
     with_anchor_actions,
 )  # fmt: skip
 from torchrl_spar.training import sampling
-from torchrl_spar.training.compiling import check_compiler
 from torchrl_spar.training.optimization import adam, descent
 from torchrl_spar.training.sampling import uniform_batches
 
@@ -242,7 +243,7 @@ def test_cloning_is_that_of_bc_loss():
 
 @pytest.mark.slow
 def test_compiled_fits_are_the_eager_ones(monkeypatch):
-    """But for the VAE's, which draws its noise in the trace. The code that is made of one is tested below."""
+    """But for the VAE's, which draws its noise in the trace. Of the update, below, the code that is made is tested."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     data, states = load_offline_dataset(make_batch(32), batch_size=8), []
     for compile in (False, True):
@@ -369,9 +370,10 @@ def test_the_compiled_update_is_the_eager_one(monkeypatch):
 
 @pytest.mark.slow
 def test_the_generated_code_is_the_eager_update():
+    # Inductor's own word, on nothing but the compiler: any other failure is to fail here.
     try:
-        check_compiler(torch.device("cpu"))
-    except InputError as err:
+        get_cpp_compiler()
+    except InvalidCxxCompiler as err:
         pytest.skip(str(err))
     made = torch._dynamo.utils.counters["inductor"]
     before = sum(made.values())

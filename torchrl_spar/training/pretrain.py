@@ -137,6 +137,7 @@ def with_own_episodes(
 
 
 def cloning_loss(actor: TensorDictModuleBase) -> BCLoss:
+    """TorchRL's ``BCLoss`` of an actor, without its warning."""
     with warnings.catch_warnings():
         # BCLoss has no target; TorchRL warns that it is not annotated.
         warnings.filterwarnings("ignore", message="The name target_actor_network_params")
