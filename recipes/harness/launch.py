@@ -120,12 +120,18 @@ def quote(argument: str) -> str:
 
 
 def check_sweeps(arguments: Sequence[str], sweeps: Sequence[str] | None) -> None:
-    """Refuses several values of an option whose runs would share a directory."""
-    for override in OverridesParser.create().parse_overrides(get_args_parser().parse_args(arguments).overrides):
+    """Refuses several values of an option whose runs would share a directory, as `method.name` has none of them."""
+    if sweeps is None:
+        return
+    overrides = OverridesParser.create().parse_overrides(get_args_parser().parse_args(arguments).overrides)
+    names = [str(override.get_value_string()) for override in overrides if override.key_or_group == "method.name"]
+    for override in overrides:
         name = override.key_or_group
-        if override.is_sweep_override() and sweeps is not None and name not in sweeps and not name.startswith("hydra"):
+        is_swept = override.is_sweep_override() and not name.startswith("hydra")
+        if is_swept and name not in sweeps and not any(f"${{{name}}}" in each for each in names):
             raise InputError(
-                f"{name}: one value at a time, with a runs=... of its own; commas are for {', '.join(sweeps)}"
+                f"{name}: one value at a time, with a runs=... of its own; commas are for {', '.join(sweeps)}, and for "
+                f"an option that method.name tells apart, as in 'method.name=x-${{{name}}}'"
             )
 
 

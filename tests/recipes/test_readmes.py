@@ -20,7 +20,9 @@ from helpers import build_loss, compose_recipe, run
 import torchrl_spar
 
 pytest.importorskip("hydra")
+import compare
 from claim import NAMES as CLAIMS
+from harness.launch import check_sweeps
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -115,6 +117,8 @@ def test_every_command_is_accepted(command):
     if script == "claim":
         assert options[0] in CLAIMS
         script, options = f"claims/{options[0]}", options[1:]
+    if script in ("compare", "spar_offline_to_online"):
+        check_sweeps(options, compare.SWEEPS)
     # Launchers are plugins that may not be installed.
     compose_recipe(script, *(single(option) for option in options if not option.startswith("hydra/")))
 
