@@ -143,6 +143,7 @@ def make_trainer(
     out: Path,
     saved: Path | None = None,
     rows: SameRows | None = None,
+    episode_share: float = 0.5,
 ) -> Trainer:
     """TorchRL's Trainer on a data set; its csv logs and checkpoints lie in `out`.
 
@@ -153,6 +154,7 @@ def make_trainer(
         out: the directory.
         saved: the checkpoint to resume from.
         rows: what the data must still hold then.
+        episode_share: of the episodes, what each critic learns from.
     """
     optimizer = torch.optim.Adam(loss.parameters(), lr=cfg.lr)
     trainer = Trainer(
@@ -183,7 +185,8 @@ def make_trainer(
     # Now, since they are asked of the loss as it was saved.
     replay_buffer = with_anchor_actions(loss, replay_buffer)
     if has_trajectories(loss, replay_buffer):
-        replay_buffer = with_member_weights(loss, replay_buffer, seed=torch.initial_seed())
+        seed = torch.initial_seed()
+        replay_buffer = with_member_weights(loss, replay_buffer, share=episode_share, seed=seed)
         replay_buffer = with_value_targets(loss, replay_buffer)
         trainer.register_op("pre_epoch", TargetRenewal(loss, replay_buffer))
     # Not registered as a module: the data set would be in every checkpoint.
@@ -225,8 +228,9 @@ def train(cfg: DictConfig, out: Path) -> None:
     if saved is None:
         phases = {name: cfg[name] for name in ("anchor", "vae", "critics")}
         bars = {name: Phase(name, phase.steps, [], phase.steps, 0) for name, phase in phases.items()}
-        loss, _ = pretrain(data, **phases, report=bars.get, **cfg.loss)
-    trainer = make_trainer(loss, data, cfg.trainer, out, saved, SameRows(dataset_name(cfg), data))
+        loss, _ = pretrain(data, **phases, report=bars.get, episode_share=cfg.episode_share, **cfg.loss)
+    same = SameRows(dataset_name(cfg), data)
+    trainer = make_trainer(loss, data, cfg.trainer, out, saved, same, cfg.episode_share)
     if saved is None:
         trainer.save_trainer(force_save=True)
     if trainer.collected_frames < cfg.trainer.updates:

@@ -210,8 +210,10 @@ def main(cfg: DictConfig) -> None:
     if has_no_environment(cfg, name, facts.get("env")):
         judge(cfg, policy, facts, name, device)
         return
-    if unread := [name for name in LOG_OPTIONS if cfg[name] not in UNSAID]:
-        raise InputError(f"{unread[0]}={cfg[unread[0]]}: read only where the policy is judged from a log: env=none")
+    unread = {name: cfg[name] for name in (*LOG_OPTIONS, "action_scale") if cfg[name] not in UNSAID}
+    unread |= {f"ope.{name}": value for name, value in cfg.ope.items() if value != getattr(OPE(), name)}
+    for name, value in unread.items():
+        raise InputError(f"{name}={value}: read only where the policy is judged from a log: env=none")
     env, env_kwargs = choose_environment(cfg, name, facts.get("env"), facts.get("env_kwargs", {}))
     if cfg.video:
         check_video(Path(cfg.video))

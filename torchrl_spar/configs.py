@@ -164,22 +164,7 @@ def register_configs() -> None:
     store.store(group="model", name="residual_vae", node=ResidualVAEConfig)
 
 
-def dtype_of(name: str | None) -> torch.dtype | None:
-    """The ``candidate_dtype`` of that name.
-
-    Examples:
-        >>> dtype_of("bfloat16")
-        torch.bfloat16
-    """
-    if name is None:
-        return None
-    dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype):
-        raise InputError(f"candidate_dtype={name}: not a type of torch, such as bfloat16")
-    return dtype
-
-
-def _make_loss(*, gamma: float | None, candidate_dtype: str | None, **options: Any) -> SPARLoss:
+def _make_loss(*, gamma: float | None, **options: Any) -> SPARLoss:
     networks = {name: _built(options.pop(name)) for name in NETWORKS}
     if missing := [name for name, network in networks.items() if network is None and name != "value_network"]:
         raise InputError(f"loss: spar needs {', '.join(missing)}")
@@ -187,7 +172,7 @@ def _make_loss(*, gamma: float | None, candidate_dtype: str | None, **options: A
     if isinstance(actor, SPARActor) and actor.is_latent:
         # Hydra builds a node anew wherever it is referred to, but there is one decoder.
         actor.decoder = networks["residual_vae"].decoder
-    loss = SPARLoss(**networks, candidate_dtype=dtype_of(candidate_dtype), **options)
+    loss = SPARLoss(**networks, **options)
     if gamma is not None:
         loss.make_value_estimator(gamma=gamma)
     return loss

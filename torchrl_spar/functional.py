@@ -53,6 +53,19 @@ def call(
     return dict(zip(module.out_keys, outputs if isinstance(outputs, tuple) else (outputs,)))
 
 
+def dtype_of(name: torch.dtype | str | None) -> torch.dtype | None:
+    """The floating type of that name, as ``"bfloat16"``; a type or None stays as it is.
+
+    Examples:
+        >>> dtype_of("bfloat16")
+        torch.bfloat16
+    """
+    dtype = getattr(torch, name, name) if isinstance(name, str) else name
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise InputError(f"candidate_dtype={name}: must be a floating type of torch, such as bfloat16")
+    return dtype
+
+
 def call_ensemble(
     module: TensorDictModuleBase,
     params: TensorDictBase,

@@ -35,6 +35,7 @@ from torchrl_spar.data.returns import discounted_sums
 from torchrl_spar.data.rows import under_next
 from torchrl_spar.ensemble import Bound, lower_bound, spread
 from torchrl_spar.errors import InputError, check_options
+from torchrl_spar.functional import dtype_of
 from torchrl_spar.residual import ResidualVAE, SPARActor
 
 # The weights lie between exp(-5) and exp(2.3) = 10 before they are divided by their mean.
@@ -98,8 +99,8 @@ class SPARLoss(SPARLossBase):
         latent_std: sigma, the spread of the candidates in the latent (ours: 1, that of the prior).
         latent_bound: candidates are clamped to +- this (ours: 2).
         candidate_dtype: what the hidden layers of the default critics compute in while they score
-            candidates, such as ``torch.bfloat16``; by default the parameters' own type. Weights and
-            gradients are not touched.
+            candidates, such as ``torch.bfloat16`` or ``"bfloat16"``; by default the parameters' own type. Weights
+            and gradients are not touched.
         temperature: tau of the candidates' weights; small is greedy (ours: 0.3).
         evidence_scale: the spread of the candidates' values, in scaled units, at which self-imitation weighs
             ``lsi_coeff``, see :meth:`self_imitation`; with None it always does (ours: 0.02 standard deviations of the
@@ -174,7 +175,7 @@ class SPARLoss(SPARLossBase):
         candidates: Literal["prior", "policy"] = "prior",
         latent_std: float = 1.0,
         latent_bound: float = 2.0,
-        candidate_dtype: torch.dtype | None = None,
+        candidate_dtype: torch.dtype | str | None = None,
         temperature: float = 0.3,
         evidence_scale: float | None = 0.02,
         lsi_coeff: float = 1.0,
@@ -202,7 +203,7 @@ class SPARLoss(SPARLossBase):
         self.candidates = candidates
         self.latent_std = latent_std
         self.latent_bound = latent_bound
-        self.candidate_dtype = candidate_dtype
+        self.candidate_dtype = dtype_of(candidate_dtype)
         self.temperature = temperature
         self.evidence_scale = evidence_scale
         self.has_lsi, self.has_trust = lsi_coeff > 0, trust_coeff > 0

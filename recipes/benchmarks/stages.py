@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from harness.environment import load
 from harness.spar_options import Options
-from harness.spar_run import loss_options, make_update
+from harness.spar_run import make_update
 from omegaconf import OmegaConf
 
 from torchrl_spar import (
@@ -60,7 +60,7 @@ def measure_stages(steps: int, steps_per_second: float, *, compile: bool = False
     data, _, _ = measure("loading", lambda: load(cfg, torch.device("cpu")))
     anchor = make_anchor(data, hidden=cfg.spar.loss.hidden)
     measure_fit("anchor", fit_anchor, anchor, data)
-    loss = make_spar_loss(data, anchor=anchor, **loss_options(cfg))
+    loss = make_spar_loss(data, anchor=anchor, **cfg.spar.loss)
     rows = measure("anchor's actions", lambda: with_anchor_actions(loss, data))
     measure_fit("vae", fit_vae, loss, rows)
     measure_fit("critics", fit_critics, loss, rows)

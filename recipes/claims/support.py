@@ -135,7 +135,7 @@ def train_rival(
     else:
         options = {"num_qvalue_nets": len(critics), "alpha": cfg.alphas[name == CONTROL]}
         loss = TD3BCLoss(actor, critics, action_spec=data.action_spec, **options)
-    loss.make_value_estimator(gamma=0.99)
+    loss.make_value_estimator(gamma=float(start.value_estimator.gamma))
     updater = SoftUpdate(loss, tau=cfg.spar.target_rate)
     value_optimizer = torch.optim.Adam(loss.qvalue_network_params.values(True, True), cfg.spar.qvalue_lr)
     actor_optimizer = torch.optim.Adam(actor.parameters(), cfg.spar.actor_lr)

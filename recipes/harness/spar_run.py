@@ -29,8 +29,7 @@ from torchrl_spar import (
     make_member,
     pretrain,
 )  # fmt: skip
-from torchrl_spar.configs import dtype_of
-from torchrl_spar.functional import call_ensemble
+from torchrl_spar.functional import call_ensemble, dtype_of
 from torchrl_spar.mean_actor import policy_of
 from torchrl_spar.training.compiling import check_compiler
 
@@ -163,10 +162,6 @@ def check_options(cfg: DictConfig, device: torch.device) -> None:
         raise InputError(f"select_from={cfg.select_from}: needs select=ope, which chooses among them")
 
 
-def loss_options(cfg: DictConfig) -> dict[str, Any]:
-    return {**cfg.spar.loss, "candidate_dtype": dtype_of(cfg.spar.loss.candidate_dtype)}
-
-
 def seeds_of_members(cfg: DictConfig) -> list[int]:
     """The first member's is the run's own: alone, it is what the others join."""
     return [cfg.seed, *(2**32 + 1_000 * cfg.seed + i for i in range(1, cfg.spar.members))]
@@ -187,7 +182,7 @@ def pretrain_spar(
     torch.manual_seed(run.seed)
     return pretrain(
         run.data, anchor=anchor, vae=run.cfg.vae, report=run.phase, progress=run.progress, keep=keep,
-        **critics_options(run.cfg), **loss_options(run.cfg), **options,
+        **critics_options(run.cfg), **run.cfg.spar.loss, **options,
     )  # fmt: skip
 
 

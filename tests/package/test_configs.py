@@ -100,7 +100,7 @@ def test_partial_loss_takes_the_trainers_networks():
     "option, message",
     [
         ("loss.residual_vae=null", "loss: spar needs residual_vae"),
-        ("loss.candidate_dtype=halves", "candidate_dtype=halves: not a type"),
+        ("loss.candidate_dtype=halves", "candidate_dtype=halves: must be a floating type"),
         ("loss.kappa=-1", "kappa=-1.0: must be at least 0"),
         ("models.actor.low=[2]", "low < high"),
         ("models.actor.low=-2", r"low=-2, high=\[2.0\]: give lists"),

@@ -223,7 +223,7 @@ def test_given_noise_replaces_the_drawn(make_loss, head):
 
 
 def test_candidates_in_bfloat16_are_close_and_leave_weights_and_gradients_in_float32(make_loss):
-    plain, rounded = make_loss(evidence_scale=None), make_loss(evidence_scale=None, candidate_dtype=torch.bfloat16)
+    plain, rounded = make_loss(evidence_scale=None), make_loss(evidence_scale=None, candidate_dtype="bfloat16")
     rounded.load_state_dict(plain.state_dict())
     batch = make_batch(64)
     values = []
@@ -417,7 +417,7 @@ def test_schedulable_coefficients(make_loss):
         ("kl_coeff", -1), ("num_candidates", 1), ("candidates", "data"), ("latent_std", 0), ("latent_bound", 0),
         ("temperature", 0), ("lsi_coeff", -1), ("trust_coeff", -1), ("reduction", "avg"),
         ("num_qvalue_nets", 0), ("head", "C"), ("gamma", 1.1), ("latent_dim", 0),
-        ("temprature", 1),
+        ("temprature", 1), ("candidate_dtype", 16), ("candidate_dtype", "int8"),
     ],
 )  # fmt: skip
 def test_wrong_options_are_named(option, value):

@@ -36,7 +36,8 @@ def finished(tmp_path_factory):
     return done, cwd / "result"
 
 
-def test_the_trainer_makes_the_updates_of_a_plain_loop(make_loss, tmp_path):
+@pytest.mark.parametrize("share", [0.5, 0.25])
+def test_the_trainer_makes_the_updates_of_a_plain_loop(share, make_loss, tmp_path):
     found, expected = make_loss(), make_loss()
     before = make_loss().state_dict()
     rows = TensorDictReplayBuffer(storage=LazyTensorStorage(32), batch_size=16)
@@ -44,10 +45,11 @@ def test_the_trainer_makes_the_updates_of_a_plain_loop(make_loss, tmp_path):
     cfg = options(tmp_path, "trainer.updates=6").trainer
 
     torch.manual_seed(1)
-    drop_in_trainer.make_trainer(found, rows, cfg, tmp_path).train()
+    drop_in_trainer.make_trainer(found, rows, cfg, tmp_path, episode_share=share).train()
 
     torch.manual_seed(1)
-    rows = with_member_weights(expected, with_anchor_actions(expected, rows), seed=1)
+    rows = with_member_weights(expected, with_anchor_actions(expected, rows), share=share, seed=1)
+    assert rows[:]["member_weight"].max() == 1 / share
     optimizer = torch.optim.Adam(expected.parameters(), lr=cfg.lr)
     names = ("actor_network", "qvalue_network")
     for name in names:  # SoftUpdate begins with equal parameters

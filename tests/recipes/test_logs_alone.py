@@ -175,6 +175,8 @@ def test_evaluate_reads_the_policys_own_log(finished, capsys, monkeypatch):
         (["dataset=new.csv", COLUMNS.replace("[x,v]", "[x]")], r"does not fit dataset=new\.csv"),
         (["video=a.gif"], "video=a.gif: needs an environment"),
         (["env=Hopper-v5", "dataset=new.csv"], r"dataset=new\.csv.*env=none"),
+        (["env=Hopper-v5", "action_scale=env"], r"action_scale=env.*env=none"),
+        (["env=Hopper-v5"], r"ope\.steps=4.*env=none"),
     ):
         with pytest.raises(InputError, match=message):
             main(*options)

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-from harness.spar_run import loss_options
 from helpers import compose_recipe
 from omegaconf import OmegaConf
 
@@ -78,5 +77,5 @@ def test_the_readme_has_the_sizes_of_the_quick_job_and_of_d4rl():
 def test_the_loss_takes_a_presets_options(name):
     data = load_offline_dataset(CONFIG.parent / "data" / "torchrl-spar" / "hopper" / "medium-v0")
     cfg = compose_recipe("spar_d4rl", "out=x", f"preset={name}", "spar.loss.hidden=[8]")
-    loss = make_spar_loss(data, **loss_options(cfg))
+    loss = make_spar_loss(data, **cfg.spar.loss)
     assert loss.expectile == cfg.spar.loss.expectile and loss.value_mix == cfg.spar.loss.value_mix
