@@ -34,6 +34,7 @@ from benchmarks.updates import (
     OBSERVATION_DIM,
     make_data,
     make_losses,
+    rival,
     spar,
     spar_plain_loop,
     torchrl_iql,
@@ -108,7 +109,8 @@ def main(cfg: DictConfig) -> None:
         results["evaluation"] = measure_evaluation(cfg, device)
         if cfg.stage_steps:
             rate = results["evaluation"]["steps_per_second"]
-            results["stages"] = measure_stages(cfg.stage_steps, rate, compile=cfg.compile)
+            startup = results["import_seconds"][IMPORTED[-1]]
+            results["stages"] = {"start-up": startup, **measure_stages(cfg.stage_steps, rate, compile=cfg.compile)}
     if cfg.load_steps:
         results["load"] = measure_loading(cfg.load_steps)
         results["load_short_episodes"] = measure_loading(cfg.load_steps, episode_length=125)
@@ -138,6 +140,10 @@ def measure_updates(cfg: DictConfig, device: torch.device) -> dict[str, Any]:
         "torchrl_td3bc": (torchrl_td3bc(data, cfg.hidden, device), 1),
         "sampling": (data.sample, 1),
     }
+    for name in ("iql", "td3_bc"):
+        for compile in (False, True)[: 1 + cfg.compile]:
+            contender = rival(name, data, cfg.hidden, device, compile=compile), BLOCK
+            contenders[f"compare_{name}" + "_compiled" * compile] = contender
     if cfg.compile:
         contenders["spar_compiled"] = (spar(losses(1), data, compile=True, cudagraph=on_gpu), BLOCK)
     if on_gpu:
@@ -161,7 +167,7 @@ def measure_updates(cfg: DictConfig, device: torch.device) -> dict[str, Any]:
         "sampling": {"batches_per_second": median(rates["sampling"])},
     }
     for name in contenders:
-        if name.startswith(("spar", "torchrl", "jax")):
+        if name.startswith(("spar", "torchrl", "compare", "jax")):
             values = rates[name]
             results[name] = {
                 unit: median(values), "lowest": min(values), "highest": max(values),
@@ -224,12 +230,13 @@ def measure_latency(cfg: DictConfig, device: torch.device) -> dict[str, float]:
 
 
 def measure_import() -> dict[str, float]:
-    """Wall seconds of a fresh interpreter that imports each."""
+    """CPU seconds of a fresh interpreter that imports each."""
     seconds = {}
     for module in IMPORTED:
-        start = time.perf_counter()
+        start = resource.getrusage(resource.RUSAGE_CHILDREN)
         subprocess.run([sys.executable, "-W", "ignore", "-c", f"import {module}"], check=True)
-        seconds[module] = time.perf_counter() - start
+        end = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds[module] = end.ru_utime - start.ru_utime + end.ru_stime - start.ru_stime
     return seconds
 
 

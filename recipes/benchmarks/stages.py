@@ -30,7 +30,7 @@ BLOCK = 100
 def measure_stages(steps: int, steps_per_second: float, *, compile: bool = False) -> dict[str, float]:
     """CPU seconds of each stage at the main job's defaults: the first `steps` steps of each, times all of them.
 
-    What torch.compile takes to start is left out, and so is Python's start (``import_seconds``).
+    What torch.compile takes to start is left out.
 
     Args:
         steps: that are measured of each phase, after as many that are not.

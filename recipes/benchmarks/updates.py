@@ -1,4 +1,4 @@
-"""Gradient updates, each as its users write it: SPAR's callable, SPAR in a plain loop, TorchRL's IQL and TD3+BC."""
+"""Gradient updates, each as its users write it: SPAR's callable, plain loops, compare.py's IQL and TD3+BC."""
 
 from __future__ import annotations
 
@@ -7,6 +7,11 @@ from itertools import cycle
 from typing import Any
 
 import torch
+from harness.launch import RECIPES
+from harness.method_options import method_options
+from omegaconf import OmegaConf
+from rivals import BUILDERS
+from rivals.base import Problem
 from tensordict import TensorDict
 from tensordict.nn import NormalParamExtractor, TensorDictModule, TensorDictSequential
 from torch import nn
@@ -33,7 +38,7 @@ BLOCK = 50
 
 def make_data(batch_size: int, device: torch.device) -> OfflineReplayBuffer:
     """Random rows of Hopper's sizes: the time of an update does not depend on their values."""
-    flag = torch.zeros(ROWS, 1, dtype=torch.bool)
+    end = (torch.arange(ROWS) % 1_000 == 999).unsqueeze(-1)
     data = TensorDict(
         {
             "observation": torch.randn(ROWS, OBSERVATION_DIM),
@@ -41,8 +46,8 @@ def make_data(batch_size: int, device: torch.device) -> OfflineReplayBuffer:
             "next": {
                 "observation": torch.randn(ROWS, OBSERVATION_DIM),
                 "reward": torch.randn(ROWS, 1),
-                "done": flag,
-                "terminated": flag,
+                "done": end,
+                "terminated": end,
             },
         },
         [ROWS],
@@ -74,10 +79,9 @@ def spar(
 
 
 def spar_plain_loop(loss: SPARLoss, data: ReplayBuffer, *, policy_interval: int = 1) -> Callable[[], None]:
-    """The loop of the README: sum of the losses, torch's Adam, TorchRL's SoftUpdate and sampler.
+    """A plain loop on one-step targets: sum of the losses, torch's Adam, TorchRL's SoftUpdate and sampler.
 
-    With ``policy_interval`` the head's term is left out in between, as :class:`SPARUpdate` does, and so is the value
-    network, which nothing reads: the same work.
+    With ``policy_interval`` the head's term is left out in between, as :class:`SPARUpdate` does: the same work.
     """
     optimizer = torch.optim.Adam(loss.parameters(), lr=5e-4)
     updater = SoftUpdate(loss, tau=0.005)
@@ -151,6 +155,18 @@ def torchrl_td3bc(data: ReplayBuffer, hidden: Sequence[int], device: torch.devic
             updater.step()
 
     return update
+
+
+def rival(
+    name: str, data: OfflineReplayBuffer, hidden: Sequence[int], device: torch.device, *, compile: bool = False
+) -> Callable[[], object]:
+    """`BLOCK` updates of a method of compare.py, with its published options."""
+    spar = {"updates": 10**9, "compile": compile, "loss": {"hidden": list(hidden), "gamma": 0.99}}
+    method = OmegaConf.load(RECIPES / "config" / "method" / f"{name}.yaml")
+    cfg: Any = OmegaConf.create({"spar": spar, "method": method})
+    one = BUILDERS[cfg.method.algorithm](Problem(data, cfg, device), **method_options(cfg.method, ""))
+    batches = one.batches(0)
+    return lambda: [one(next(batches)) for _ in range(BLOCK)]
 
 
 def _mlp(in_features: int, out_features: int, hidden: Sequence[int], device: torch.device) -> MLP:

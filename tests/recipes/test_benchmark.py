@@ -54,14 +54,15 @@ def test_benchmark_writes_its_keys(tmp_path, monkeypatch):
     benchmark.main(compose_recipe("benchmark", *options))
     results = json.loads(out.read_text())
     assert {"fp32", "bf16"} <= set(results["matmul_gflops"])
-    for name in ("spar", "spar_plain_loop", "torchrl_iql", "torchrl_td3bc", "spar_2_seeds"):
+    rivals = "torchrl_iql", "torchrl_td3bc", "compare_iql", "compare_td3_bc"
+    for name in ("spar", "spar_plain_loop", *rivals, "spar_2_seeds"):
         assert results[name]["updates_per_cpu_second"] > 0
     assert {"mflop_per_update", "share_of_matmul"} <= set(results["spar"])
     assert {"steps_per_second", "bare_gymnasium"} <= set(results["evaluation"])
     assert "rows_per_second" in results["load"] and results["machine"]
     assert results["checkpoint"]["bytes"] > 0 and 0 < results["checkpoint"]["share_of_run"] < 1
-    phases = {"loading", "anchor", "vae", "critics", "targets", "updates", "updates of the head alone", "evaluation"}
-    assert phases <= set(results["stages"]) and min(results["stages"].values()) > 0
+    phases = {"start-up", "loading", "anchor", "vae", "critics", "targets", "updates", "updates of the head alone"}
+    assert {*phases, "evaluation"} <= set(results["stages"]) and min(results["stages"].values()) > 0
     with pytest.raises(InputError, match="exists; give another file"):
         benchmark.main(compose_recipe("benchmark", *options))
     with pytest.raises(InputError, match=r"seeds=\[0, 1\]: numbers of runs"):
