@@ -2,8 +2,8 @@
 
 python recipes/ope_study.py 'runs=[outputs/a,outputs/b]' 'scales=[0.5,1]' episodes=20
 
-All runs are of one data set, which has an environment; they are of any methods, one at least of SPAR. The truth is the
-mean over episodes played there: scores (or returns) for ranks and regrets, discounted returns for errors and intervals.
+All runs are of one data set, which has an environment; they are of any methods, one at least has an anchor, as SPAR and
+most of its ablations do. The truth is the mean over episodes played there: scores (or returns) for ranks and regrets, discounted returns for errors and intervals.
 DOPE: Fu et al. 2021 (https://arxiv.org/abs/2103.16596).
 """
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -31,7 +31,6 @@ from harness.output import check_unused, rounded, whole_file, write_json
 from harness.run import VERSIONED, commit, on_cpu
 from harness.scores import RESULT_SEED
 from harness.spar_options import OPE
-from harness.spar_run import NAMES
 from omegaconf import DictConfig, OmegaConf
 from reporting.ope_figures import figures, peers_figures, safe_choice
 from rich.console import Console
@@ -52,11 +51,11 @@ GROUP = 10  # policies of a part, fitted side by side
 @dataclass
 class Options:
     runs: list[str] = option(
-        "???", "Directories of finished runs on one data set, or folders that hold some; one at least of SPAR."
+        "???", "Directories of finished runs on one data set, or folders that hold some; one at least with an anchor."
     )
     scales: list[float] = option(
         [0.5, 1.0],
-        "Of SPAR's runs, c in anchor + c * residual, beside the anchor; rivals and ablations have one policy a run.",
+        "Of runs with an anchor, c in anchor + c * residual, beside the anchor; others have one policy a run.",
         above=0, most=1,
     )  # fmt: skip
     out: str = option(
@@ -77,23 +76,23 @@ class Options:
 
 
 def policies_of(
-    methods: Mapping[str, str], scales: Sequence[float], device: torch.device
+    runs: Iterable[str], scales: Sequence[float], device: torch.device
 ) -> tuple[dict[str, TensorDictModuleBase], dict[str, list[str]]]:
-    """Policies by name, the anchor of SPAR's first run first; for each run of SPAR its anchor's name and its family's.
+    """Policies by name, the first anchor first; for each run with an anchor its anchor's name and its family's.
 
     Args:
-        methods: of each run.
+        runs: their directories.
         scales: of the families.
         device: of the policies.
     """
     policies: dict[str, TensorDictModuleBase] = {}
     families: dict[str, list[str]] = {}
     anchors: dict[str, TensorDictModuleBase] = {}
-    for run, method in methods.items():
+    for run in runs:
         policy, facts = read_actor(Path(run, "policy.pt"), device)
         if "choice" in facts:
             raise InputError(f"runs: {run} was saved with select=ope, as FQE chose it; study runs with select=null")
-        if isinstance(policy, SPARActor) and method in NAMES.values():
+        if isinstance(policy, SPARActor):
             family = {f"{run} {name}": each for name, each in residual_family(policy, scales).items()}
             # Runs of one seed may share their anchor.
             same = [name for name, other in anchors.items() if same_weights(policy.anchor, other)]
@@ -104,9 +103,7 @@ def policies_of(
         else:
             policies[run] = policy
     if not families:
-        raise InputError(
-            f"runs={list(methods)}: none is of {' or '.join(NAMES.values())}, with an anchor to compare with"
-        )
+        raise InputError(f"runs={list(runs)}: none has an anchor to compare with, as runs of method=spar have")
     return {"anchor": anchors["anchor"], **policies}, families
 
 

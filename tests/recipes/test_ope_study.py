@@ -10,13 +10,15 @@ import numpy as np
 import pytest
 import torch
 from helpers import TINY, compose_recipe, run
+from tensordict.nn import TensorDictSequential
 
-from torchrl_spar import InputError, evaluate, load_policy, save_policy
+from torchrl_spar import FrozenAnchor, InputError, evaluate, load_policy, save_policy
 from torchrl_spar.ope import select
 
 pytest.importorskip("hydra")
 import compare
 import ope_study
+from ablations.no_anchor import mid_range
 from reporting import ope_figures
 
 
@@ -63,6 +65,14 @@ def copy_run(source, target, **changed):
     shutil.copytree(source, target)
     results = json.loads((target / "results.json").read_text())
     (target / "results.json").write_text(json.dumps(results | changed))
+
+
+def no_anchor(run):
+    """As the ablation saves its policy: the middle of the range is no anchor to fall back to."""
+    policy, facts = load_policy(run / "policy.pt")
+    facts["compare_network"] = {"kind": "no_anchor", **policy.architecture}
+    policy.anchor = FrozenAnchor(mid_range(policy.low, policy.high))
+    save_policy(TensorDictSequential(policy), run / "policy.pt", **facts)
 
 
 def d3rlpy_joins_a_finished_study(monkeypatch, out, options):
@@ -132,10 +142,10 @@ def test_a_study_of_several_runs(tmp_path, capsys, monkeypatch):
     facts = json.loads((tmp_path / "out" / "ope.json").read_text())
     runs = [str(tmp_path / "runs" / seed) for seed in "01234"]
     # The first run's c=0 is the anchor, and no anchor comes twice.
-    expected = [f"{runs[0]} c=1", f"{runs[1]} c=0", f"{runs[1]} c=1", runs[2], f"{runs[3]} c=1", runs[4]]
+    expected = [f"{runs[0]} c=1", f"{runs[1]} c=0", *(f"{run} c=1" for run in runs[1:4]), runs[4]]
     assert [row["name"] for row in facts["rows"]] == ["anchor", *expected] and facts["policies"] == 7
     anchors = {run: made["anchor"] for run, made in facts["safe_choice"]["runs"].items()}
-    assert anchors == {runs[0]: "anchor", runs[1]: f"{runs[1]} c=0", runs[3]: f"{runs[1]} c=0"}
+    assert anchors == {runs[0]: "anchor", runs[2]: "anchor", runs[1]: f"{runs[1]} c=0", runs[3]: f"{runs[1]} c=0"}
     assert [row["updates"] for row in facts["rows"]] == [0, *[4] * 6]
     assert [row["method"] for row in facts["rows"]] == ["anchor", "spar", "spar", "spar", "no_lsi", "spar", "iql"]
     played = [{key: row[key] for key in ("score", "true_value")} for row in facts["rows"]]
@@ -159,7 +169,8 @@ def test_a_study_of_several_runs(tmp_path, capsys, monkeypatch):
         ope_study.main(compose_recipe("ope_study", f"out={tmp_path / 'out'}", "d3rlpy_steps=5", *options))
     with pytest.raises(InputError, match=r"runs: .*1 was saved with select=ope"):
         ope_study.main(compose_recipe("ope_study", f"runs=[{tmp_path / 'runs'}]", f"out={tmp_path / 'other'}"))
-    with pytest.raises(InputError, match="none is of spar or spar_latent"):
+    no_anchor(tmp_path / "runs" / "2")
+    with pytest.raises(InputError, match="none has an anchor to compare with"):
         ope_study.main(compose_recipe("ope_study", f"runs=[{runs[2]},{runs[4]}]", f"out={tmp_path / 'other'}"))
 
 
