@@ -3,7 +3,8 @@
 python recipes/ope_study.py 'runs=[outputs/a,outputs/b]' 'scales=[0.5,1]' episodes=20
 
 All runs are of one data set, which has an environment; they are of any methods, one at least has an anchor, as SPAR and
-most of its ablations do. The truth is the mean over episodes played there: scores (or returns) for ranks and regrets, discounted returns for errors and intervals.
+most of its ablations do. The truth is the mean over episodes played there: scores (or returns) for ranks and regrets,
+discounted returns for errors and intervals.
 DOPE: Fu et al. 2021 (https://arxiv.org/abs/2103.16596).
 """
 
@@ -11,13 +12,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from time import process_time
 from types import ModuleType
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from harness.actors import read_actor
@@ -75,36 +76,65 @@ class Options:
     threads: int = option(1, "Torch threads.", least=1)
 
 
+class Studied(NamedTuple):
+    """A policy of a run.
+
+    Attributes:
+        policy: observation -> action.
+        method: of the run.
+        updates: before it was saved.
+        c: of ``anchor + c * residual``.
+        critics_value: by the critics that the run trained; of its own policy and anchor, where it noted them.
+    """
+
+    policy: TensorDictModuleBase
+    method: str
+    updates: int
+    c: float | None = None
+    critics_value: float | None = None
+
+
 def policies_of(
-    runs: Iterable[str], scales: Sequence[float], device: torch.device
-) -> tuple[dict[str, TensorDictModuleBase], dict[str, list[str]]]:
+    runs: Mapping[str, Mapping[str, Any]], scales: Sequence[float], device: torch.device
+) -> tuple[dict[str, Studied], dict[str, list[str]]]:
     """Policies by name, the first anchor first; for each run with an anchor its anchor's name and its family's.
 
     Args:
-        runs: their directories.
+        runs: results by directory.
         scales: of the families.
         device: of the policies.
     """
-    policies: dict[str, TensorDictModuleBase] = {}
+    found: dict[str, Studied] = {}
     families: dict[str, list[str]] = {}
     anchors: dict[str, TensorDictModuleBase] = {}
-    for run in runs:
+    for run, results in runs.items():
+        values = results.get("critics_values", {})
         policy, facts = read_actor(Path(run, "policy.pt"), device)
         if "choice" in facts:
             raise InputError(f"runs: {run} was saved with select=ope, as FQE chose it; study runs with select=null")
+        whole = Studied(policy, results["method"], results["updates"], None, values.get("deployed"))
         if isinstance(policy, SPARActor):
-            family = {f"{run} {name}": each for name, each in residual_family(policy, scales).items()}
             # Runs of one seed may share their anchor.
             same = [name for name, other in anchors.items() if same_weights(policy.anchor, other)]
             own = same[0] if same else f"{run} c=0" if anchors else "anchor"
-            anchors.setdefault(own, policy.anchor)
+            if not same:
+                anchors[own] = policy.anchor
+                of_anchor = ("anchor", 0, None) if own == "anchor" else (whole.method, whole.updates, 0.0)
+                found[own] = Studied(policy.anchor, *of_anchor, values.get("anchor"))
+            family = {f"{run} c={c:g}": scaled(whole, policy, c) for c in scales}
             families[run] = [own, *family]
-            policies |= {own: anchors[own], **family}
+            found |= family
         else:
-            policies[run] = policy
+            found[run] = whole
     if not families:
         raise InputError(f"runs={list(runs)}: none has an anchor to compare with, as runs of method=spar have")
-    return {"anchor": anchors["anchor"], **policies}, families
+    return {"anchor": found["anchor"], **found}, families
+
+
+def scaled(whole: Studied, actor: SPARActor, c: float) -> Studied:
+    """The same with the residual times c; its critics' value is that of the whole residual."""
+    [policy] = residual_family(actor, [c]).values()
+    return whole._replace(policy=policy, c=c, critics_value=whole.critics_value if c == 1 else None)
 
 
 def d3rlpy_peer() -> ModuleType:
@@ -124,8 +154,8 @@ def main(cfg: DictConfig) -> None:
     facts = finished_study(cfg, asked, file)
     read = read_agreeing(runs)
     options = [each for each, _ in read]
-    methods = {str(run): results["method"] for run, (_, results) in zip(runs, read)}
-    policies, families = policies_of(methods, cfg.scales, device)
+    studied, families = policies_of({str(run): results for run, (_, results) in zip(runs, read)}, cfg.scales, device)
+    policies = {name: each.policy for name, each in studied.items()}
     data, env, env_kwargs = load(options[0], device)
     if facts is None:
         ope = fqe_options(cast(DictConfig, OmegaConf.merge(options[0], {"ope": cfg.ope, "seed": cfg.seed})))
@@ -150,18 +180,14 @@ def main(cfg: DictConfig) -> None:
             played |= part["played"]
             seconds += part["cpu_seconds"]
         found, values = judge(terms, families, confidence=ope["confidence"], draws=DRAWS, seed=ope["seed"])
-        rows: list[dict[str, Any]] = []
-        updates = {str(run): options[i].spar.updates for i, run in enumerate(runs)}
-        for name in policies:
-            origin, _, scale = name.rpartition(" c=")
-            rows.append(
-                {
-                    "name": name, "method": methods.get(origin or name, "anchor"),
-                    "updates": updates.get(origin or name, 0), "c": float(scale) if origin else None,
-                    **played[name],
-                    "value": values[name]["mean"], "low": values[name]["low"], "high": values[name]["high"],
-                }
-            )  # fmt: skip
+        rows = [
+            {
+                "name": name, "method": each.method, "updates": each.updates, "c": each.c, **played[name],
+                "value": values[name]["mean"], "low": values[name]["low"], "high": values[name]["high"],
+                "critics_value": each.critics_value,
+            }
+            for name, each in studied.items()
+        ]  # fmt: skip
         facts = {
             "dataset": options[0].dataset, "env": env, "gamma": ope["gamma"],
             "nominal_coverage": 2 * cfg.ope.confidence - 1,  # each bound holds with the confidence

@@ -113,7 +113,7 @@ class Run:
         scores: Scores
         if self.env is None:
             self.data_scores["support_distance"] = 1.0
-            scores = LogScores(self.out, cast(Support, self.support), self.critics_values, log)
+            scores = LogScores(self.out, cast(Support, self.support), lambda: self.critics_values(self.policy), log)
         else:
             scores = Scores(self.out, self.env, self.env_kwargs, self.seed, log, background=cfg.eval.background)
         self.scores = self.keep("scores", scores)
@@ -138,8 +138,8 @@ class Run:
         """A row of the log."""
         self.log.write(phase, step, metrics)
 
-    def critics_values(self) -> Tensor | None:
-        """Values of the policy in the data's initial states by the method's critics, ``[E]``; None without critics."""
+    def critics_values(self, policy: TensorDictModuleBase) -> Tensor | None:
+        """Values of a policy in the data's initial states by the method's critics, ``[E]``; None without critics."""
         return None
 
     def estimate(self) -> tuple[dict[str, Any], TensorDictModuleBase]:

@@ -93,8 +93,8 @@ class SPARRun(Run):
         super().record(phase, step, {name: values.mean() for name, values in metrics.items()})  # of all members
 
     @torch.no_grad()
-    def critics_values(self) -> Tensor:
-        policy, rows = self.policy, self.data[:]
+    def critics_values(self, policy: TensorDictModuleBase) -> Tensor:
+        rows = self.data[:]
         starts = rows["episode"].diff(prepend=rows["episode"].new_full((1,), -1)) != 0
         state = policy(rows[starts].select(*policy.in_keys))
         values = []
@@ -115,6 +115,8 @@ class SPARRun(Run):
 
     def go_on(self, results: dict[str, Any]) -> None:
         results["members"] = len(self.losses)
+        policies = {"anchor": self.policy.anchor, "deployed": self.deployed}
+        results["critics_values"] = {name: self.critics_values(x).mean().item() for name, x in policies.items()}
 
     def draw(self, results: dict[str, Any]) -> None:
         plot = plot_learning_curve if self.env else plot_log_curve

@@ -47,6 +47,10 @@ def test_the_figures_of_four_policies():
     # Places by score 0 1 3 2, by value 0 2 1 3: 1 - 6 * (0 + 1 + 4 + 1) / (4 * 15).
     assert found["spearman"] == pytest.approx(0.4)
     assert list(found["regret"].values()) == [10.0, 0.0, 30.0, 0.0, 15.0]
+    for row, value in zip(rows, (10.0, 30.0, 20.0, None)):
+        row["critics_value"] = value
+    again = ope_figures.figures(rows, "anchor")["regret"]
+    assert again == found["regret"] | {"critics' own value": 80.0 - 60.0}
 
 
 def test_the_figures_of_safe_choices():
@@ -135,7 +139,7 @@ def test_a_study_of_several_runs(tmp_path, capsys, monkeypatch):
     compare.start(compose_recipe("compare", *TINY, "batch_size=32", "method=iql"), 0, tmp_path / "runs" / "4")
     # Stand for an ablation and for SPAR with another option; both have the anchor of their seed.
     copy_run(tmp_path / "runs" / "0", tmp_path / "runs" / "2", method="no_lsi")
-    copy_run(tmp_path / "runs" / "1", tmp_path / "runs" / "3")
+    copy_run(tmp_path / "runs" / "1", tmp_path / "runs" / "3", critics_values={})
     few = ["scales=[1]", "episodes=2", "ope.steps=2", "ope.warm_steps=2", "ope.num_qvalue_nets=2"]
     cfg = compose_recipe("ope_study", f"runs=[{tmp_path / 'runs'}]", f"out={tmp_path / 'out'}", *few)
     ope_study.main(cfg)
@@ -148,6 +152,12 @@ def test_a_study_of_several_runs(tmp_path, capsys, monkeypatch):
     assert anchors == {runs[0]: "anchor", runs[2]: "anchor", runs[1]: f"{runs[1]} c=0", runs[3]: f"{runs[1]} c=0"}
     assert [row["updates"] for row in facts["rows"]] == [0, *[4] * 6]
     assert [row["method"] for row in facts["rows"]] == ["anchor", "spar", "spar", "spar", "no_lsi", "spar", "iql"]
+    own = [json.loads((tmp_path / "runs" / seed / "results.json").read_text())["critics_values"] for seed in "01"]
+    expected = [own[0]["anchor"], *(own[i][name] for i, name in ((0, "deployed"), (1, "anchor"), (1, "deployed")))]
+    expected = [pytest.approx(value, rel=1e-5) for value in (*expected, own[0]["deployed"])]
+    # An older run and a rival have none.
+    assert [row["critics_value"] for row in facts["rows"]] == [*expected, None, None]
+    assert "critics' own value" in facts["regret"]
     played = [{key: row[key] for key in ("score", "true_value")} for row in facts["rows"]]
     assert played[4] == played[1] and played[5] == played[3] and played[6] not in played[:6]
     policy, facts_of_1 = load_policy(tmp_path / "runs" / "1" / "policy.pt")
