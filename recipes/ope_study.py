@@ -52,7 +52,9 @@ GROUP = 10  # policies of a part, fitted side by side
 @dataclass
 class Options:
     runs: list[str] = option(
-        "???", "Directories of finished runs on one data set, or folders that hold some; one at least with an anchor."
+        "???",
+        "Directories of finished runs on one data set, or folders that hold some; one at least with an anchor. Earlier "
+        "policies that a run kept (keep_policies) are studied, too.",
     )
     scales: list[float] = option(
         [0.5, 1.0],
@@ -84,7 +86,7 @@ class Studied(NamedTuple):
         method: of the run.
         updates: before it was saved.
         c: of ``anchor + c * residual``.
-        critics_value: by the critics that the run trained; of its own policy and anchor, where it noted them.
+        critics_value: by the critics that the run has trained; of its policies and anchor, where it noted them.
     """
 
     policy: TensorDictModuleBase
@@ -109,26 +111,36 @@ def policies_of(
     anchors: dict[str, TensorDictModuleBase] = {}
     for run, results in runs.items():
         values = results.get("critics_values", {})
-        policy, facts = read_actor(Path(run, "policy.pt"), device)
-        if "choice" in facts:
-            raise InputError(f"runs: {run} was saved with select=ope, as FQE chose it; study runs with select=null")
-        whole = Studied(policy, results["method"], results["updates"], None, values.get("deployed"))
-        if isinstance(policy, SPARActor):
+        for name, file in saved_policies(Path(run)).items():
+            policy, facts = read_actor(file, device)
+            if "choice" in facts:
+                raise InputError(f"runs: {run} was saved with select=ope, as FQE chose it; study runs with select=null")
+            step = name.removeprefix(run)[1:]
+            updates = int(step) if step else results["updates"]
+            whole = Studied(policy, results["method"], updates, None, values.get(step or "deployed"))
+            if not isinstance(policy, SPARActor):
+                found[name] = whole
+                continue
             # Runs of one seed may share their anchor.
-            same = [name for name, other in anchors.items() if same_weights(policy.anchor, other)]
+            same = [known for known, other in anchors.items() if same_weights(policy.anchor, other)]
             own = same[0] if same else f"{run} c=0" if anchors else "anchor"
             if not same:
                 anchors[own] = policy.anchor
-                of_anchor = ("anchor", 0, None) if own == "anchor" else (whole.method, whole.updates, 0.0)
+                of_anchor = ("anchor", 0, None) if own == "anchor" else (whole.method, updates, 0.0)
                 found[own] = Studied(policy.anchor, *of_anchor, values.get("anchor"))
-            family = {f"{run} c={c:g}": scaled(whole, policy, c) for c in scales}
-            families[run] = [own, *family]
+            family = {f"{name} c={c:g}": scaled(whole, policy, c) for c in scales}
+            families.setdefault(run, [own]).extend(family)
             found |= family
-        else:
-            found[run] = whole
     if not families:
         raise InputError(f"runs={list(runs)}: none has an anchor to compare with, as runs of method=spar have")
     return {"anchor": found["anchor"], **found}, families
+
+
+def saved_policies(run: Path) -> dict[str, Path]:
+    """Files by name: the run's own policy, and as RUN@UPDATES the earlier ones that it kept."""
+    kept = {file.stem.removeprefix("policy_"): file for file in run.glob("policy_*.pt")}
+    steps = sorted((step for step in kept if step.isdigit()), key=int)
+    return {str(run): run / "policy.pt", **{f"{run}@{step}": kept[step] for step in steps}}
 
 
 def scaled(whole: Studied, actor: SPARActor, c: float) -> Studied:
@@ -239,7 +251,7 @@ def asked_for(cfg: DictConfig, runs: Sequence[Path]) -> dict[str, Any]:
     others = ("out", "device", "threads", "d3rlpy_steps")
     options = cast(dict[str, Any], OmegaConf.to_container(cfg))
     kept = {name: value for name, value in options.items() if name not in others}
-    return kept | {"policy.pt": {str(run): sha256(run / "policy.pt") for run in runs}}
+    return kept | {"policy.pt": {name: sha256(file) for run in runs for name, file in saved_policies(run).items()}}
 
 
 def finished_study(cfg: DictConfig, asked: dict[str, Any], file: Path) -> dict[str, Any] | None:

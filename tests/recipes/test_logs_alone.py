@@ -41,10 +41,11 @@ import export
 import report
 import spar_offline_to_online
 from harness import log_values
+from harness.earlier import EarlierPolicies
 from harness.environment import load_any
 from harness.plots import plot_learning_curve
 from harness.same_rows import SameRows, digest_of
-from harness.spar_run import EarlierPolicies, SPARRun, check_options
+from harness.spar_run import SPARRun, check_options
 from omegaconf import OmegaConf
 from reporting import deployment
 
@@ -249,8 +250,8 @@ def test_the_chosen_residual_is_what_is_saved(monkeypatch):
 
 def test_policies_of_earlier_evaluations_are_candidates(monkeypatch):
     """Each is kept as it was, and saved when it is chosen."""
-    options = ["select=ope", "select_from=3", "spar.updates=10", "eval.interval=2", "out=x"]
-    earlier = EarlierPolicies(compose_recipe("spar_d4rl", *options))
+    options = ["spar.updates=10", "eval.interval=2", "out=x"]
+    earlier = EarlierPolicies(compose_recipe("spar_d4rl", *options), 3)
     data = small_data()
     actor = make_spar_loss(data, hidden=[8]).actor
     state, expected = torch.randn(5, 3), {}
@@ -258,13 +259,14 @@ def test_policies_of_earlier_evaluations_are_candidates(monkeypatch):
         nn.init.constant_(actor.head.module.mlp[-1].bias, 0.05 * step)
         expected[step] = actor(observation=state)
         earlier.add(step, actor)
-    again = EarlierPolicies(compose_recipe("spar_d4rl", *options))
+    again = EarlierPolicies(compose_recipe("spar_d4rl", *options), 3)
     again.load_state_dict(deepcopy(earlier.state_dict()))
     policies = again.policies(actor)
-    assert list(policies) == ["step 2", "step 6"]  # of 2, 4, 6, 8 and 10, the last of which is the policy itself
+    assert list(policies) == [2, 6]  # of 2, 4, 6, 8 and 10, the last of which is the policy itself
     assert (expected[2] - expected[10]).abs().min() > 0
     for step in (2, 6):
-        torch.testing.assert_close(policies[f"step {step}"](observation=state), expected[step])
+        torch.testing.assert_close(policies[step](observation=state), expected[step])
+    policies = {f"step {step}": policy for step, policy in policies.items()}
     real = log_values.select_policy
     chosen_name = "c=0.5 of step 2"
     monkeypatch.setattr(log_values, "select_policy", lambda *args, **kw: real(*args, **kw)._replace(name=chosen_name))

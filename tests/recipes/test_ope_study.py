@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from types import SimpleNamespace
@@ -19,6 +20,7 @@ pytest.importorskip("hydra")
 import compare
 import ope_study
 from ablations.no_anchor import mid_range
+from harness import scores
 from reporting import ope_figures
 
 
@@ -182,6 +184,33 @@ def test_a_study_of_several_runs(tmp_path, capsys, monkeypatch):
     no_anchor(tmp_path / "runs" / "2")
     with pytest.raises(InputError, match="none has an anchor to compare with"):
         ope_study.main(compose_recipe("ope_study", f"runs=[{runs[2]},{runs[4]}]", f"out={tmp_path / 'other'}"))
+
+
+def test_policies_that_runs_kept_are_studied(tmp_path):
+    """They are those that the learning curve is of."""
+    for method, out in (("spar", "0"), ("iql", "1")):
+        options = [*TINY, "batch_size=32", f"method={method}", "keep_policies=2", "eval.episodes=2"]
+        compare.start(compose_recipe("compare", *options), 0, tmp_path / out)
+    runs = {str(tmp_path / out): json.loads((tmp_path / out / "results.json").read_text()) for out in "01"}
+    spar, iql = runs
+    studied, families = ope_study.policies_of(runs, [0.5, 1.0], torch.device("cpu"))
+    names = [f"{spar}{step} c={c}" for step in ("", "@2") for c in (0.5, 1)]
+    assert list(studied) == ["anchor", *names, iql, f"{iql}@2"]
+    assert families == {spar: ["anchor", *names]}
+    assert [each.updates for each in studied.values()] == [0, 4, 4, 2, 2, 4, 2]
+    assert [each.c for each in studied.values()] == [None, 0.5, 1.0, 0.5, 1.0, None, None]
+    values = runs[spar]["critics_values"]
+    expected = [values["anchor"], None, values["deployed"], None, values["2"], None, None]
+    assert len({*expected}) == 4 and [each.critics_value for each in studied.values()] == expected
+    for path, suffix in ((spar, " c=1"), (iql, "")):
+        for name, step in ((f"{path}{suffix}", 4), (f"{path}@2{suffix}", 2)):
+            [point] = [row for row in runs[path]["curve"] if row["step"] == step]
+            returns = evaluate(studied[name].policy, "Hopper-v5", 2, scores.CURVE_SEED)
+            assert returns.mean().item() == pytest.approx(point["return_mean"], rel=1e-6)
+    cfg = compose_recipe("ope_study", f"runs=[{tmp_path}]", f"out={tmp_path / 'out'}")
+    found = ope_study.asked_for(cfg, [tmp_path / "0", tmp_path / "1"])["policy.pt"]
+    assert [*found] == [spar, f"{spar}@2", iql, f"{iql}@2"]
+    assert found[f"{spar}@2"] == hashlib.sha256((tmp_path / "0" / "policy_2.pt").read_bytes()).hexdigest()
 
 
 def test_runs_that_do_not_compare_are_named(tmp_path):
