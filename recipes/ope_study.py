@@ -122,12 +122,13 @@ def policies_of(
                 found[name] = whole
                 continue
             # Runs of one seed may share their anchor.
-            same = [known for known, other in anchors.items() if same_weights(policy.anchor, other)]
+            same = [each for each, other in anchors.items() if same_weights(policy.anchor, other)]
             own = same[0] if same else f"{run} c=0" if anchors else "anchor"
             if not same:
                 anchors[own] = policy.anchor
-                of_anchor = ("anchor", 0, None) if own == "anchor" else (whole.method, updates, 0.0)
-                found[own] = Studied(policy.anchor, *of_anchor, values.get("anchor"))
+                first = Studied(policy.anchor, "anchor", 0, None, values.get("anchor"))
+                of_run = first._replace(method=whole.method, updates=updates, c=0.0)
+                found[own] = first if own == "anchor" else of_run
             family = {f"{name} c={c:g}": scaled(whole, policy, c) for c in scales}
             families.setdefault(run, [own]).extend(family)
             found |= family

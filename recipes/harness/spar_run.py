@@ -116,7 +116,8 @@ class SPARRun(Run):
 
     def go_on(self, results: dict[str, Any]) -> None:
         results["members"] = len(self.losses)
-        policies = {"anchor": self.policy.anchor, **self.kept.policies(self.policy), "deployed": self.deployed}
+        policies: dict[Any, Any] = {"anchor": self.policy.anchor, "deployed": self.deployed}
+        policies |= self.kept.policies(self.policy)
         results["critics_values"] = {name: self.critics_values(x).mean().item() for name, x in policies.items()}
 
     def draw(self, results: dict[str, Any]) -> None:
