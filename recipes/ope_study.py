@@ -2,8 +2,9 @@
 
 python recipes/ope_study.py 'runs=[outputs/a,outputs/b]' 'scales=[0.5,1]' episodes=20
 
-All runs are of one data set, which has an environment; they are of any methods, one at least of SPAR. The truth is the
-mean over episodes played there: scores (or returns) for ranks and regrets, discounted returns for errors and intervals.
+All runs are of one data set, which has an environment; they are of any methods, one at least has an anchor, as SPAR and
+most of its ablations do. The truth is the mean over episodes played there: scores (or returns) for ranks and regrets,
+discounted returns for errors and intervals.
 DOPE: Fu et al. 2021 (https://arxiv.org/abs/2103.16596).
 """
 
@@ -17,7 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 from time import process_time
 from types import ModuleType
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from harness.actors import read_actor
@@ -31,7 +32,6 @@ from harness.output import check_unused, rounded, whole_file, write_json
 from harness.run import VERSIONED, commit, on_cpu
 from harness.scores import RESULT_SEED
 from harness.spar_options import OPE
-from harness.spar_run import NAMES
 from omegaconf import DictConfig, OmegaConf
 from reporting.ope_figures import figures, peers_figures, safe_choice
 from rich.console import Console
@@ -52,11 +52,13 @@ GROUP = 10  # policies of a part, fitted side by side
 @dataclass
 class Options:
     runs: list[str] = option(
-        "???", "Directories of finished runs on one data set, or folders that hold some; one at least of SPAR."
+        "???",
+        "Directories of finished runs on one data set, or folders that hold some; one at least with an anchor. Earlier "
+        "policies that a run kept (keep_policies) are studied, too.",
     )
     scales: list[float] = option(
         [0.5, 1.0],
-        "Of SPAR's runs, c in anchor + c * residual, beside the anchor; rivals and ablations have one policy a run.",
+        "Of runs with an anchor, c in anchor + c * residual, beside the anchor; others have one policy a run.",
         above=0, most=1,
     )  # fmt: skip
     out: str = option(
@@ -76,38 +78,76 @@ class Options:
     threads: int = option(1, "Torch threads.", least=1)
 
 
+class Studied(NamedTuple):
+    """A policy of a run.
+
+    Attributes:
+        policy: observation -> action.
+        method: of the run.
+        updates: before it was saved.
+        c: of ``anchor + c * residual``.
+        critics_value: by the critics that the run has trained; of its policies and anchor, where it noted them.
+    """
+
+    policy: TensorDictModuleBase
+    method: str
+    updates: int
+    c: float | None = None
+    critics_value: float | None = None
+
+
 def policies_of(
-    methods: Mapping[str, str], scales: Sequence[float], device: torch.device
-) -> tuple[dict[str, TensorDictModuleBase], dict[str, list[str]]]:
-    """Policies by name, the anchor of SPAR's first run first; for each run of SPAR its anchor's name and its family's.
+    runs: Mapping[str, Mapping[str, Any]], scales: Sequence[float], device: torch.device
+) -> tuple[dict[str, Studied], dict[str, list[str]]]:
+    """Policies by name, the first anchor first; for each run with an anchor its anchor's name and its family's.
 
     Args:
-        methods: of each run.
+        runs: results by directory.
         scales: of the families.
         device: of the policies.
     """
-    policies: dict[str, TensorDictModuleBase] = {}
+    found: dict[str, Studied] = {}
     families: dict[str, list[str]] = {}
     anchors: dict[str, TensorDictModuleBase] = {}
-    for run, method in methods.items():
-        policy, facts = read_actor(Path(run, "policy.pt"), device)
-        if "choice" in facts:
-            raise InputError(f"runs: {run} was saved with select=ope, as FQE chose it; study runs with select=null")
-        if isinstance(policy, SPARActor) and method in NAMES.values():
-            family = {f"{run} {name}": each for name, each in residual_family(policy, scales).items()}
+    for run, results in runs.items():
+        values = results.get("critics_values", {})
+        for name, file in saved_policies(Path(run)).items():
+            policy, facts = read_actor(file, device)
+            if "choice" in facts:
+                raise InputError(f"runs: {run} was saved with select=ope, as FQE chose it; study runs with select=null")
+            step = name.removeprefix(run)[1:]
+            updates = int(step) if step else results["updates"]
+            whole = Studied(policy, results["method"], updates, None, values.get(step or "deployed"))
+            if not isinstance(policy, SPARActor):
+                found[name] = whole
+                continue
             # Runs of one seed may share their anchor.
-            same = [name for name, other in anchors.items() if same_weights(policy.anchor, other)]
+            same = [each for each, other in anchors.items() if same_weights(policy.anchor, other)]
             own = same[0] if same else f"{run} c=0" if anchors else "anchor"
-            anchors.setdefault(own, policy.anchor)
-            families[run] = [own, *family]
-            policies |= {own: anchors[own], **family}
-        else:
-            policies[run] = policy
+            if not same:
+                anchors[own] = policy.anchor
+                first = Studied(policy.anchor, "anchor", 0, None, values.get("anchor"))
+                of_run = first._replace(method=whole.method, updates=updates, c=0.0)
+                found[own] = first if own == "anchor" else of_run
+            family = {f"{name} c={c:g}": scaled(whole, policy, c) for c in scales}
+            families.setdefault(run, [own]).extend(family)
+            found |= family
     if not families:
-        raise InputError(
-            f"runs={list(methods)}: none is of {' or '.join(NAMES.values())}, with an anchor to compare with"
-        )
-    return {"anchor": anchors["anchor"], **policies}, families
+        raise InputError(f"runs={list(runs)}: none has an anchor to compare with, as runs of method=spar have")
+    return {"anchor": found["anchor"], **found}, families
+
+
+def saved_policies(run: Path) -> dict[str, Path]:
+    """Files by name: the run's own policy, and as RUN@UPDATES the earlier ones that it kept."""
+    kept = {file.stem.removeprefix("policy_"): file for file in run.glob("policy_*.pt")}
+    steps = sorted((step for step in kept if step.isdigit()), key=int)
+    return {str(run): run / "policy.pt", **{f"{run}@{step}": kept[step] for step in steps}}
+
+
+def scaled(whole: Studied, actor: SPARActor, c: float) -> Studied:
+    """The same with the residual times c; its critics' value is that of the whole residual."""
+    [policy] = residual_family(actor, [c]).values()
+    return whole._replace(policy=policy, c=c, critics_value=whole.critics_value if c == 1 else None)
 
 
 def d3rlpy_peer() -> ModuleType:
@@ -127,8 +167,8 @@ def main(cfg: DictConfig) -> None:
     facts = finished_study(cfg, asked, file)
     read = read_agreeing(runs)
     options = [each for each, _ in read]
-    methods = {str(run): results["method"] for run, (_, results) in zip(runs, read)}
-    policies, families = policies_of(methods, cfg.scales, device)
+    studied, families = policies_of({str(run): results for run, (_, results) in zip(runs, read)}, cfg.scales, device)
+    policies = {name: each.policy for name, each in studied.items()}
     data, env, env_kwargs = load(options[0], device)
     if facts is None:
         ope = fqe_options(cast(DictConfig, OmegaConf.merge(options[0], {"ope": cfg.ope, "seed": cfg.seed})))
@@ -153,18 +193,14 @@ def main(cfg: DictConfig) -> None:
             played |= part["played"]
             seconds += part["cpu_seconds"]
         found, values = judge(terms, families, confidence=ope["confidence"], draws=DRAWS, seed=ope["seed"])
-        rows: list[dict[str, Any]] = []
-        updates = {str(run): options[i].spar.updates for i, run in enumerate(runs)}
-        for name in policies:
-            origin, _, scale = name.rpartition(" c=")
-            rows.append(
-                {
-                    "name": name, "method": methods.get(origin or name, "anchor"),
-                    "updates": updates.get(origin or name, 0), "c": float(scale) if origin else None,
-                    **played[name],
-                    "value": values[name]["mean"], "low": values[name]["low"], "high": values[name]["high"],
-                }
-            )  # fmt: skip
+        rows = [
+            {
+                "name": name, "method": each.method, "updates": each.updates, "c": each.c, **played[name],
+                "value": values[name]["mean"], "low": values[name]["low"], "high": values[name]["high"],
+                "critics_value": each.critics_value,
+            }
+            for name, each in studied.items()
+        ]  # fmt: skip
         facts = {
             "dataset": options[0].dataset, "env": env, "gamma": ope["gamma"],
             "nominal_coverage": 2 * cfg.ope.confidence - 1,  # each bound holds with the confidence
@@ -216,7 +252,7 @@ def asked_for(cfg: DictConfig, runs: Sequence[Path]) -> dict[str, Any]:
     others = ("out", "device", "threads", "d3rlpy_steps")
     options = cast(dict[str, Any], OmegaConf.to_container(cfg))
     kept = {name: value for name, value in options.items() if name not in others}
-    return kept | {"policy.pt": {str(run): sha256(run / "policy.pt") for run in runs}}
+    return kept | {"policy.pt": {name: sha256(file) for run in runs for name, file in saved_policies(run).items()}}
 
 
 def finished_study(cfg: DictConfig, asked: dict[str, Any], file: Path) -> dict[str, Any] | None:

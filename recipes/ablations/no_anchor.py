@@ -50,10 +50,9 @@ class UnanchoredRun(SPARRun):
         assert sizes is not None  # its other networks are the default ones
         return {"kind": "no_anchor", **sizes}
 
-    def save(self, results: dict[str, Any]) -> None:
+    def as_saved(self, policy: TensorDictModuleBase) -> TensorDictModuleBase:
         # Wrapped: nobody is to take it for a policy with an anchor to compare with or to fall back to.
-        self.deployed = TensorDictSequential(self.deployed)
-        super().save(results)
+        return TensorDictSequential(policy)
 
     def draw(self, results: dict[str, Any]) -> None:
         pass

@@ -22,7 +22,7 @@ from torchrl_spar.errors import first_line
 FREE = ("runs", "out", "threads", "eval.background", "resume", "checkpoint.seconds")
 LOCK = ".lock"
 # Options that came later, with what runs from before them did.
-LATER = {"spar.members": 1}
+LATER = {"spar.members": 1, "keep_policies": 1}
 # What every run leaves in results.json.
 RESULTS = ("dataset", "env", "env_kwargs", "seed", "method", "updates")
 

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from harness.actors import FACT
 from harness.checkpoints import Checkpoints, P
+from harness.earlier import EarlierPolicies
 from harness.environment import dataset_name, load, load_any, log_options, step_limit_of
 from harness.launch import RECIPES, best_device, summarize
 from harness.log_values import Support, estimate_any, fqe_options
@@ -113,12 +114,13 @@ class Run:
         scores: Scores
         if self.env is None:
             self.data_scores["support_distance"] = 1.0
-            scores = LogScores(self.out, cast(Support, self.support), self.critics_values, log)
+            scores = LogScores(self.out, cast(Support, self.support), lambda: self.critics_values(self.policy), log)
         else:
             scores = Scores(self.out, self.env, self.env_kwargs, self.seed, log, background=cfg.eval.background)
         self.scores = self.keep("scores", scores)
         self.scores.write()
         self.progress = self.keep("progress", Progress(self.checkpoints.step))
+        self.kept = self.keep("kept policies", EarlierPolicies(cfg, cfg.keep_policies))
         self.rows = self.keep("rows", SameRows(dataset_name(cfg), self.data))
 
     def keep(self, name: str, part: P) -> P:
@@ -138,8 +140,8 @@ class Run:
         """A row of the log."""
         self.log.write(phase, step, metrics)
 
-    def critics_values(self) -> Tensor | None:
-        """Values of the policy in the data's initial states by the method's critics, ``[E]``; None without critics."""
+    def critics_values(self, policy: TensorDictModuleBase) -> Tensor | None:
+        """Values of a policy in the data's initial states by the method's critics, ``[E]``; None without critics."""
         return None
 
     def estimate(self) -> tuple[dict[str, Any], TensorDictModuleBase]:
@@ -148,7 +150,9 @@ class Run:
 
     def evaluate(self, step: int) -> None:
         """Adds a point to the learning curve."""
-        self.scores.add_to_curve(step, on_cpu(self.policy), self.cfg.eval.episodes)
+        policy = self.policy
+        self.kept.add(step, policy)
+        self.scores.add_to_curve(step, on_cpu(policy), self.cfg.eval.episodes)
 
     def evaluate_again(self) -> None:
         """Evaluates again the points that were pending when the checkpoint was written."""
@@ -192,14 +196,20 @@ class Run:
         """Adds to the results what follows the offline phase; nothing by default."""
 
     def save(self, results: dict[str, Any]) -> None:
-        """Writes the policy to deploy."""
+        """Writes the policy to deploy, and the earlier ones that are kept."""
         facts = {key: results[key] for key in ("env", "env_kwargs", "dataset", "seed", "rows_sha256")}
         facts["log"] = log_options(self.cfg) | {"gamma": self.cfg.spar.loss.gamma}
         if self.network is not None:
             facts[FACT] = self.network
+        for step, policy in self.kept.policies(self.policy).items():
+            save_policy(self.as_saved(policy), self.out / f"policy_{step}.pt", **facts)
         if self.cfg.select and "choice" in results["estimates"]:
             facts["choice"] = results["estimates"]["choice"]
-        save_policy(self.deployed, self.out / "policy.pt", **facts)
+        save_policy(self.as_saved(self.deployed), self.out / "policy.pt", **facts)
+
+    def as_saved(self, policy: TensorDictModuleBase) -> TensorDictModuleBase:
+        """What is written of a policy; itself by default."""
+        return policy
 
     def draw(self, results: dict[str, Any]) -> None:
         """Draws the method's figures after all other files are written; none by default."""

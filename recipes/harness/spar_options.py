@@ -185,6 +185,12 @@ class Options(SharedOptions):
         "candidate; each but the last adds four policies to evaluate.",
         least=1,
     )
+    keep_policies: int = option(
+        1,
+        "At how many evaluations of the curve, evenly spaced up to the last one, the policy is kept: the last as "
+        "policy.pt, the others as policy_<updates>.pt, which ope_study.py reads, too.",
+        least=1,
+    )
     checkpoint: CheckpointOptions = option(CheckpointOptions(), "Checkpoints.")
     logger: Logger = option(Logger(), "Logs.")
     defaults: list[Any] = field(default_factory=lambda: ["_self_", {"preset": None}])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from copy import deepcopy
 from functools import partial
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor
 from torchrl.data import ReplayBuffer
 
 from harness.checkpoints import Checkpoints
+from harness.earlier import EarlierPolicies
 from harness.log_values import estimate_spar, fqe_options
 from harness.plots import plot_learning_curve, plot_log_curve
 from harness.run import Run, block_length, on_cpu
@@ -76,7 +76,8 @@ class SPARRun(Run):
             members.append(make_member(*first, seed=seed, report=report, progress=progress, keep=keep, **options))
         self.losses, self.rows_of_each = [loss for loss, _ in members], [rows for _, rows in members]
         self.health = HealthCheck(self.losses, self.data)
-        self.earlier = self.keep("earlier policies", EarlierPolicies(self.cfg))
+        candidates = EarlierPolicies(self.cfg, self.cfg.select_from if self.cfg.select else 1)
+        self.earlier = self.keep("earlier policies", candidates)
 
     def make_samplers(self) -> list[BatchSampler]:
         """For each member blocks of batches for the main phase, each with the noise of its updates."""
@@ -92,8 +93,8 @@ class SPARRun(Run):
         super().record(phase, step, {name: values.mean() for name, values in metrics.items()})  # of all members
 
     @torch.no_grad()
-    def critics_values(self) -> Tensor:
-        policy, rows = self.policy, self.data[:]
+    def critics_values(self, policy: TensorDictModuleBase) -> Tensor:
+        rows = self.data[:]
         starts = rows["episode"].diff(prepend=rows["episode"].new_full((1,), -1)) != 0
         state = policy(rows[starts].select(*policy.in_keys))
         values = []
@@ -109,46 +110,18 @@ class SPARRun(Run):
 
     def estimate(self) -> tuple[dict[str, Any], TensorDictModuleBase]:
         actor, select = self.policy, self.cfg.select is not None
-        checkpoints = self.earlier.policies(actor)
+        checkpoints = {f"step {step}": policy for step, policy in self.earlier.policies(actor).items()}
         return estimate_spar(actor, self.data, fqe_options(self.cfg), select=select, checkpoints=checkpoints)
 
     def go_on(self, results: dict[str, Any]) -> None:
         results["members"] = len(self.losses)
+        policies: dict[Any, Any] = {"anchor": self.policy.anchor, "deployed": self.deployed}
+        policies |= self.kept.policies(self.policy)
+        results["critics_values"] = {name: self.critics_values(x).mean().item() for name, x in policies.items()}
 
     def draw(self, results: dict[str, Any]) -> None:
         plot = plot_learning_curve if self.env else plot_log_curve
         plot(self.out / "learning_curve.png", results["curve"], results)
-
-
-class EarlierPolicies:
-    """What `select=ope` chooses from beside the last policy: what training has changed, at a few evaluations."""
-
-    def __init__(self, cfg: DictConfig) -> None:
-        self.steps: list[int] = []
-        self.states: dict[int, dict[str, Tensor]] = {}
-        if cfg.select:
-            points = [*range(cfg.eval.interval, cfg.spar.updates, cfg.eval.interval), cfg.spar.updates]
-            count = min(cfg.select_from, len(points))
-            self.steps = [points[(i + 1) * len(points) // count - 1] for i in range(count - 1)]
-
-    def add(self, step: int, actor: TensorDictModuleBase) -> None:
-        if step in self.steps:
-            state = {name: tensor for name, tensor in actor.state_dict().items() if not name.startswith("anchor.")}
-            self.states[step] = {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
-
-    def policies(self, actor: TensorDictModuleBase) -> dict[str, Any]:
-        """By name, on the anchor of this one."""
-        found: dict[str, Any] = {}
-        for step, state in self.states.items():
-            found[f"step {step}"] = deepcopy(actor)
-            found[f"step {step}"].load_state_dict(state, strict=False)
-        return found
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"states": self.states}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.states = state["states"]
 
 
 def check_options(cfg: DictConfig, device: torch.device) -> None:

@@ -47,6 +47,8 @@ def check(cfg: DictConfig) -> None:
         raise InputError(f"spar.members={cfg.spar.members}: one policy goes on online; give 1")
     if cfg.select:
         raise InputError("select=ope: chooses among offline policies; here the online one is saved")
+    if cfg.keep_policies > 1:
+        raise InputError(f"keep_policies={cfg.keep_policies}: keeps offline policies; here the online one is saved")
     if cfg.end_at_success:
         raise InputError("end_at_success=true: the environment does not relabel its rewards and ends; offline only")
 

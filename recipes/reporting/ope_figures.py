@@ -43,7 +43,8 @@ def figures(rows: Sequence[Mapping[str, Any]], chosen: str) -> dict[str, Any]:
     """What `ope.json` says of all policies; `chosen` is the surest one's name, perhaps "anchor".
 
     `spearman_of_truth` is the rank correlation of the true discounted values with the scores: what a perfect estimate
-    would reach, less than 1 where the discount ends before a policy falls.
+    would reach, less than 1 where the discount ends before a policy falls. "critics' own value" chooses among the
+    policies that have a `critics_value`, and is left out where none has.
     """
     score, true, low, high = columns(rows, "score", "true_value", "low", "high")
 
@@ -53,6 +54,7 @@ def figures(rows: Sequence[Mapping[str, Any]], chosen: str) -> dict[str, Any]:
     found = agreement(rows, "value")
     last = max(row["updates"] for row in rows)
     naive = [i for i, row in enumerate(rows) if row["updates"] == last and row["c"] in (None, 1.0)]
+    judged = {row["critics_value"]: i for i, row in enumerate(rows) if row.get("critics_value") is not None}
     surest = [i for i, row in enumerate(rows) if row["name"] == chosen]
     return {
         "policies": len(rows),
@@ -64,6 +66,7 @@ def figures(rows: Sequence[Mapping[str, Any]], chosen: str) -> dict[str, Any]:
             "highest lower bound": regret(int(low.argmax())),
             "surest gain, else the anchor": regret(surest[0]),
             "longest training": sum(map(regret, naive)) / len(naive) if naive else None,
+            **({"critics' own value": regret(judged[max(judged)])} if judged else {}),
             "any": sum(map(regret, range(len(rows)))) / len(rows),
         },
     }

@@ -10,13 +10,14 @@ from helpers import ACTION, OBSERVATION, TINY, compose_recipe, make_batch, run
 from tensordict import TensorDict
 from torchrl.data import Bounded
 
-from torchrl_spar import make_spar_loss
+from torchrl_spar import SPARActor, make_spar_loss
 
 pytest.importorskip("hydra")
 import compare
 from ablations.action_space import ActionSpaceLoss
 from ablations.no_anchor import MidRange
 from ablations.value_gradient import ALPHA, ValueGradientLoss
+from harness.actors import read_actor
 from harness.directory import flatten
 from omegaconf import OmegaConf
 from reporting.names import NAMES as SHOWN
@@ -101,10 +102,14 @@ def test_an_ablation_changes_spars_own_options(name):
 def test_the_ablations_with_code_run(tmp_path):
     methods = ["ablation/value_gradient", "ablation/action_space", "ablation/no_anchor"]
     # action_space has nothing to fit.
-    options = [option for option in TINY if option != "vae.steps=5"]
+    options = [*(option for option in TINY if option != "vae.steps=5"), "keep_policies=2"]
     done = run(
         "compare", *options, f"method={','.join(methods)}", "seed=0", "runs=runs", "hydra/launcher=basic", cwd=tmp_path
     )
     assert done.returncode == 0, done.stderr
     found = {path.parent.parent.name for path in (tmp_path / "runs").rglob("results.json")}
     assert found == {"value_gradient", "action_space", "no_anchor"}
+    for name in ("policy", "policy_2"):
+        anchored = {file.parent.parent.name: isinstance(read_actor(file)[0], SPARActor)
+                    for file in (tmp_path / "runs").rglob(f"{name}.pt")}  # fmt: skip
+        assert anchored == {"value_gradient": True, "action_space": True, "no_anchor": False}

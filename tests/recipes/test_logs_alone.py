@@ -12,6 +12,7 @@ import shlex
 import shutil
 from copy import deepcopy
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from torchrl.modules import ValueOperator
 
 from torchrl_spar import (
     InputError,
+    SPARLoss,
     fit_fqe,
     load_offline_dataset,
     load_policy,
@@ -39,10 +41,11 @@ import export
 import report
 import spar_offline_to_online
 from harness import log_values
+from harness.earlier import EarlierPolicies
 from harness.environment import load_any
 from harness.plots import plot_learning_curve
 from harness.same_rows import SameRows, digest_of
-from harness.spar_run import EarlierPolicies, check_options
+from harness.spar_run import SPARRun, check_options
 from omegaconf import OmegaConf
 from reporting import deployment
 
@@ -99,6 +102,8 @@ def test_a_log_without_an_environment_is_a_whole_run(finished):
     rows = list(csv.DictReader((out / "evaluations.csv").open()))
     assert [row["step"] for row in rows] == ["0", "2", "4"]
     assert [{key: pytest.approx(float(x), rel=1e-5) for key, x in row.items()} for row in rows] == results["curve"]
+    values = results["critics_values"]
+    assert values["deployed"] == results["curve"][-1]["value"] != values["anchor"]
 
 
 def test_the_distance_is_that_of_the_saved_policy(finished):
@@ -247,8 +252,8 @@ def test_the_chosen_residual_is_what_is_saved(monkeypatch):
 
 def test_policies_of_earlier_evaluations_are_candidates(monkeypatch):
     """Each is kept as it was, and saved when it is chosen."""
-    options = ["select=ope", "select_from=3", "spar.updates=10", "eval.interval=2", "out=x"]
-    earlier = EarlierPolicies(compose_recipe("spar_d4rl", *options))
+    options = ["spar.updates=10", "eval.interval=2", "out=x"]
+    earlier = EarlierPolicies(compose_recipe("spar_d4rl", *options), 3)
     data = small_data()
     actor = make_spar_loss(data, hidden=[8]).actor
     state, expected = torch.randn(5, 3), {}
@@ -256,13 +261,14 @@ def test_policies_of_earlier_evaluations_are_candidates(monkeypatch):
         nn.init.constant_(actor.head.module.mlp[-1].bias, 0.05 * step)
         expected[step] = actor(observation=state)
         earlier.add(step, actor)
-    again = EarlierPolicies(compose_recipe("spar_d4rl", *options))
+    again = EarlierPolicies(compose_recipe("spar_d4rl", *options), 3)
     again.load_state_dict(deepcopy(earlier.state_dict()))
     policies = again.policies(actor)
-    assert list(policies) == ["step 2", "step 6"]  # of 2, 4, 6, 8 and 10, the last of which is the policy itself
+    assert list(policies) == [2, 6]  # of 2, 4, 6, 8 and 10, the last of which is the policy itself
     assert (expected[2] - expected[10]).abs().min() > 0
     for step in (2, 6):
-        torch.testing.assert_close(policies[f"step {step}"](observation=state), expected[step])
+        torch.testing.assert_close(policies[step](observation=state), expected[step])
+    policies = {f"step {step}": policy for step, policy in policies.items()}
     real = log_values.select_policy
     chosen_name = "c=0.5 of step 2"
     monkeypatch.setattr(log_values, "select_policy", lambda *args, **kw: real(*args, **kw)._replace(name=chosen_name))
@@ -285,6 +291,36 @@ def small_data(episodes=8, length=10, batch_size=16):
                        "action": torch.rand(n, 2, generator=draw) / 2,
                        "next": {**following, "terminated": end}}, [n])  # fmt: skip
     return load_offline_dataset(rows, batch_size=batch_size)
+
+
+def test_the_critics_values_are_of_a_policy_at_the_initial_states():
+    """By critics that say u and 3 u of the action's first number, in scaled rewards, of two members."""
+    data = small_data()
+
+    def member(reward_scale):
+        loss = make_spar_loss(data, hidden=[8])
+        actor = deepcopy(loss.actor)
+        actor.head.requires_grad_(True)
+        critics = [ValueOperator(First(slope), in_keys=["observation", "action"]) for slope in (1.0, 3.0)]
+        return SPARLoss(actor, critics, loss.residual_vae, num_qvalue_nets=2, reward_scale=reward_scale)
+
+    members = [member(0.5), member(0.25)]
+    state = data[:]["observation"][::10]  # episodes of ten steps
+    for policy in (members[0].actor, members[0].actor.anchor):
+        u = policy(observation=state)[:, 0].mean()
+        found = SPARRun.critics_values(SimpleNamespace(data=data, losses=members), policy)
+        torch.testing.assert_close(found, u * torch.tensor([1 / 0.5, 3 / 0.5, 1 / 0.25, 3 / 0.25]))
+
+
+class First(nn.Module):
+    """The first number of the action, times a slope."""
+
+    def __init__(self, slope):
+        super().__init__()
+        self.slope = nn.Parameter(torch.tensor(slope))
+
+    def forward(self, observation, action):
+        return self.slope * action[..., :1]
 
 
 def test_calibration_is_of_the_critics_predictions():

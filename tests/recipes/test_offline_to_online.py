@@ -292,6 +292,7 @@ def test_the_start_is_judged_against_two_standard_errors():
         ("online.updates_per_step=0.004", "updates_per_step=0.004: times collector.frames_per_batch=100"),
         ("online.first_update=10000", "must be below online.steps=10000"),
         ("select=ope", "chooses among offline policies"),
+        ("keep_policies=2", "keeps offline policies"),
     ],
 )
 def test_wrong_options_are_named(override, message):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from types import SimpleNamespace
@@ -10,13 +11,16 @@ import numpy as np
 import pytest
 import torch
 from helpers import TINY, compose_recipe, run
+from tensordict.nn import TensorDictSequential
 
-from torchrl_spar import InputError, evaluate, load_policy, save_policy
+from torchrl_spar import FrozenAnchor, InputError, evaluate, load_policy, save_policy
 from torchrl_spar.ope import select
 
 pytest.importorskip("hydra")
 import compare
 import ope_study
+from ablations.no_anchor import mid_range
+from harness import scores
 from reporting import ope_figures
 
 
@@ -45,6 +49,10 @@ def test_the_figures_of_four_policies():
     # Places by score 0 1 3 2, by value 0 2 1 3: 1 - 6 * (0 + 1 + 4 + 1) / (4 * 15).
     assert found["spearman"] == pytest.approx(0.4)
     assert list(found["regret"].values()) == [10.0, 0.0, 30.0, 0.0, 15.0]
+    for row, value in zip(rows, (10.0, 30.0, 20.0, None)):
+        row["critics_value"] = value
+    again = ope_figures.figures(rows, "anchor")["regret"]
+    assert again == found["regret"] | {"critics' own value": 80.0 - 60.0}
 
 
 def test_the_figures_of_safe_choices():
@@ -63,6 +71,14 @@ def copy_run(source, target, **changed):
     shutil.copytree(source, target)
     results = json.loads((target / "results.json").read_text())
     (target / "results.json").write_text(json.dumps(results | changed))
+
+
+def no_anchor(run):
+    """As the ablation saves its policy: the middle of the range is no anchor to fall back to."""
+    policy, facts = load_policy(run / "policy.pt")
+    facts["compare_network"] = {"kind": "no_anchor", **policy.architecture}
+    policy.anchor = FrozenAnchor(mid_range(policy.low, policy.high))
+    save_policy(TensorDictSequential(policy), run / "policy.pt", **facts)
 
 
 def d3rlpy_joins_a_finished_study(monkeypatch, out, options):
@@ -125,19 +141,25 @@ def test_a_study_of_several_runs(tmp_path, capsys, monkeypatch):
     compare.start(compose_recipe("compare", *TINY, "batch_size=32", "method=iql"), 0, tmp_path / "runs" / "4")
     # Stand for an ablation and for SPAR with another option; both have the anchor of their seed.
     copy_run(tmp_path / "runs" / "0", tmp_path / "runs" / "2", method="no_lsi")
-    copy_run(tmp_path / "runs" / "1", tmp_path / "runs" / "3")
+    copy_run(tmp_path / "runs" / "1", tmp_path / "runs" / "3", critics_values={})
     few = ["scales=[1]", "episodes=2", "ope.steps=2", "ope.warm_steps=2", "ope.num_qvalue_nets=2"]
     cfg = compose_recipe("ope_study", f"runs=[{tmp_path / 'runs'}]", f"out={tmp_path / 'out'}", *few)
     ope_study.main(cfg)
     facts = json.loads((tmp_path / "out" / "ope.json").read_text())
     runs = [str(tmp_path / "runs" / seed) for seed in "01234"]
     # The first run's c=0 is the anchor, and no anchor comes twice.
-    expected = [f"{runs[0]} c=1", f"{runs[1]} c=0", f"{runs[1]} c=1", runs[2], f"{runs[3]} c=1", runs[4]]
+    expected = [f"{runs[0]} c=1", f"{runs[1]} c=0", *(f"{run} c=1" for run in runs[1:4]), runs[4]]
     assert [row["name"] for row in facts["rows"]] == ["anchor", *expected] and facts["policies"] == 7
     anchors = {run: made["anchor"] for run, made in facts["safe_choice"]["runs"].items()}
-    assert anchors == {runs[0]: "anchor", runs[1]: f"{runs[1]} c=0", runs[3]: f"{runs[1]} c=0"}
+    assert anchors == {runs[0]: "anchor", runs[2]: "anchor", runs[1]: f"{runs[1]} c=0", runs[3]: f"{runs[1]} c=0"}
     assert [row["updates"] for row in facts["rows"]] == [0, *[4] * 6]
     assert [row["method"] for row in facts["rows"]] == ["anchor", "spar", "spar", "spar", "no_lsi", "spar", "iql"]
+    own = [json.loads((tmp_path / "runs" / seed / "results.json").read_text())["critics_values"] for seed in "01"]
+    expected = [own[0]["anchor"], *(own[i][name] for i, name in ((0, "deployed"), (1, "anchor"), (1, "deployed")))]
+    expected = [pytest.approx(value, rel=1e-5) for value in (*expected, own[0]["deployed"])]
+    # An older run and a rival have none.
+    assert [row["critics_value"] for row in facts["rows"]] == [*expected, None, None]
+    assert "critics' own value" in facts["regret"]
     played = [{key: row[key] for key in ("score", "true_value")} for row in facts["rows"]]
     assert played[4] == played[1] and played[5] == played[3] and played[6] not in played[:6]
     policy, facts_of_1 = load_policy(tmp_path / "runs" / "1" / "policy.pt")
@@ -159,8 +181,36 @@ def test_a_study_of_several_runs(tmp_path, capsys, monkeypatch):
         ope_study.main(compose_recipe("ope_study", f"out={tmp_path / 'out'}", "d3rlpy_steps=5", *options))
     with pytest.raises(InputError, match=r"runs: .*1 was saved with select=ope"):
         ope_study.main(compose_recipe("ope_study", f"runs=[{tmp_path / 'runs'}]", f"out={tmp_path / 'other'}"))
-    with pytest.raises(InputError, match="none is of spar or spar_latent"):
+    no_anchor(tmp_path / "runs" / "2")
+    with pytest.raises(InputError, match="none has an anchor to compare with"):
         ope_study.main(compose_recipe("ope_study", f"runs=[{runs[2]},{runs[4]}]", f"out={tmp_path / 'other'}"))
+
+
+def test_policies_that_runs_kept_are_studied(tmp_path):
+    """They are those that the learning curve is of."""
+    for method, out in (("spar", "0"), ("iql", "1")):
+        options = [*TINY, "batch_size=32", f"method={method}", "keep_policies=2", "eval.episodes=2"]
+        compare.start(compose_recipe("compare", *options), 0, tmp_path / out)
+    runs = {str(tmp_path / out): json.loads((tmp_path / out / "results.json").read_text()) for out in "01"}
+    spar, iql = runs
+    studied, families = ope_study.policies_of(runs, [0.5, 1.0], torch.device("cpu"))
+    names = [f"{spar}{step} c={c}" for step in ("", "@2") for c in (0.5, 1)]
+    assert list(studied) == ["anchor", *names, iql, f"{iql}@2"]
+    assert families == {spar: ["anchor", *names]}
+    assert [each.updates for each in studied.values()] == [0, 4, 4, 2, 2, 4, 2]
+    assert [each.c for each in studied.values()] == [None, 0.5, 1.0, 0.5, 1.0, None, None]
+    values = runs[spar]["critics_values"]
+    expected = [values["anchor"], None, values["deployed"], None, values["2"], None, None]
+    assert len({*expected}) == 4 and [each.critics_value for each in studied.values()] == expected
+    for path, suffix in ((spar, " c=1"), (iql, "")):
+        for name, step in ((f"{path}{suffix}", 4), (f"{path}@2{suffix}", 2)):
+            [point] = [row for row in runs[path]["curve"] if row["step"] == step]
+            returns = evaluate(studied[name].policy, "Hopper-v5", 2, scores.CURVE_SEED)
+            assert returns.mean().item() == pytest.approx(point["return_mean"], rel=1e-6)
+    cfg = compose_recipe("ope_study", f"runs=[{tmp_path}]", f"out={tmp_path / 'out'}")
+    found = ope_study.asked_for(cfg, [tmp_path / "0", tmp_path / "1"])["policy.pt"]
+    assert [*found] == [spar, f"{spar}@2", iql, f"{iql}@2"]
+    assert found[f"{spar}@2"] == hashlib.sha256((tmp_path / "0" / "policy_2.pt").read_bytes()).hexdigest()
 
 
 def test_runs_that_do_not_compare_are_named(tmp_path):

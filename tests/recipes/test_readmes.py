@@ -250,12 +250,28 @@ def test_the_settings_of_the_rivals_are_the_committed_runs():
 def test_the_figures_of_off_policy_evaluation_are_the_studies():
     readme, files = (RESULTS / "ope" / "README.md").read_text(), sorted((RESULTS / "ope").glob("*.json"))
     assert files
-    for file in files:
-        found = json.loads(file.read_text())
-        regret = [f"{value:.1f}" for value in found["regret"].values()]
-        numbers = [f"{found['policies']}", f"{found['spearman']:.2f}", f"{found['spearman_of_truth']:.2f}", *regret]
-        cells = [file.stem, *numbers, f"{found['coverage']:.0%}".replace("%", " %")]
+    studies = {file.stem: json.loads(file.read_text()) for file in files}
+    by = ("highest value", "highest lower bound", "surest gain, else the anchor", "longest training")
+    for name, found in studies.items():
+        regret = ["-" if (x := found["regret"].get(one)) is None else f"{x:.1f}"
+                  for one in (*by, "critics' own value", "any")]  # fmt: skip
+        numbers = [f"{found['policies']}", f"{found['spearman']:.2f}", f"{found['spearman_of_truth']:.2f}"]
+        error, coverage = f"{found['mean_absolute_error']:.0f}", f"{found['coverage']:.0%}".replace("%", " %")
+        cells = [name, *numbers, error, *regret, coverage]
         assert f"| {' | '.join(cells)} | {found['cpu_seconds_per_policy']:.0f} |" in readme
+    prose = " ".join(readme.split())
+    mean = np.mean([found["spearman"] for found in studies.values()])
+    assert f"of 0.7 in the mean ({'met' if mean >= 0.7 else 'missed'}: {mean:.2f})" in prose
+    missed = [name for name, found in studies.items() if found["regret"]["highest value"] > 5]
+    assert f"at most 5 points by the highest value ({missed_on(missed)})" in prose
+    missed = [name for name, found in studies.items() if found["safe_choice"]["worse_than_anchor"]]
+    assert f"below its anchor ({missed_on(missed)})" in prose
+    missed = [name for name, found in studies.items() if found["safe_choice"]["gain_kept"] < 0.8]
+    assert f"80 % of the possible gain kept ({missed_on(missed)})" in prose
+
+
+def missed_on(sets: list[str]) -> str:
+    return f"missed on {' and '.join(sets)}" if sets else "met"
 
 
 def test_the_speeds_are_the_committed_benchmark():

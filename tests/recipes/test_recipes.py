@@ -64,6 +64,7 @@ def test_main_job_leaves_everything_it_promises(finished):
         assert set(results[name]) == {"return_mean", "return_std", "normalized"}
     assert (results["env"], results["seed"], results["updates"]) == ("Hopper-v5", 3, 4)
     assert results["method"] == "spar"
+    assert set(results["critics_values"]) == {"anchor", "deployed"}
     assert [row["step"] for row in results["curve"]] == [0, 2, 4]
     assert results["versions"]["torch"] == torch.__version__
     rows = list(csv.DictReader((out / "metrics.csv").open()))

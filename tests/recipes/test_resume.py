@@ -70,7 +70,7 @@ def start_until_it_ends(*args):
 @pytest.mark.parametrize(
     ("method", "options"),
     [
-        ("spar", ["spar.members=2", "spar.loss.joint_vae=true", "spar.loss.value_mix=0.5"]),
+        ("spar", ["spar.members=2", "spar.loss.joint_vae=true", "spar.loss.value_mix=0.5", "keep_policies=2"]),
         ("spar", ["spar.loss.head=latent", "spar.updates=9", "eval.interval=5", "logger.interval=1"]),
         ("stack", ["spar.members=2"]),
         ("bc", []),
@@ -197,13 +197,16 @@ def test_a_finished_run_of_before_an_option_is_one_with_what_it_did(tmp_path, ca
     out = tmp_path / "run"
     start_run("spar", out, "spar.members=1")
     config = (out / "config.yaml").read_text()
-    assert config.count("  members: 1\n") == 1
-    (out / "config.yaml").write_text(config.replace("  members: 1\n", ""))
+    for line in ("  members: 1\n", "keep_policies: 1\n"):
+        assert config.count(line) == 1
+        config = config.replace(line, "")
+    (out / "config.yaml").write_text(config)
     capsys.readouterr()
     start_run("spar", out, "spar.members=1")
     assert capsys.readouterr().out == f"{out}: finished before\n"
-    with pytest.raises(InputError, match=r"other options \(spar\.members\)"):
-        start_run("spar", out, "spar.members=3")
+    for option, name in (("spar.members=3", r"spar\.members"), ("keep_policies=2", "keep_policies")):
+        with pytest.raises(InputError, match=rf"other options \({name}\)"):
+            start_run("spar", out, option)
 
 
 def test_a_checkpoint_with_parts_that_nobody_knows_is_refused(tmp_path, monkeypatch):

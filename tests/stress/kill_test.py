@@ -75,7 +75,7 @@ def outcome(out: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for path in sorted(out.rglob("*")):
         name = str(path.relative_to(out))
-        if path.name == "policy.pt":
+        if path.match("policy*.pt"):
             found[name] = {k: v.numpy().tobytes() for k, v in torch.load(path)["state_dict"].items()}
         elif path.name == "results.json":
             results = json.loads(path.read_text())
