@@ -588,14 +588,14 @@ def test_long_states_are_folded(signed):
     _, out = signed
     facts = json.loads((out / "deployment.json").read_text())
     before = deployment_report.page(facts)
-    facts["data"]["observation"] = {f"column {i}": facts["data"]["observation"]["x"] for i in range(12)}
+    facts["data"]["observation"] = {f"column {i}": facts["data"]["observation"]["x"] for i in range(21)}
     for row in facts["support"]["farthest"]:
-        row["observation"] = [i + 0.123456 for i in range(12)]
+        row["observation"] = [i + 0.123456 for i in range(21)]
     after = deployment_report.page(facts)
-    folded = re.findall(r"<details><summary>12 numbers</summary>(.*?)</details>", after)
+    folded = re.findall(r"<details><summary>state: 21 numbers</summary>(.*?)</details>", after)
     assert "numbers</summary>" not in before and len(folded) == 3
     shown = Page(folded[0]).text.split(", ")
-    assert shown[0] == "column 0: 0.1235" and shown[11].strip() == "column 11: 11.12"
+    assert shown[0] == "column 0: 0.1235" and shown[20].strip() == "column 20: 20.12"
 
 
 def test_versions_and_options_of_the_evaluation_are_the_runs_own(finished, tmp_path, monkeypatch):
