@@ -5,7 +5,6 @@ python recipes/export.py policy=outputs/.../policy.pt out=deployed guard=0.999  
 
 deployed/policy.pt2     torch.export.load("policy.pt2").module()(observation)
 deployed/policy.onnx    onnxruntime.InferenceSession("policy.onnx").run(["action"], {"observation": observation})[0]
-
 deployed/export.json    SHA-256 of policy.pt and of the files made of it
 
 Observations are raw, float32 `[n, observation_dim]` for any n, or float64 where float32 is too coarse for the data, as
