@@ -5,7 +5,6 @@ python recipes/deployment_report.py run=outputs/.../    # writes deployment.html
 
 from __future__ import annotations
 
-import platform
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -79,7 +78,7 @@ def main(cfg: DictConfig) -> None:
         "run": {key: results[key] for key in ("dataset", "env", "method", "seed", "updates")}
         | {"members": results.get("members", 1)},
         **report_facts(options, data, policy, estimates, cfg.rows),
-        "versions": {**results["versions"], "python": platform.python_version(), "commit": results["commit"]},
+        "versions": {**results["versions"], "commit": results["commit"]},
         "checksums": checksums(files, data),
     }
     write_json(run / "deployment.json", facts)

@@ -5,6 +5,7 @@ python recipes/export.py policy=outputs/.../policy.pt out=deployed guard=0.999  
 
 deployed/policy.pt2     torch.export.load("policy.pt2").module()(observation)
 deployed/policy.onnx    onnxruntime.InferenceSession("policy.onnx").run(["action"], {"observation": observation})[0]
+deployed/export.json    SHA-256 of policy.pt and of the files made of it
 
 Observations are raw, float32 `[n, observation_dim]` for any n, or float64 where float32 is too coarse for the data, as
 for Unix times: what is printed last says so. Actions are `[n, action_dim]` in the environment's units.
@@ -27,11 +28,11 @@ from typing import Any
 
 import torch
 from harness.actors import ACTOR, POLICY, load_actor
-from harness.checkpoints import named_error
+from harness.checkpoints import named_error, sha256
 from harness.environment import LOG_OPTIONS, of_another_log, read
 from harness.launch import run_recipe
 from harness.options import option, recipe_options
-from harness.output import check_unused
+from harness.output import check_unused, write_json
 from harness.same_rows import check_same, digest_of
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
@@ -45,6 +46,8 @@ from torchrl_spar.networks import ObservationNorm
 
 NEEDED = {"pt2": (), "onnx": ("onnx", "onnxscript", "onnxruntime")}
 COMPARED_ROWS, TIMED_CALLS = 1000, 2000
+# Standard deviations of observations that are unlike the data.
+FAR = 10
 # Of the largest action, what another order of the sums makes of it at most.
 ROUNDING = 1e-5
 
@@ -77,8 +80,9 @@ def norm_of(policy: TensorDictModuleBase, observation_dim: int | None, name: str
 
 def guarded(
     cfg: DictConfig, policy: TensorDictModuleBase, facts: dict[str, Any], norm: ObservationNorm, name: str
-) -> GuardedActor:
-    """The policy with a guard fitted to the data it was trained on, or to the data that is given."""
+) -> tuple[GuardedActor, Tensor]:
+    """The policy with a guard fitted to the data it was trained on, or to the data that is given; observations of both
+    its branches ``[N, observation_dim]``."""
     if not isinstance(policy, SPARActor):
         raise InputError(f"guard={cfg.guard}: {name} has no anchor to fall back to; leave guard out")
     log = dict(facts.get("log") or {})
@@ -94,9 +98,17 @@ def guarded(
     if (found := observation.shape[1]) != (own := len(norm.loc)):
         raise InputError(f"dataset={source['dataset']}: its observations have size {found}, the policy's have {own}")
     actor = GuardedActor(policy, fit_detector(data, quantile=cfg.guard))
-    share = sum(actor.detector(chunk).sum().item() for chunk in observation.split(COMPARED_ROWS)) / len(observation)
+    unlike = torch.cat([actor.detector(chunk) for chunk in observation.split(COMPARED_ROWS)])
+    share = unlike.double().mean().item()
     print(f"guard: the anchor acts for {share:.2%} of the {len(observation)} observations in {source['dataset']}")
-    return actor
+    like = observation[~unlike]
+    like = like[torch.randperm(len(like))[:COMPARED_ROWS]]
+    return actor, torch.cat([like.to(norm.loc), drawn(norm, FAR)])
+
+
+def drawn(norm: ObservationNorm, spread: float = 1.0) -> Tensor:
+    """Observations ``[N, observation_dim]`` around the data's mean, in its standard deviations."""
+    return norm.loc + spread * norm.scale * torch.randn(COMPARED_ROWS, len(norm.loc), dtype=norm.loc.dtype)
 
 
 def check_formats(formats: Sequence[str]) -> None:
@@ -114,27 +126,37 @@ def check_formats(formats: Sequence[str]) -> None:
 
 @torch.no_grad()
 def write(
-    policy: TensorDictModuleBase, norm: ObservationNorm, formats: Sequence[str], out: Path, threads: int
-) -> Table:
-    """Writes all files and compares them with the policy, or writes none."""
+    cfg: DictConfig, policy: TensorDictModuleBase, observation: Tensor, out: Path
+) -> tuple[Table, dict[str, dict[str, str]]]:
+    """Writes all files and compares them with the policy on these observations, or writes none.
+
+    Returns:
+        What `compare` found, and the `checksums`.
+    """
     rows = {0: torch.export.Dim("batch")}
     module = Deployed(policy).requires_grad_(False)
-    program = torch.export.export(
-        module, (torch.zeros(2, len(norm.loc), dtype=norm.loc.dtype),), dynamic_shapes=(rows,)
-    )
+    program = torch.export.export(module, (torch.zeros_like(observation[:2]),), dynamic_shapes=(rows,))
     partial = out.with_name(f".{out.name}.partial")
     with named_error(out, "cannot be written"):
         try:
             partial.mkdir(parents=True, exist_ok=True)
-            if "pt2" in formats:
+            if "pt2" in cfg.formats:
                 torch.export.save(program, partial / "policy.pt2")
-            if "onnx" in formats:
+            if "onnx" in cfg.formats:
                 write_onnx(program, ["action", *policy.out_keys[1:]], partial / "policy.onnx")
-            table = compare(policy, norm, load(partial, formats, threads))
+            table = compare(policy, observation, load(partial, cfg.formats, cfg.threads))
+            digests = checksums(cfg.policy, partial)
+            write_json(partial / "export.json", digests)
             partial.replace(out)
-            return table
+            return table, digests
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+
+
+def checksums(policy: str | None, folder: Path) -> dict[str, dict[str, str]]:
+    """SHA-256 of the policy's file, if there is one, and of the files in a folder."""
+    paths = {"policy": [Path(policy)] if policy else [], "files": sorted(folder.iterdir())}
+    return {name: {path.name: sha256(path) for path in each} for name, each in paths.items()}
 
 
 def write_onnx(program: torch.export.ExportedProgram, outputs: list[str], path: Path) -> None:
@@ -162,33 +184,47 @@ def load(out: Path, formats: Sequence[str], threads: int) -> dict[str, Act]:
 
 
 @torch.no_grad()
-def compare(policy: TensorDictModuleBase, norm: ObservationNorm, calls: dict[str, Act]) -> Table:
-    """Milliseconds of a call for one observation, and how far the outputs are from the policy's.
+def compare(policy: TensorDictModuleBase, observation: Tensor, calls: dict[str, Act]) -> Table:
+    """Milliseconds of a call for one observation, and how far the outputs are from the policy's in each branch.
 
     Raises:
         InputError: if they are not the policy's up to rounding, as those of a random one.
     """
-    observation = norm.loc + norm.scale * torch.randn(COMPARED_ROWS, len(norm.loc), dtype=norm.loc.dtype)
     expected = as_tuple(policy(observation=observation))
-    table = Table("", "ms", "off by at most", title="One observation a call, median")
+    branches = branches_of(policy, expected)
+    table = Table("", "ms", *branches, title="One observation a call, median")
     one = observation[:1]
     for name, act in {"the policy itself": lambda x: policy(observation=x), **calls}.items():
         seconds = median(timeit.repeat(partial(act, one), number=1, repeat=TIMED_CALLS))
-        pairs = [*zip(as_tuple(act(observation)), expected, strict=True)]
-        off = max((found.double() - own.double()).abs().max().item() for found, own in pairs)
-        # Of a guard, the distance of a row may be the threshold's, up to rounding.
-        rows = [(found.double() - own.double()).abs().reshape(len(found), -1) / size_of(own) for found, own in pairs]
-        if not (torch.cat(rows, 1).sum(1) <= ROUNDING).double().mean() > 0.99:
-            raise InputError(
-                f"{name}: its outputs are off by {off:.1e}: the policy is random, or its actions not finite"
-            )
-        table.add_row(name, f"{1e3 * seconds:.3f}", f"{off:.1e}")
+        found = as_tuple(act(observation))
+        off = [off_by(name, found, expected, rows) for rows in branches.values()]
+        table.add_row(name, f"{1e3 * seconds:.3f}", *(f"{most:.1e}" for most in off))
     return table
+
+
+def branches_of(policy: TensorDictModuleBase, outputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    """The rows of `outputs` by who acts, under the titles of their columns."""
+    if not isinstance(policy, GuardedActor):
+        return {"off by at most": torch.ones(len(outputs[0]), dtype=torch.bool)}
+    fallback = outputs[-1]
+    found = {"policy": ~fallback, "anchor": fallback}
+    return {f"the {who} acts in {rows.sum()} rows: off by": rows for who, rows in found.items() if rows.any()}
+
+
+def off_by(name: str, found: Sequence[Tensor], expected: Sequence[Tensor], rows: Tensor) -> float:
+    """How far outputs are from those expected in some rows, at most; an InputError if that is more than rounding."""
+    pairs = [(given[rows].double(), own[rows].double()) for given, own in zip(found, expected, strict=True)]
+    off = max((given - own).abs().max().item() for given, own in pairs)
+    # Of a guard, the distance of a row may be the threshold's, up to rounding.
+    shares = [(given - own).abs().reshape(len(own), -1) / size_of(own) for given, own in pairs]
+    if not (torch.cat(shares, 1).sum(1) <= ROUNDING).double().mean() > 0.99:
+        raise InputError(f"{name}: its outputs are off by {off:.1e}: the policy is random, or its actions not finite")
+    return off
 
 
 def size_of(output: Tensor) -> float:
     """The largest number in it, above 0."""
-    return max(output.double().abs().max().item(), torch.finfo(torch.float32).tiny)
+    return max(output.abs().max().item(), torch.finfo(torch.float32).tiny)
 
 
 def as_tuple(outputs: Outputs) -> tuple[Tensor, ...]:
@@ -227,16 +263,20 @@ def main(cfg: DictConfig) -> None:
         raise InputError(f"dataset={cfg.dataset}: read only for a guard; give guard=..., or leave dataset out")
     policy, facts, name = load_actor(cfg)
     norm = norm_of(policy, cfg.observation_dim, name)
+    observation = drawn(norm)
     if cfg.guard is not None:
-        policy = guarded(cfg, policy, facts, norm, name)
+        policy, observation = guarded(cfg, policy, facts, norm, name)
     try:
-        table = write(policy, norm, cfg.formats, out, cfg.threads)
+        table, digests = write(cfg, policy, observation, out)
     except InputError:
         raise
     except Exception as err:  # of networks that torch.export does not take, any
         what = f"{name}: torch.export does not take it with observation_dim={len(norm.loc)}"
         raise InputError(f"{what} ({first_line(err)})") from err
     Console().print(table)
+    print("SHA-256, also in export.json:")
+    for files in digests.values():
+        print(*(f"{digest}  {file}" for file, digest in files.items()), sep="\n")
     kind = str(norm.loc.dtype).removeprefix("torch.")
     print(f"files in {out}; observations are {kind} [n, {len(norm.loc)}]")
 

@@ -14,7 +14,6 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from time import process_time
 from types import ModuleType
@@ -29,7 +28,7 @@ from harness.launch import best_device, run_recipe, summarize
 from harness.log_values import fqe_options, plain, slice_length
 from harness.options import option, recipe_options
 from harness.output import check_unused, rounded, whole_file, write_json
-from harness.run import VERSIONED, commit, on_cpu
+from harness.run import commit, on_cpu, versions
 from harness.scores import RESULT_SEED
 from harness.spar_options import OPE
 from omegaconf import DictConfig, OmegaConf
@@ -206,7 +205,7 @@ def main(cfg: DictConfig) -> None:
             "nominal_coverage": 2 * cfg.ope.confidence - 1,  # each bound holds with the confidence
             **figures(rows, found["chosen"]), **found, "cpu_seconds_per_policy": seconds / len(policies),
             "safe_choice": safe_choice(rows, families, found["safe_choice"]), "rows": rows, "options": asked,
-            "versions": {name: version(name) for name in VERSIONED}, "commit": commit(),
+            "versions": versions(), "commit": commit(),
         }  # fmt: skip
         write_json(file, rounded(facts, 6))
         shutil.rmtree(file.parent / PARTS)

@@ -1,7 +1,8 @@
 """Markdown tables of finished runs, and of several methods their statistics and figures.
 
 python recipes/report.py recipes/results/development@spar    # SPAR alone: prints one row a data set
-python recipes/report.py outputs/compare      # several methods: prints report.md and writes it there with figures
+python recipes/report.py outputs/compare      # several methods: prints report.md and writes it there with figures, of
+                                              # runs without an environment with their values
 python recipes/report.py outputs/ablations outputs/compare@spar    # and one method's runs on the same data sets
 python recipes/report.py outputs/compare table=runs.jsonl    # collects the finished runs into a table, one line each
 
@@ -47,14 +48,12 @@ def table(runs: list[Run], name: str) -> str:
     return "\n".join(lines)
 
 
-def compare(runs: list[Run], source: Path) -> str:
-    """The report of several methods; written into the folder with its figures."""
+def compare(runs: list[Run], folder: Path) -> str:
+    """The report of several methods; its figures are written into the folder."""
     # Only here: the table above does not need matplotlib.
     from reporting.figures import plot_all
     from reporting.statistics import REPETITIONS, Comparison
 
-    folder = Path(str(source).partition("@")[0])
-    folder = folder if folder.is_dir() else folder.parent
     comparison = Comparison(runs)
     episodes = "/".join(sorted({str(run["episodes"]) for run in runs}))
     text = (
@@ -71,9 +70,7 @@ def compare(runs: list[Run], source: Path) -> str:
     text += "\n" if len(comparison.datasets) > 1 else " "
     text += "Bands: one standard deviation of the learning\ncurves, the 95 % interval of the performance profiles."
     figures = [f"![{Path(name).stem.replace('_', ' ')}]({name})" for name in plot_all(comparison, folder)]
-    report = "\n\n".join([text, comparison.markdown(), *figures])
-    write_text(folder / "report.md", report + "\n")
-    return report
+    return "\n\n".join([text, comparison.markdown(), *figures])
 
 
 def main(*sources: Path) -> None:
@@ -98,8 +95,15 @@ def main(*sources: Path) -> None:
     name, members = parts_of(next(iter(methods)))
     alone = len(methods) == 1 and name == "spar" and all("spar" in run for run in runs)
     title = "SPAR" if members == 1 else f"SPAR, mean of {members}"
-    print(estimates.table(runs) if logs else table(runs, title) if alone else compare(runs, sources[0]))
-    if not alone and all("estimates" in run for run in runs):
+    if alone:
+        print(estimates.table(runs) if logs else table(runs, title))
+        return
+    folder = Path(str(sources[0]).partition("@")[0])
+    folder = folder if folder.is_dir() else folder.parent
+    report = estimates.report(runs) if logs else compare(runs, folder)
+    write_text(folder / "report.md", report + "\n")
+    print(report)
+    if not logs and all("estimates" in run for run in runs):
         print("", *estimates.choices(runs), sep="\n")
 
 

@@ -16,12 +16,13 @@ from torchrl_spar import (
     OfflineReplayBuffer,
     SPARActor,
     estimate_value,
+    fit_fqe,
     residual_family,
     select_policy,
     support_distance,
 )
 from torchrl_spar.objective import ROWS_PER_CALL
-from torchrl_spar.ope.estimate import ValueEstimate
+from torchrl_spar.ope.estimate import DRAWS, ValueEstimate, episode_terms, estimates_of_critics, value_of
 from torchrl_spar.ope.fit import FQEFit, episodes_of, split_episodes
 from torchrl_spar.training.sampling import batch_size_of
 
@@ -80,9 +81,15 @@ def actions_of(policy: TensorDictModuleBase, rows: TensorDictBase) -> Tensor:
 
 
 def estimate_any(policy: TensorDictModuleBase, data: OfflineReplayBuffer, options: dict[str, Any]) -> dict[str, Any]:
-    """Estimated values of any policy and of the data, as results.json keeps them; `options` are `fqe_options`."""
-    two_sided = options | {"confidence": 2 * options["confidence"] - 1, "slice_len": slice_length(data)}
-    return of_data(data, options) | {"policy": plain(estimate_value(policy, data, **two_sided))}
+    """Estimated values of any policy and of the data, as results.json keeps them; `options` are `fqe_options`.
+
+    Its critics are paired with those that `estimate_spar` fits to the anchor with the same seed: they see the same
+    episodes, and start alike.
+    """
+    of_fit = {name: option for name, option in options.items() if name != "confidence"}
+    terms = episode_terms(fit_fqe(policy, data, slice_len=slice_length(data), **of_fit), policy)
+    value = value_of(terms, options["confidence"], DRAWS, options["seed"])
+    return of_data(data, options) | {"policy": {**plain(value), "critics": estimates_of_critics(terms).tolist()}}
 
 
 def estimate_spar(

@@ -39,15 +39,21 @@ def show_estimates(
     rows = rows or {}
     is_measured = any("support_distance" in row for row in rows.values())
     low = f"low {estimates['confidence']:.0%}"
-    table = numeric_table(f"{what}: values from the log", "value", low, "high", *["distance"] * is_measured)
+    names = ["value", low, "high", *["critics agree"] * ("anchor" in estimates), *["distance"] * is_measured]
+    table = numeric_table(f"{what}: values from the log", *names)
     for name in values_in(estimates):
         numbers = [f"{estimates[name][key]:.4g}" for key in ("mean", "low", "high")]
+        if "anchor" in estimates:
+            own = {} if name == "anchor" else estimates[name]
+            numbers.append(of_all(agreement(own, estimates["anchor"])))
         distance = rows.get(name, {}).get("support_distance")
         if is_measured:
             numbers.append("" if distance is None else f"{distance:.2f}")
         table.add_row(name, *numbers)
     console.print(table)
     console.print(f"Values are returns discounted by {estimates['gamma']:g} a step, from the data's initial states.")
+    if "anchor" in estimates:
+        console.print("Critics agree: by how many of the evaluation's critics the policy is better than the anchor.")
     if is_measured:
         console.print("Distances of state and action to the data are relative to those of held-out data.")
     for name, gain in estimates.get("gains", {}).items():
@@ -59,6 +65,19 @@ def show_estimates(
 def values_in(estimates: dict[str, Any]) -> list[str]:
     """Names of the policies whose values were estimated, the data's first."""
     return [name for name, value in estimates.items() if isinstance(value, dict) and "mean" in value]
+
+
+def agreement(own: dict[str, Any], anchor: dict[str, Any]) -> tuple[int, int]:
+    """By how many critics a policy is better than the anchor, and of how many; none where the estimates have none."""
+    values, base = own.get("critics", []), anchor.get("critics", [])
+    if len(values) != len(base):
+        return 0, 0
+    return sum(one > other for one, other in zip(values, base)), len(values)
+
+
+def of_all(counts: tuple[int, int]) -> str:
+    """The cell of an `agreement`."""
+    return f"{counts[0]} of {counts[1]}" if counts[1] else ""
 
 
 def numeric_table(title: str, *names: str) -> Table:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import platform
 import subprocess
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -31,7 +32,7 @@ from harness.same_rows import SameRows
 from harness.scores import LogScores, Scores
 from torchrl_spar import Progress, save_policy
 
-VERSIONED = ("torchrl-spar", "torch", "torchrl", "tensordict", "gymnasium", "mujoco")
+VERSIONED = ("torchrl-spar", "torch", "torchrl", "tensordict", "numpy", "gymnasium", "mujoco")
 # Updates that are made without a look at anything else, at most.
 LONGEST_BLOCK = 100
 
@@ -170,7 +171,7 @@ class Run:
             "updates": cfg.spar.updates, **self.scores.results, "data": self.data_scores, "steps": self.steps,
             "rows_sha256": self.rows.digest,
             "episodes": cfg.eval.final_episodes, "updates_per_second": updates_per_second,
-            "versions": {name: version(name) for name in VERSIONED}, "commit": commit(),
+            "versions": versions(), "commit": commit(),
             "curve": self.scores.curve,
         }  # fmt: skip
         self.deployed = self.policy
@@ -310,6 +311,11 @@ class MainPhase:
             for run in self.runs:
                 run.scores.collect()
         self.report.show(self.runs[0].scores.curve)
+
+
+def versions() -> dict[str, str]:
+    """Of what the numbers of a run depend on."""
+    return {"python": platform.python_version(), **{name: version(name) for name in VERSIONED}}
 
 
 def commit() -> str | None:

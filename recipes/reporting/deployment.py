@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from harness.checkpoints import sha256
-from harness.log_values import Support, actions_of
+from harness.log_values import Support, actions_of, fqe_options
+from harness.printing import agreement
 from harness.same_rows import digest_of
 from omegaconf import DictConfig
 from tensordict import TensorDictBase
@@ -46,6 +47,7 @@ def report_facts(
         "residual": residual_section(action - anchor, data, names["action"]),
         "support": support_section(support, actor, rows),
         "estimates": estimates | {"of": deployed_name(cfg, estimates)},
+        "evaluation": fqe_options(cfg),
         "limits": limit_section(log, action, data, names["action"]),
     }
     return {"checks": checks(facts), **facts}
@@ -153,8 +155,7 @@ def checks(facts: dict[str, Any]) -> list[dict[str, Any]]:
     """What a signatory looks at first: a sentence, its numbers, and whether it holds."""
     estimates, support = facts["estimates"], facts["support"]
     gain = estimates["gains"].get(estimates["of"], {"mean": 0.0, "low": 0.0})
-    own, base = (estimates[name]["critics"] for name in (estimates["of"], "anchor"))
-    ahead = sum(one > other for one, other in zip(own, base))
+    ahead, critics = agreement(estimates[estimates["of"]], estimates["anchor"])
     far = support["share_beyond"]["policy"]
     rates = {name: (row["policy"]["rate"]["99%"], row["data"]["rate"]["99%"]) for name, row in facts["limits"].items()}
     fast = [name for name, (policy, data) in rates.items() if policy > RATE_RATIO * data]
@@ -167,7 +168,7 @@ def checks(facts: dict[str, Any]) -> list[dict[str, Any]]:
             gain["low"] > 0,
             f"estimated gain {gain['mean']:.4g}, at least {gain['low']:.4g} ({estimates['confidence']:.0%} confidence)",
         ),
-        check("all critics of the evaluation agree on that", ahead == len(own), f"{ahead} of {len(own)} critics do"),
+        check("all critics of the evaluation agree on that", ahead == critics, f"{ahead} of {critics} critics do"),
         check(
             "the policy stays where the log has data",
             far <= FAR_SHARE,

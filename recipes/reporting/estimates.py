@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections import defaultdict
 from statistics import mean, stdev
+from typing import Any
+
+from harness.printing import agreement, of_all
 
 from reporting.names import in_order, label, method_of, row
 from reporting.runs import Run
@@ -30,27 +33,40 @@ def deployed(run: Run) -> str:
     return "policy" if "policy" in run else "selected" if "selected" in run else "spar"
 
 
-def estimate_of(run: Run) -> dict[str, float]:
-    name, estimates = deployed(run), run["estimates"]
-    return estimates[estimates["choice"] if name == "selected" else name]
+def estimated_as(run: Run) -> str:
+    """Under which name the estimates have it."""
+    name = deployed(run)
+    return run["estimates"]["choice"] if name == "selected" else name
+
+
+def estimate_of(run: Run) -> dict[str, Any]:
+    return run["estimates"][estimated_as(run)]
+
+
+def report(runs: list[Run]) -> str:
+    """The table, and what the logs alone would choose."""
+    return "\n".join([table(runs), "", *choices(runs)])
 
 
 def table(runs: list[Run]) -> str:
-    """A row a data set and method: value and lower bound, both in the mean over seeds, and distance to the data."""
-    lines = [row("data set", "method", "value", "lower bound", "distance to the data"), row(*["---"] * 5)]
+    """A row a data set and method: values and distances in the mean over seeds, and how many critics agree."""
+    names = ("data set", "method", "value", "lower bound", "upper bound", "distance to the data", "critics agree")
+    lines = [row(*names), row(*["---"] * len(names))]
     for dataset, methods in sorted(by_method(runs).items()):
-        of_data = [[run["estimates"]["data"][name] for run in next(iter(methods.values()))] for name in ("mean", "low")]
-        lines.append(row(dataset, "the data", *map(_spread, of_data), "1.00"))
-        anchored = [run["estimates"] for group in methods.values() for run in group if "anchor" in run["estimates"]]
+        of_data = [run["estimates"]["data"] for run in next(iter(methods.values()))]
+        lines.append(row(dataset, "the data", *_values(of_data), "1.00", ""))
+        anchored = [run for group in methods.values() for run in group if "anchor" in run["estimates"]]
         if anchored:
-            values = [[run["anchor"][name] for run in anchored] for name in ("mean", "low")]
-            lines.append(row(dataset, "SPAR's anchor", *map(_spread, values), ""))
+            values = _values([run["estimates"]["anchor"] for run in anchored])
+            distance = _distance([run["anchor"] for run in anchored])
+            lines.append(row(dataset, "SPAR's anchor", *values, distance, ""))
         for method, group in methods.items():
-            values = [[estimate_of(run)[name] for run in group] for name in ("mean", "low")]
-            distance = mean(run[deployed(run)]["support_distance"] for run in group)
-            lines.append(row(dataset, label(method), *map(_spread, values), f"{distance:.2f}"))
+            values = _values([estimate_of(run) for run in group])
+            distance = _distance([run[deployed(run)] for run in group])
+            lines.append(row(dataset, label(method), *values, distance, _agreement(group, anchored)))
     gamma = runs[0]["estimates"]["gamma"]
     note = f"Values: returns discounted by {gamma:g} a step, estimated from the log by FQE (number of seeds)."
+    note += " Critics agree: by how many of FQE's critics, of all seeds, the policy is better than SPAR's anchor."
     return "\n".join([*lines, "", note])
 
 
@@ -89,6 +105,27 @@ def by_method(runs: list[Run]) -> dict[str, dict[str, list[Run]]]:
         for run in (run for run in runs if method_of(run) == method):
             found[run["dataset"]][method].append(run)
     return found
+
+
+def _values(estimates: list[dict[str, Any]]) -> list[str]:
+    """The cells of value and bounds."""
+    return [_spread([estimate[name] for estimate in estimates]) for name in ("mean", "low", "high")]
+
+
+def _distance(results: list[dict[str, Any]]) -> str:
+    known = [result["support_distance"] for result in results if "support_distance" in result]
+    return f"{mean(known):.2f}" if known else ""
+
+
+def _agreement(runs: list[Run], anchored: list[Run]) -> str:
+    """Over all runs whose policy is no anchor. A rival is compared with the anchor of SPAR's run with its seed."""
+    anchors = {run["seed"]: run["estimates"]["anchor"] for run in reversed(anchored)}
+    counts = [
+        agreement(estimate_of(run), run["estimates"].get("anchor", anchors.get(run["seed"], {})))
+        for run in runs
+        if estimated_as(run) != "anchor"
+    ]
+    return of_all((sum(ahead for ahead, _ in counts), sum(critics for _, critics in counts)))
 
 
 def _spread(values: list[float]) -> str:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from helpers import OBSERVATION, build_loss, compose_recipe, run
 from tensordict.nn import TensorDictModule
+from torchrl.data import Bounded
 
-from torchrl_spar import InputError, load_policy, save_policy
+from torchrl_spar import InputError, load_policy, make_anchor, mean_actor, save_policy
 
 pytest.importorskip("hydra")
 import export
@@ -80,7 +84,8 @@ def test_the_same_actions_without_torchrl(deployed, suffix, code):
     done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr == "", done.stderr
     for head in HEADS:
-        assert sorted(path.name for path in (folder / head).iterdir()) == ["policy.onnx", "policy.pt2"]
+        written = sorted(path.name for path in (folder / head).iterdir())
+        assert written == ["export.json", "policy.onnx", "policy.pt2"]
         found = np.load(folder / f"{head}-{suffix}.npz")
         for name, action in expected[head].items():
             assert found[name].dtype == np.float32
@@ -88,6 +93,21 @@ def test_the_same_actions_without_torchrl(deployed, suffix, code):
             assert np.isnan(found[name][-1]).all() == name.startswith(("nan", "infinite"))
     typical = expected["latent"]["typical 7"]
     assert np.abs(typical - expected["residual"]["typical 7"]).max() > 1e-2 and np.ptp(typical, 0).min() > 1e-2
+
+
+def test_checksums_tie_the_files_to_the_policy(deployed, tmp_path, monkeypatch, capsys):
+    """That of policy.pt is on the page to sign."""
+    folder, _ = deployed
+    found = json.loads((folder / "residual" / "export.json").read_text())
+    paths = [folder / "residual.pt", *((folder / "residual" / name) for name in ("policy.onnx", "policy.pt2"))]
+    digests = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+    assert found == {"policy": {"residual.pt": digests.pop("residual.pt")}, "files": digests}
+    # Networks of your own with their own weights have no file.
+    monkeypatch.setattr(export, "load_actor", lambda cfg: (numpy_policy(torch.tanh), {}, "mine"))
+    export.main(compose_recipe("export", f"out={tmp_path / 'out'}", "formats=[pt2]", "observation_dim=3"))
+    digest = hashlib.sha256((tmp_path / "out" / "policy.pt2").read_bytes()).hexdigest()
+    assert json.loads((tmp_path / "out" / "export.json").read_text()) == {"policy": {}, "files": {"policy.pt2": digest}}
+    assert f"{digest}  policy.pt2" in capsys.readouterr().out
 
 
 def write_log(path, size=OBSERVATION, episodes=40, length=50):
@@ -133,11 +153,61 @@ def test_the_guard_decides_alike_in_all_files(tmp_path, monkeypatch, capsys):
         decisions.append(fallback)
     # Another fit to the same data, without files.
     norm = export.norm_of(actor, None, "policy=policy.pt")
-    policy = export.guarded(cfg, actor, {"log": {"dataset": "log.npz"}}, norm, "policy=policy.pt")
+    policy, _ = export.guarded(cfg, actor, {"log": {"dataset": "log.npz"}}, norm, "policy=policy.pt")
     with torch.no_grad():
         found, fallback = policy(observation=rows)
     assert len(decisions) == 2 and all(torch.equal(fallback, other) for other in decisions)
     torch.testing.assert_close(found, action, rtol=0, atol=1e-6, equal_nan=True)
+
+
+@pytest.fixture
+def guarded_mean(tmp_path, monkeypatch):
+    """The mean of three members, its log, and options that export it with a guard."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(export, "TIMED_CALLS", 5)
+    seen = write_log("log.npz")
+    options = {"observation_stats": (seen.mean(0), seen.std(0)), "hidden": [128, 128]}
+    anchor = make_anchor(OBSERVATION, Bounded(-1, 1, (3,)), **options)
+    actor = mean_actor([build_loss(seed, anchor=anchor, **options).actor for seed in range(3)])
+    save_policy(actor, "policy.pt", env=None, log={"dataset": "log.npz"})
+    return actor, seen, ["policy=policy.pt", "out=out", "guard=0.99"]
+
+
+def test_the_mean_of_three_with_a_guard_is_compared_where_either_acts(guarded_mean, tmp_path):
+    for package in export.NEEDED["onnx"]:
+        pytest.importorskip(package, reason=f"ONNX needs {package}")
+    actor, seen, options = guarded_mean
+    cfg = compose_recipe("export", *options)
+    export.main(cfg)
+    norm = export.norm_of(actor, None, "policy=policy.pt")
+    policy, observation = export.guarded(cfg, actor, {"log": {"dataset": "log.npz"}}, norm, "policy=policy.pt")
+    assert all((seen == row).all(1).any() for row in observation[:1000])
+    calls = export.load(tmp_path / "out", cfg.formats, 1)
+    table = export.compare(policy, observation, calls)
+    titles = [f"the {who} acts in 1000 rows: off by" for who in ("policy", "anchor")]
+    assert [column.header for column in table.columns[2:]] == titles
+    with torch.no_grad():
+        own, anchor = (each(observation=observation) for each in (actor, actor.anchor))
+    assert (own - anchor).abs().amax(1).median() > 1e-2
+    for act in calls.values():
+        action, fallback = act(observation)
+        assert not fallback[:1000].any() and fallback[1000:].all()
+        torch.testing.assert_close(action, torch.cat([own[:1000], anchor[1000:]]), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("wrong", ["policy", "anchor"])
+def test_a_file_that_is_wrong_where_one_of_them_acts_is_not_left(wrong, guarded_mean, tmp_path, monkeypatch):
+    def load(*args, real=export.load):
+        def act(observation, inner):
+            action, fallback = inner(observation)
+            return action + 0.01 * (fallback == (wrong == "anchor")).unsqueeze(1), fallback
+
+        return {name: partial(act, inner=inner) for name, inner in real(*args).items()}
+
+    monkeypatch.setattr(export, "load", load)
+    with pytest.raises(InputError, match=r"policy\.pt2: its outputs are off by 1\.0e-02"):
+        export.main(compose_recipe("export", *guarded_mean[2], "formats=[pt2]"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["log.npz", "policy.pt"]
 
 
 def test_a_guard_needs_an_anchor_and_the_data(tmp_path, monkeypatch):
@@ -168,7 +238,7 @@ def test_pt2_alone_needs_no_onnx(tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"onnx needs onnx, onnxscript.*\[export\].*formats=\[pt2\]"):
         export.main(compose_recipe("export", *options))
     export.main(compose_recipe("export", *options, "formats=[pt2]"))
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["policy.pt2"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["export.json", "policy.pt2"]
 
 
 def numpy_policy(function, kind=torch.float32):

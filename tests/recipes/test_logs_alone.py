@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -26,6 +27,7 @@ from torchrl.modules import ValueOperator
 from torchrl_spar import (
     InputError,
     SPARLoss,
+    estimate_value,
     fit_fqe,
     load_offline_dataset,
     load_policy,
@@ -94,6 +96,11 @@ def test_a_log_without_an_environment_is_a_whole_run(finished):
         value = results["estimates"][name]
         assert value["low"] < value["mean"] < value["high"] and len(value["critics"]) == 5
         assert f"{value['mean']:.4g}" in done.stdout
+    ahead = np.greater(*(results["estimates"][name]["critics"] for name in ("spar", "anchor"))).sum()
+    table = [[cell.strip() for cell in line.split("│")] for line in done.stdout.splitlines() if "│" in line]
+    assert {row[1]: row[5] for row in table} == {"data": "", "anchor": "", "spar": f"{ahead} of 5"}
+    assert results["versions"]["python"] == platform.python_version()
+    assert results["versions"]["numpy"] == np.__version__
     gain = results["estimates"]["gains"]["spar"]
     own, base = (results["estimates"][name]["mean"] for name in ("spar", "anchor"))
     assert gain["mean"] == pytest.approx(own - base, abs=1e-6)
@@ -282,6 +289,22 @@ def test_policies_of_earlier_evaluations_are_candidates(monkeypatch):
         check_options(compose_recipe("spar_d4rl", "select_from=3", "out=x"), torch.device("cpu"))
 
 
+def test_the_value_of_a_rival_has_that_of_each_critic():
+    """The same critics that SPAR's anchor has with the same seed, where they start."""
+    data = small_data()
+    actor = make_spar_loss(data, hidden=[8]).actor
+    options = {"gamma": 0.9, "seed": 3, "hidden": [8], "warm_steps": 3, "num_qvalue_nets": 3, "held_out": 0.5}
+    for steps in (0, 2):
+        found = log_values.estimate_any(actor.anchor, data, options | {"steps": steps, "confidence": 0.9})
+        mean, bounds = estimate_value(actor.anchor, data, confidence=0.8, slice_len=16, steps=steps, **options)
+        assert (found["policy"]["mean"], found["policy"]["low"], found["policy"]["high"]) == (mean, *bounds)
+        assert len(found["policy"]["critics"]) == 3 and np.ptp(found["policy"]["critics"]) > 0
+        assert np.mean(found["policy"]["critics"]) == pytest.approx(mean, rel=1e-12)
+    start = options | {"steps": 0, "confidence": 0.9}
+    of_spar, _ = log_values.estimate_spar(actor, data, start)
+    assert log_values.estimate_any(actor.anchor, data, start)["policy"]["critics"] == of_spar["anchor"]["critics"]
+
+
 def small_data(episodes=8, length=10, batch_size=16):
     draw = torch.Generator().manual_seed(0)
     n = episodes * length
@@ -350,23 +373,25 @@ def test_calibration_is_of_the_critics_predictions():
 # ------------------------------------------------------------------ tables
 
 
+# By seed, what three critics say of SPAR's anchor.
+OF_ANCHOR = {0: [9.0, 9.9, 11.0], 1: [13.0, 15.0, 14.4]}
+
+
 def write_runs(folder, values, env=None, scores=None):
-    """Results of values[method][seed], with lower bounds one below them."""
+    """Results of values[method][seed], with bounds one below and two above, and three critics 0.5 apart."""
     for method, by_seed in values.items():
         for seed, value in by_seed.items():
             name = "spar" if method == "spar" else "policy"
             row = {"support_distance": 1.25, "normalized": scores and scores[method]}
-            estimated = {"mean": value, "low": value - 1.0, "high": value + 1.0}
-            estimated = {
-                "gamma": 0.99,
-                "data": {"mean": 5.0, "low": 4.0, "high": 6.0},
-                name: estimated,
-                "anchor": estimated,
-            }
+            of_method = {"mean": value, "low": value - 1.0, "high": value + 2.0}
+            of_method["critics"] = [value - 0.5, value, value + 0.5]
+            estimated = {"gamma": 0.99, "data": {"mean": 5.0, "low": 4.0, "high": 6.0}, name: of_method}
+            if method == "spar":
+                estimated["anchor"] = {"mean": 11.0, "low": 9.0, "high": 14.0, "critics": OF_ANCHOR[seed]}
             facts = {
                 "dataset": "a", "env": env, "method": method, "seed": seed, "updates": 10, "episodes": 2,
                 "curve": [{"step": 0, "normalized": 1.0}], "data": {"normalized": 1.0}, name: row,
-                "anchor": {"normalized": 1.0}, "estimates": estimated,
+                "anchor": {"support_distance": 1.1, "normalized": 1.0}, "estimates": estimated,
             }  # fmt: skip
             out = folder / f"{method}-{seed}-{env}"
             out.mkdir(parents=True)
@@ -380,10 +405,35 @@ def test_the_table_of_logs_has_values_and_the_choice(tmp_path, capsys):
     write_runs(tmp_path, VALUES)
     report.main(tmp_path)
     shown = capsys.readouterr().out
-    assert "| a | the data | 5 +- 0 (2) | 4 +- 0 (2) | 1.00 |" in shown
-    assert "| a | SPAR (head A) | 12 +- 2.8 (2) | 11 +- 2.8 (2) | 1.25 |" in shown
-    assert "| a | IQL | 13 +- 0 (2) | 12 +- 0 (2) | 1.25 |" in shown
+    assert "| a | the data | 5 +- 0 (2) | 4 +- 0 (2) | 6 +- 0 (2) | 1.00 |  |" in shown
+    assert "| a | SPAR's anchor | 11 +- 0 (2) | 9 +- 0 (2) | 14 +- 0 (2) | 1.10 |  |" in shown
+    # Rivals are compared with the anchor of the same seed.
+    assert "| a | SPAR (head A) | 12 +- 2.8 (2) | 11 +- 2.8 (2) | 14 +- 2.8 (2) | 1.25 | 4 of 6 |" in shown
+    assert "| a | IQL | 13 +- 0 (2) | 12 +- 0 (2) | 15 +- 0 (2) | 1.25 | 3 of 6 |" in shown
+    assert "| a | BC | 3 +- 0 (2) | 2 +- 0 (2) | 5 +- 0 (2) | 1.25 | 0 of 6 |" in shown
     assert "IQL would be chosen of 3." in shown and "regret" not in shown
+    assert (tmp_path / "report.md").read_text() == shown
+
+
+def test_the_table_of_logs_has_what_the_files_have(tmp_path, capsys):
+    """Rivals alone have no anchor, and rivals of old no critics."""
+    write_runs(tmp_path, {method: VALUES[method] for method in ("iql", "bc")})
+    report.main(tmp_path)
+    assert "| 15 +- 0 (2) | 1.25 |  |" in capsys.readouterr().out
+    write_runs(tmp_path, {"spar": VALUES["spar"]})
+    for path in tmp_path.glob("iql-*/results.json"):
+        facts = json.loads(path.read_text())
+        del facts["estimates"]["policy"]["critics"]
+        path.write_text(json.dumps(facts))
+    report.main(tmp_path)
+    shown = capsys.readouterr().out
+    assert "| 15 +- 0 (2) | 1.25 |  |" in shown and "| 4 of 6 |" in shown and "| 0 of 6 |" in shown
+
+
+def test_a_table_of_spar_alone_is_printed_only(tmp_path, capsys):
+    write_runs(tmp_path, {"spar": VALUES["spar"]})
+    report.main(tmp_path)
+    assert "| 4 of 6 |" in capsys.readouterr().out and not (tmp_path / "report.md").exists()
 
 
 def test_the_table_is_of_the_policies_that_are_saved(tmp_path, capsys):
@@ -391,11 +441,13 @@ def test_the_table_is_of_the_policies_that_are_saved(tmp_path, capsys):
     path = tmp_path / "spar-0-None" / "results.json"
     facts = json.loads(path.read_text())
     facts["selected"] = {"support_distance": 1.03}
-    facts["estimates"] |= {"choice": "anchor", "anchor": {"mean": 7.0, "low": 6.5, "high": 7.5}}
+    facts["estimates"]["choice"] = "anchor"
+    facts["estimates"]["anchor"] |= {"mean": 7.0, "low": 6.5, "high": 7.5}
     path.write_text(json.dumps(facts))
     report.main(tmp_path)
     shown = capsys.readouterr().out
-    assert "| a | SPAR (head A) | 7 (1) | 6.5 (1) | 1.03 |" in shown and "IQL would be chosen of 2." in shown
+    assert "| a | SPAR (head A) | 7 (1) | 6.5 (1) | 7.5 (1) | 1.03 |  |" in shown
+    assert "IQL would be chosen of 2." in shown
 
 
 def test_the_choice_costs_its_regret_where_scores_are_known(tmp_path, capsys):
@@ -482,6 +534,10 @@ def test_the_farthest_rows_are_rows_of_the_log(signed):
         state = torch.tensor(row["observation"])
         assert row["policy"] == pytest.approx(policy(observation=state).tolist(), rel=1e-4, abs=1e-5)
         assert row["anchor"] == pytest.approx(policy.anchor(observation=state).tolist(), rel=1e-4, abs=1e-5)
+    text = Page((out / "deployment.html").read_text()).text
+    for row in farthest:
+        state = [float(table[row["row"]][name]) for name in ("x", "v")]
+        assert "x: {:.4g}, v: {:.4g}".format(*state) in text
     excess = [row["distance"] - row["of_data"] for row in farthest]
     assert excess == sorted(excess, reverse=True)
 
@@ -560,8 +616,43 @@ def test_options_of_evaluation_count_where_the_run_has_no_estimates(finished, tm
     del results["estimates"]
     (tmp_path / "result" / "results.json").write_text(json.dumps(results))
     deployment_report.main(compose_recipe("deployment_report", *asked))
-    estimates = json.loads((tmp_path / "result" / "deployment.json").read_text())["estimates"]
+    facts = json.loads((tmp_path / "result" / "deployment.json").read_text())
+    assert (facts["evaluation"]["gamma"], facts["evaluation"]["steps"]) == (0.5, 2)
+    estimates = facts["estimates"]
     assert estimates["data"]["mean"] == pytest.approx(2 * (1 - 0.5**LENGTH) / (1 - 0.5), rel=1e-5)
+
+
+def test_long_states_are_folded(signed):
+    _, out = signed
+    facts = json.loads((out / "deployment.json").read_text())
+    before = deployment_report.page(facts)
+    facts["data"]["observation"] = {f"column {i}": facts["data"]["observation"]["x"] for i in range(21)}
+    for row in facts["support"]["farthest"]:
+        row["observation"] = [i + 0.123456 for i in range(21)]
+    after = deployment_report.page(facts)
+    folded = re.findall(r"<details><summary>state: 21 numbers</summary>(.*?)</details>", after)
+    assert "numbers</summary>" not in before and len(folded) == 3
+    shown = Page(folded[0]).text.split(", ")
+    assert shown[0] == "column 0: 0.1235" and shown[20].strip() == "column 20: 20.12"
+
+
+def test_versions_and_options_of_the_evaluation_are_the_runs_own(finished, tmp_path, monkeypatch):
+    _, cwd = finished
+    monkeypatch.chdir(cwd)
+    shutil.copytree(cwd / "result", tmp_path / "result")
+    path = tmp_path / "result" / "results.json"
+    results = json.loads(path.read_text())
+    evaluation = {"hidden": [8], "seed": 0, "steps": 4, "warm_steps": 4, "num_qvalue_nets": 5}
+    evaluation |= {"held_out": 0.2, "confidence": 0.95, "gamma": 0.99}
+    # Runs of old noted neither Python nor NumPy.
+    for versions in ({"torch": "1.2.3", "python": "3.4.5", "numpy": "6.7.8"}, {"torch": "1.2.3"}):
+        path.write_text(json.dumps(results | {"versions": versions}))
+        deployment_report.main(compose_recipe("deployment_report", f"run={tmp_path / 'result'}"))
+        facts = json.loads((tmp_path / "result" / "deployment.json").read_text())
+        assert facts["versions"] == versions | {"commit": results["commit"]} and facts["evaluation"] == evaluation
+        text = Page((tmp_path / "result" / "deployment.html").read_text()).text
+        assert all(version in text for version in versions.values()) and platform.python_version() not in text
+        assert all(f"{name}={value}" in text for name, value in evaluation.items())
 
 
 def test_text_in_the_log_cannot_change_the_page(signed):

@@ -15,8 +15,8 @@ from torchrl_spar.errors import InputError, check_options
 from torchrl_spar.objective import ROWS_PER_CALL
 from torchrl_spar.ope.fit import FQEFit, episodes_of, fit_fqe, split_episodes
 
-# Draws of a stochastic policy's action in each state.
-ACTION_DRAWS = 8
+# Draws of a stochastic policy's action in each state, and of the bootstrap.
+ACTION_DRAWS, DRAWS = 8, 2_000
 
 
 class ValueEstimate(NamedTuple):
@@ -54,7 +54,7 @@ def estimate_value(
     behaviour: TensorDictModuleBase | None = None,
     gamma: float = 0.99,
     confidence: float = 0.9,
-    draws: int = 2_000,
+    draws: int = DRAWS,
     held_out: float = 0.2,
     seed: int = 0,
     **options: Any,
@@ -122,8 +122,13 @@ def estimate_value(
             options.setdefault("exploration_type", ExplorationType.RANDOM)
         fit = fit_fqe(policy, data, gamma=gamma, held_out=held_out, seed=seed, **options)
         terms = episode_terms(fit, policy, behaviour)
+    return value_of(terms, (1 + confidence) / 2, draws, seed)
+
+
+def value_of(terms: EpisodeTerms, confidence: float, draws: int, seed: int) -> ValueEstimate:
+    """The estimate of one policy, of which each bound holds with ``confidence``."""
     mean, drawn = bootstrap([terms], draws, seed)
-    return with_interval(mean[0], drawn[0], (1 + confidence) / 2)
+    return with_interval(mean[0], drawn[0], confidence)
 
 
 def with_interval(mean: Tensor, drawn: Tensor, confidence: float) -> ValueEstimate:
