@@ -90,7 +90,7 @@ class SPARLoss(SPARLossBase):
         loss_function: TorchRL's name of the critics' regression loss (ours: ``"l2"``).
         reward_scale: factor on the rewards inside the loss, so that learning rates mean the same
             on every data set; :func:`~torchrl_spar.fit_critics` sets it. All values are in scaled units.
-        kl_coeff: beta, the weight of the KL in the fit (ours: 0.1).
+        kl_coeff: beta, the weight of the KL in the VAE's loss (ours: 0.1).
         joint_vae: whether ``forward`` adds ``loss_vae``. Set it to ``False`` when the VAE was
             trained before, by :func:`~torchrl_spar.fit_vae`, and is to stay as it is.
         num_candidates: candidates K for each state, the policy's own included (ours: 8).

@@ -47,13 +47,13 @@ def terms(loss: SPARLoss, batch: TensorDictBase) -> dict[str, Tensor]:
     data_residual = (batch["action"] - state["anchor_action"]) / loss.residual_scale
     return {
         "plain": (residual - data_residual).pow(2).mean(),
-        "trust": part_of_residual_loss(loss, batch, lsi=0.0, trust=1.0),
-        "lsi": part_of_residual_loss(loss, batch, lsi=1.0, trust=0.0),
+        "trust": part_of_actor_loss(loss, batch, lsi=0.0, trust=1.0),
+        "lsi": part_of_actor_loss(loss, batch, lsi=1.0, trust=0.0),
         "value": -mean_value(loss, state, action).mean(),
     }
 
 
-def part_of_residual_loss(loss: SPARLoss, batch: TensorDictBase, *, lsi: float, trust: float) -> Tensor:
+def part_of_actor_loss(loss: SPARLoss, batch: TensorDictBase, *, lsi: float, trust: float) -> Tensor:
     """`SPARLoss.actor_loss` with other weights of its two parts."""
     before = loss.lsi_coeff.clone(), loss.trust_coeff.clone()
     loss.lsi_coeff.fill_(lsi)
@@ -86,7 +86,7 @@ def follow(cfg: DictConfig, loss: SPARLoss, data: OfflineReplayBuffer, rows: Ten
         def value_gradient(tensordict: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
             state, _, action = rectified(loss, tensordict)
             value = mean_value(loss, state, action)
-            fit = part_of_residual_loss(loss, tensordict, lsi=0.0, trust=1.0)
+            fit = part_of_actor_loss(loss, tensordict, lsi=0.0, trust=1.0)
             return fit - cfg.alpha * (value / value.abs().mean().detach()).mean(), {}
 
         loss.actor_loss = value_gradient  # type: ignore[method-assign]
