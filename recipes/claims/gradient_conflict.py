@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from harness.options import option, recipe_options
-from harness.plots import BLUE, GREY, VERMILION, plt
+from harness.plots import GREY, SPAR, VALUE_GRADIENT, plt
 from matplotlib.figure import Figure
 from omegaconf import DictConfig
 from tensordict import TensorDictBase
@@ -156,7 +156,7 @@ def draw(result: dict[str, Any]) -> Figure:
     figure, axes = plt.subplots(1, 2, figsize=(11.5, 4.6), sharey=True)
     for ax, (fit, label) in zip(axes, FIT.items()):
         for run, kind, colour, line in (
-            ("lsi", "lsi", BLUE, "-"), ("lsi", "value", VERMILION, "-"), ("value", "value", VERMILION, "--"),
+            ("lsi", "lsi", SPAR, "-"), ("lsi", "value", VALUE_GRADIENT, "-"), ("value", "value", VALUE_GRADIENT, "--"),
         ):  # fmt: skip
             curves = torch.tensor([curve[f"{kind}/{fit}"] for curve in result["runs"][run]])
             steps = result["runs"][run][0]["step"]
