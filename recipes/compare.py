@@ -6,8 +6,8 @@ python recipes/compare.py method=spar,iql,rebrac select=ope            # report.
 python recipes/compare.py hydra/launcher=ray                           # or submitit_slurm: pip install '.[sweep]'
 python recipes/report.py outputs/compare
 
-It says first how many hours are left, as far as finished runs tell. The same command resumes after a kill:
-finished runs are not repeated, others go on from their checkpoint.
+It first estimates the hours left, from finished runs. The same command resumes after a kill: finished runs are not
+repeated, others resume from their checkpoints.
 """
 
 from __future__ import annotations

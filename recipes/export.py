@@ -45,7 +45,7 @@ from torchrl_spar.networks import ObservationNorm
 
 NEEDED = {"pt2": (), "onnx": ("onnx", "onnxscript", "onnxruntime")}
 COMPARED_ROWS, TIMED_CALLS = 1000, 2000
-# Of the largest action, what another order of the sums makes of it at most.
+# The largest error of an output, relative to the largest output, that another order of sums can explain.
 ROUNDING = 1e-5
 
 Outputs = Tensor | tuple[Tensor, ...]
@@ -176,7 +176,7 @@ def compare(policy: TensorDictModuleBase, norm: ObservationNorm, calls: dict[str
         seconds = median(timeit.repeat(partial(act, one), number=1, repeat=TIMED_CALLS))
         pairs = [*zip(as_tuple(act(observation)), expected, strict=True)]
         off = max((found.double() - own.double()).abs().max().item() for found, own in pairs)
-        # Of a guard, the distance of a row may be the threshold's, up to rounding.
+        # Rounding may flip the guard where a row's distance is about the threshold.
         rows = [(found.double() - own.double()).abs().reshape(len(found), -1) / size_of(own) for found, own in pairs]
         if not (torch.cat(rows, 1).sum(1) <= ROUNDING).double().mean() > 0.99:
             raise InputError(

@@ -44,7 +44,7 @@ TRUST_LOG_WEIGHT_RANGE = (-5.0, 2.3)
 # candidates' values, measured in this share of the spread of the data's advantages where that is the smaller unit.
 EVIDENCE_POWER, EVIDENCE_CEILING, ADVANTAGE_SHARE = 6, 8.0, 0.5
 TINY = 1e-8
-# Of a data set, at once.
+# Rows of a data set that networks are given at once.
 ROWS_PER_CALL = 16_384
 
 
@@ -535,7 +535,7 @@ class SPARLoss(SPARLossBase):
             "trust_advantage": mean,
             "data_value_std": masked_mean(spread(qvalue[:, 0]), mask),
         }
-        # Of a batch of padding alone the mean is 0.
+        # In a batch of padding alone the mean is 0.
         return weight / masked_mean(weight, mask).clamp_min(TINY), metadata
 
     @dispatch

@@ -75,7 +75,7 @@ class FirstUpdate:
 
 @dataclass
 class Train:
-    """Of a small network with every method."""
+    """Training of a small network with every method."""
 
     steps: int = option(400, "Gradient steps.", least=0)
     batch_size: int = option(128, "States in a batch.", least=1)

@@ -175,8 +175,8 @@ class Options(SharedOptions):
     ope: OPE = option(OPE(), "Off-policy evaluation, from the log alone.")
     select: str | None = option(
         None,
-        "ope: the values of anchor and policy are estimated from the log, and of the policies anchor + c * residual "
-        "the one is saved whose gain over the anchor is surest, or the anchor; null: the policy is saved as it is.",
+        "ope: estimates the values of the policies anchor + c * residual from the log, and saves the policy whose gain "
+        "over the anchor is surest, or the anchor; null: saves the policy as it is.",
         choices=("ope",),
     )
     select_from: int = option(

@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from torchrl_spar import InputError
 
 Run = dict[str, Any]
-# Of a run's options those that its results say already, or that change no number.
+# Options of a run that its results repeat, or that change no number.
 ELSEWHERE = ("seed", "seeds", "out", "runs", "dataset", "threads", "resume", "device")
 
 

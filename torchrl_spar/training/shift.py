@@ -73,7 +73,7 @@ class CoherentShift:
 
 
 def _windows(rows: TensorDictBase, loss: SPARLoss) -> list[Tensor]:
-    """Of each age, which rows its windows hold, ``[W, 32]``; evenly spread over the episodes."""
+    """The rows of the windows of each age, ``[W, 32]``, evenly spread over the episodes."""
     if rows.ndim > 1 or valid_mask(rows, loss.mask_keys) is not None:
         return []
     try:
