@@ -91,7 +91,7 @@ def claim(out: Path, *, wait: bool) -> Iterator[None]:
                 ) from None
             print(f"{out}: another process is at it, waiting", flush=True)
             fcntl.flock(file, fcntl.LOCK_EX)
-        # Who held it has removed it by now, and somebody else may hold its successor.
+        # The process that held the lock may have removed the file, and another one may hold a new file.
         if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
             break
         file.close()
