@@ -138,10 +138,10 @@ def write(
 
 
 def write_onnx(program: torch.export.ExportedProgram, outputs: list[str], path: Path) -> None:
-    # It warns of torchvision's absence, and of its own use of torch.
+    # The exporter warns of torchvision's absence, and torch of what the exporter calls.
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+        warnings.filterwarnings("ignore", r".*LeafSpec.* is deprecated", FutureWarning)
         names: dict[str, Any] = {"input_names": ["observation"], "output_names": outputs}
         torch.onnx.export(program, (), path, **names, external_data=False, verbose=False)
 

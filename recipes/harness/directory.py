@@ -106,7 +106,7 @@ def claim(out: Path, *, wait: bool) -> Iterator[None]:
 
 
 def check_new(out: Path) -> None:
-    """Refuses a directory that holds anything."""
+    """Refuses a run's directory that holds anything but a lock and unfinished files."""
     if contents(out):
         raise InputError(
             f"out={out}: exists and is not empty; resume=true resumes the run in it, "

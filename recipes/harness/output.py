@@ -19,7 +19,7 @@ from torchrl_spar import InputError
 
 
 def check_unused(out: Path) -> None:
-    """Refuses a directory that holds anything."""
+    """Refuses a directory that holds anything. Runs, which may resume, have `check_new`."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"out={out}: exists and is not empty; give another directory or remove it")
 
