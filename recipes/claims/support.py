@@ -46,8 +46,8 @@ STYLE = {
 class Penalties:
     """ReBRAC's on hopper-medium (https://arxiv.org/abs/2305.09836)."""
 
-    actor_penalty: float = option(0.01, "Of the actor.", least=0)
-    critic_penalty: float = option(0.01, "Of the critics.", least=0)
+    actor_penalty: float = option(0.01, "Penalty of the actor.", least=0)
+    critic_penalty: float = option(0.01, "Penalty of the critics.", least=0)
 
 
 @dataclass
