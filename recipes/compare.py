@@ -6,8 +6,8 @@ python recipes/compare.py method=spar,iql,rebrac select=ope            # report.
 python recipes/compare.py hydra/launcher=ray                           # or submitit_slurm: pip install '.[sweep]'
 python recipes/report.py outputs/compare
 
-It says first how many hours are left, as far as finished runs tell. The same command resumes after a kill:
-finished runs are not repeated, others go on from their checkpoint.
+It first estimates the hours left, from finished runs. The same command resumes after a kill: finished runs are not
+repeated, others resume from their checkpoints.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from rivals.base import Problem
 from torchrl_spar import InputError, check_finite
 from torchrl_spar.training.compiling import check_compiler
 
-# What the directories of runs are named by, and where they lie.
+# Options that may be swept: each combination has a directory of its own.
 SWEEPS = ("dataset", "method", "seed", "runs")
 SPAR_RUNS: dict[str, type[SPARRun]] = {"spar": SPARRun, **ablations.RUNS}
 
@@ -62,9 +62,9 @@ class Options(spar_options.Options):
     )
     out: str | None = option(None, "Set by the recipe.")
     resume: bool = option(True, "The same command resumes.")
-    # As the rivals have one policy.
+    # One member: the rivals have one policy, too.
     spar: Spar = option(Spar(members=1), "The main phase.")
-    # In line: the runs take all cores, and joblib's processes cannot start another.
+    # Not in the background: the runs take all cores, and joblib's processes cannot start another.
     eval: Eval = option(Eval(background=False), "Evaluations.")
     defaults: list[Any] = field(default_factory=list)  # those of config/compare.yaml
 

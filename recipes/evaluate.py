@@ -49,7 +49,7 @@ from torchrl_spar import InputError, OfflineReplayBuffer, SPARActor, environment
 from torchrl_spar.networks import ObservationNorm
 
 FRAMES_PER_SECOND = 30
-# Of the training data's standard deviation: a log so far from it may be in another unit.
+# A log this many standard deviations away from the training data may be in another unit.
 FAR = 10
 # Rows of a batch of FQE, as in training.
 BATCH_SIZE = 128

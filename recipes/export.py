@@ -48,7 +48,7 @@ NEEDED = {"pt2": (), "onnx": ("onnx", "onnxscript", "onnxruntime")}
 COMPARED_ROWS, TIMED_CALLS = 1000, 2000
 # Standard deviations of observations that are unlike the data.
 FAR = 10
-# Of the largest action, what another order of the sums makes of it at most.
+# The largest error of an output, relative to the largest output, that another order of sums can explain.
 ROUNDING = 1e-5
 
 Outputs = Tensor | tuple[Tensor, ...]
@@ -160,10 +160,10 @@ def checksums(policy: str | None, folder: Path) -> dict[str, dict[str, str]]:
 
 
 def write_onnx(program: torch.export.ExportedProgram, outputs: list[str], path: Path) -> None:
-    # It warns of torchvision's absence, and of its own use of torch.
+    # The exporter warns of torchvision's absence, and torch of what the exporter calls.
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+        warnings.filterwarnings("ignore", r".*LeafSpec.* is deprecated", FutureWarning)
         names: dict[str, Any] = {"input_names": ["observation"], "output_names": outputs}
         torch.onnx.export(program, (), path, **names, external_data=False, verbose=False)
 
@@ -215,7 +215,7 @@ def off_by(name: str, found: Sequence[Tensor], expected: Sequence[Tensor], rows:
     """How far outputs are from those expected in some rows, at most; an InputError if that is more than rounding."""
     pairs = [(given[rows].double(), own[rows].double()) for given, own in zip(found, expected, strict=True)]
     off = max((given - own).abs().max().item() for given, own in pairs)
-    # Of a guard, the distance of a row may be the threshold's, up to rounding.
+    # Rounding may flip the guard where a row's distance is about the threshold.
     shares = [(given - own).abs().reshape(len(own), -1) / size_of(own) for given, own in pairs]
     if not (torch.cat(shares, 1).sum(1) <= ROUNDING).double().mean() > 0.99:
         raise InputError(f"{name}: its outputs are off by {off:.1e}: the policy is random, or its actions not finite")

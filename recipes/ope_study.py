@@ -62,7 +62,7 @@ class Options:
     )  # fmt: skip
     out: str = option(
         "outputs/ope_study/${now:%Y-%m-%d_%H-%M-%S}",
-        "Directory of ope.json; a used one is refused. A study that was cut goes on with the same options and `out`.",
+        "Directory of ope.json; a used one is refused. The same options and `out` resume a study.",
     )
     episodes: int = option(20, "Episodes that each policy plays.", least=2)
     seed: int = option(0, "Of evaluation and of Fitted Q Evaluation.", least=0)
@@ -216,7 +216,7 @@ def main(cfg: DictConfig) -> None:
                 value = peer.fqe_values(policy, data, steps=cfg.d3rlpy_steps, gamma=facts["gamma"], seed=cfg.seed)
                 row |= {"d3rlpy_value": value[row["name"]], "d3rlpy_cpu_seconds": process_time() - began}
                 facts["d3rlpy"] = peers_figures(facts["rows"], cfg.d3rlpy_steps)
-                write_json(file, rounded(facts, 6))  # a study that is cut goes on from here
+                write_json(file, rounded(facts, 6))  # a study resumes from here
     show(facts)
     print(f"files in {file.parent}")
 

@@ -63,7 +63,7 @@ def compare(runs: list[Run], folder: Path) -> str:
     if len(comparison.datasets) > 1:
         text += (
             " IQM: interquartile mean over all runs, with 95 % stratified\n"
-            f"bootstrap intervals ({REPETITIONS} repetitions, rliable). Second table: differences of runs with the\n"
+            f"bootstrap intervals ({REPETITIONS} repetitions). Second table: differences of runs with the\n"
             "same seed; the interval of their mean draws data sets and seeds anew. p: how often such a mean or a\n"
             "higher one comes about where neither method is better (paired permutation test)."
         )

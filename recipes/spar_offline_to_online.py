@@ -1,11 +1,11 @@
-"""From offline to online: SPAR trained on the data set goes on in its environment, Latent Self-Imitation included.
+"""From offline to online: SPAR is trained on the data set, then in its environment, with Latent Self-Imitation.
 
 python recipes/spar_offline_to_online.py               # SPAR and TD3's warm start, the embedded Hopper data
 python recipes/spar_offline_to_online.py method=spar seed=0 collector.backend=process collector.workers=4
 python recipes/spar_offline_to_online.py method=spar seed=0 collector.backend=ray   # pip install '.[ray]'
 
-`runs`/<data set>/online.json and online.png hold the curves of all runs that lie there. The same command goes on after
-a kill: finished runs are not repeated, a run's offline phase goes on from its checkpoint, its online phase begins anew.
+`runs`/<data set>/online.json and online.png hold the curves of all runs in that folder. The same command resumes after
+a kill: finished runs are not repeated, an offline phase resumes from its checkpoint, an online phase begins anew.
 """
 
 from __future__ import annotations

@@ -251,7 +251,7 @@ class SPARLossBase(Conventions):
             anchor_action: the anchor's action.
             action_noise: noise on the bootstrapped action.
             candidate_noise: noise that makes the candidates, all but the first.
-            latent_noise: the VAE's sample in the fit.
+            latent_noise: the VAE's sample in its loss.
             residual: the scaled residual that the head (A) or decoder (B) writes, the encoder reads.
             latent: the latent that the decoder reads and head B writes.
             latent_loc: the mean that the encoder writes.

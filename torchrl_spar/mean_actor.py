@@ -72,7 +72,7 @@ def unchecked_mean(actors: Sequence[SPARActor]) -> SPARActor:
         action_spec=Bounded(first.low, first.high, first.low.shape, dtype=first.low.dtype, device=first.low.device),
         anchor_action_key=first.anchor_action_key, residual_key=first.residual_key,
     )  # fmt: skip
-    # In the members' type: a SPARActor reads bounds in torch's default one.
+    # The members' type: a SPARActor converts bounds to torch's default one.
     mean.low, mean.high, mean.residual_scale = first.low, first.high, first.residual_scale
     if all(actor.architecture for actor in actors):
         mean.architecture = {"mean_of": [actor.architecture for actor in actors]}

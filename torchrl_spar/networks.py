@@ -188,7 +188,7 @@ class StateMLP(nn.Module):
                 parts = [part if dtype is None else part.to(dtype) for part in (out, *inputs)]
                 out = _linear_of_parts(parts, own["weight"], own["bias"])
             elif isinstance(layer, nn.Linear):
-                # What is asked for is small differences of outputs: the last layer keeps the weights' own precision.
+                # Small differences of outputs matter, so the last layer keeps the precision of the weights.
                 out = F.linear(out.to(own["weight"].dtype), own["weight"], own["bias"])
             elif isinstance(layer, nn.LayerNorm):
                 out = F.layer_norm(out, layer.normalized_shape, own["weight"], own["bias"], layer.eps)

@@ -44,7 +44,7 @@ TRUST_LOG_WEIGHT_RANGE = (-5.0, 2.3)
 # candidates' values, measured in this share of the spread of the data's advantages where that is the smaller unit.
 EVIDENCE_POWER, EVIDENCE_CEILING, ADVANTAGE_SHARE = 6, 8.0, 0.5
 TINY = 1e-8
-# Of a data set, at once.
+# Rows of a data set that networks are given at once.
 ROWS_PER_CALL = 16_384
 
 
@@ -90,7 +90,7 @@ class SPARLoss(SPARLossBase):
         loss_function: TorchRL's name of the critics' regression loss (ours: ``"l2"``).
         reward_scale: factor on the rewards inside the loss, so that learning rates mean the same
             on every data set; :func:`~torchrl_spar.fit_critics` sets it. All values are in scaled units.
-        kl_coeff: beta, the weight of the KL in the fit (ours: 0.1).
+        kl_coeff: beta, the weight of the KL in the VAE's loss (ours: 0.1).
         joint_vae: whether ``forward`` adds ``loss_vae``. Set it to ``False`` when the VAE was
             trained before, by :func:`~torchrl_spar.fit_vae`, and is to stay as it is.
         num_candidates: candidates K for each state, the policy's own included (ours: 8).
@@ -535,7 +535,7 @@ class SPARLoss(SPARLossBase):
             "trust_advantage": mean,
             "data_value_std": masked_mean(spread(qvalue[:, 0]), mask),
         }
-        # Of a batch of padding alone the mean is 0.
+        # In a batch of padding alone the mean is 0.
         return weight / masked_mean(weight, mask).clamp_min(TINY), metadata
 
     @dispatch

@@ -85,7 +85,7 @@ def write_random_minari(root: Path, episodes: int, length: int, observation_dim:
         )
     root.mkdir(parents=True)
     with environment_variable("MINARI_DATASETS_PATH", str(root)), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Minari asks for an author and a description
+        warnings.filterwarnings("ignore", r".* is set to None|env_spec is None", UserWarning)  # facts about the set
         minari.create_dataset_from_buffers(
             "benchmark/random-v0",
             buffers,

@@ -79,9 +79,9 @@ def spar(
 
 
 def spar_plain_loop(loss: SPARLoss, data: ReplayBuffer, *, policy_interval: int = 1) -> Callable[[], None]:
-    """A plain loop on one-step targets: sum of the losses, torch's Adam, TorchRL's SoftUpdate and sampler.
+    """A plain loop like the README's, on one-step targets: sum of the losses, Adam, TorchRL's SoftUpdate and sampler.
 
-    With ``policy_interval`` the head's term is left out in between, as :class:`SPARUpdate` does: the same work.
+    With a ``policy_interval`` the head's term is left out in between, which is the work of :class:`SPARUpdate`.
     """
     optimizer = torch.optim.Adam(loss.parameters(), lr=5e-4)
     updater = SoftUpdate(loss, tau=0.005)

@@ -19,7 +19,7 @@ import torch
 from harness.environment import EMBEDDED
 from harness.launch import RECIPES, summarize
 from harness.options import option, recipe_options
-from harness.plots import BLUE, GREY, ORANGE, VERMILION, plt
+from harness.plots import DATA, OTHERS, SPAR, plt
 from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
 
@@ -34,7 +34,7 @@ KINDS: dict[str, dict[str, Any]] = {
     ALONG: {},
     RETURNS: {"loss": {"cut_margin": NEVER_CUT}},
 }
-COLOURS = {ONE_STEP: VERMILION, ALONG: BLUE, RETURNS: ORANGE}
+COLOURS = {ALONG: SPAR, **dict(zip((ONE_STEP, RETURNS), OTHERS))}
 
 
 @recipe_options("claims/bootstrapping")
@@ -132,8 +132,8 @@ def draw(result: dict[str, Any]) -> Figure:
             panel.plot(steps, values.mean(0), color=COLOURS[kind], linewidth=2, label=kind)
             panel.fill_between(steps, values.amin(0), values.amax(0), color=COLOURS[kind], alpha=0.15, linewidth=0)
         panel.set(xlabel="updates", ylabel=label)
-    axes[0].axhline(score(result["data"]), color=GREY, linestyle="--", label="data (mean return)")
-    axes[1].axhline(0, color=GREY, linestyle="--")
+    axes[0].axhline(score(result["data"]), color=DATA, linestyle="--", label="data (mean return)")
+    axes[1].axhline(0, color=DATA, linestyle="--")
     axes[0].legend()
     data, count = result["options"]["dataset"], len(result["options"]["seeds"])
     figure.suptitle(f"SPAR with three kinds of targets ({data}; mean and range of {count} seeds)")

@@ -75,7 +75,7 @@ class FirstUpdate:
 
 @dataclass
 class Train:
-    """Of a small network with every method."""
+    """Training of a small network with every method."""
 
     steps: int = option(400, "Gradient steps.", least=0)
     batch_size: int = option(128, "States in a batch.", least=1)
@@ -101,7 +101,7 @@ class LSI:
     num_candidates: int = option(8, "Candidates.", least=2)
     candidates: str = option("policy", "Their centre.", choices=("policy", "prior"))
     latent_std: float = option(0.5, "Their spread.", above=0)
-    temperature: float = option(0.3, "Of their weights.", above=0)
+    temperature: float = option(0.3, "Temperature of their weights.", above=0)
 
 
 @recipe_options("claims/drift")

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from harness.plots import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION, YELLOW, plt
+import numpy as np
+from harness.plots import BLACK, GREY, HEAD_B, OLIVE, SPAR, TD3_BC, TRUST_ALONE, VALUE_GRADIENT, plt
 from matplotlib.figure import Figure
 
 from claims.drift_methods import AWR, DPG, IN_ACTIONS, LSI_A, LSI_B, SHIPPED, TD3BC, THROUGH
 
 STYLE = {
-    LSI_A: (BLUE, "o"), LSI_B: (SKY, "s"), SHIPPED: (GREEN, "D"), AWR: (BLACK, "v"),
-    THROUGH: (PURPLE, "P"), IN_ACTIONS: (ORANGE, "^"), TD3BC: (YELLOW, "X"), DPG: (VERMILION, "*"),
+    LSI_A: (SPAR, "o"), LSI_B: (HEAD_B, "s"), SHIPPED: (SPAR, "D"), AWR: (TRUST_ALONE, "v"),
+    THROUGH: (VALUE_GRADIENT, "P"), IN_ACTIONS: (OLIVE, "^"), TD3BC: (TD3_BC, "X"), DPG: (VALUE_GRADIENT, "*"),
 }  # fmt: skip
+# The methods whose training is drawn, and the manifolds that are curved.
+TRAINED, CURVED = (LSI_B, SHIPPED, TD3BC, DPG), ("circle", "parabola", "helix")
 
 
 def draw(result: dict[str, Any]) -> Figure:
@@ -45,19 +48,23 @@ def draw_first_update(axes: Any, result: dict[str, Any]) -> None:
     axes.grid(False)
 
 
+def draw_range(axes: Any, x: list[float], values: Any, **style: Any) -> None:
+    """Geometric mean and range over the rows of ``[n, len(x)]``."""
+    values = np.array(values)
+    axes.plot(x, np.exp(np.log(values).mean(0)), markersize=6, markeredgecolor=BLACK, markeredgewidth=0.4, **style)
+    axes.fill_between(x, values.min(0), values.max(0), color=style["color"], alpha=0.15, linewidth=0)
+
+
 def draw_training(axes: Any, result: dict[str, Any]) -> None:
-    manifold = list(result["first_update_normal_share"])[-1]
-    for name, curve in result["training"][manifold].items():
+    for name in TRAINED:
         colour, marker = STYLE[name]
-        distance = [max(value, 1e-6) for value in curve["distance"]]
-        axes.plot(
-            curve["step"], distance, "-", marker=marker, markevery=4, color=colour, markersize=6,
-            markeredgecolor=BLACK, markeredgewidth=0.4,
-        )  # fmt: skip
+        curves = [result["training"][manifold][name] for manifold in CURVED]
+        distance = [[max(value, 1e-6) for value in curve["distance"]] for curve in curves]
+        draw_range(axes, curves[0]["step"], distance, color=colour, marker=marker, markevery=4)
     axes.set_yscale("log")
     axes.set(xlabel="gradient steps", ylabel="distance to the manifold\n(mean, action units; floor 1e-6)")
     axes.set_title(
-        f"Training on the {manifold}: action-space updates leave it;\nlatent ones stay, averages up to curvature"
+        "Training on the three curves (mean, range): gradients in\naction space leave them, head B stays, A nearly so"
     )
 
 
@@ -77,13 +84,11 @@ def draw_noise(axes: Any, result: dict[str, Any]) -> None:
 
 def draw_closed_form(axes: Any, result: dict[str, Any]) -> None:
     rows = result["closed_form"]["rows"]
-    for temperature, colour, marker in zip(
-        dict.fromkeys(row["temperature"] for row in rows), (VERMILION, BLUE, GREEN), "osD"
-    ):
+    for temperature, alpha, marker in zip(dict.fromkeys(row["temperature"] for row in rows), (1, 0.7, 0.4), "osD"):
         mine = [row for row in rows if row["temperature"] == temperature]
         axes.plot(
-            [row["candidates"] for row in mine], [row["ratio"] for row in mine], "-", marker=marker, color=colour,
-            label=rf"$\tau$ = {temperature:g}",
+            [row["candidates"] for row in mine], [row["ratio"] for row in mine], "-", marker=marker, color=SPAR,
+            alpha=alpha, label=rf"$\tau$ = {temperature:g}",
         )  # fmt: skip
     axes.axhline(1, color=GREY, linestyle="--", label="closed form")
     axes.set_xscale("log", base=2)
@@ -95,13 +100,16 @@ def draw_closed_form(axes: Any, result: dict[str, Any]) -> None:
 
 def draw_curvature(axes: Any, result: dict[str, Any]) -> None:
     floor = 3e-4
-    for (manifold, rows), colour, marker in zip(result["curvature_bias"].items(), (GREY, BLUE, ORANGE, GREEN), "vosD"):
-        sigma = [row["latent_std"] for row in rows]
-        style = {"marker": marker, "color": colour, "markeredgecolor": BLACK, "markeredgewidth": 0.4}
-        axes.plot(sigma, [max(row["head_a_flat"], floor) for row in rows], "-", label=f"{manifold}, head A", **style)
-    latents = [max(row["head_b_flat"], floor) for row in rows]
-    axes.plot(sigma, latents, ":s", color=SKY, label="all manifolds, head B", markersize=9, fillstyle="none")
-    axes.plot(sigma, [row["expected"] for row in rows], "--", color=BLACK, label=r"$\sigma^2/2$")
+    bias = result["curvature_bias"]
+    sigma = [row["latent_std"] for row in bias["affine"]]
+    head_a = [[max(row["head_a_flat"], floor) for row in bias[manifold]] for manifold in CURVED]
+    draw_range(axes, sigma, head_a, color=SPAR, marker="o", label="head A on the three curves (mean, range)")
+    exact = [[row["head_b_flat"] for row in rows] for rows in bias.values()]
+    exact.append([row["head_a_flat"] for row in bias["affine"]])
+    axes.plot(
+        sigma, np.maximum(floor, np.max(exact, 0)), "-s", color=HEAD_B, label="head B everywhere, head A on the plane"
+    )
+    axes.plot(sigma, [row["expected"] for row in bias["affine"]], "--", color=BLACK, label=r"$\sigma^2/2$")
     axes.text(sigma[0], floor * 1.25, "drawn at the floor: round-off, below 1e-14", fontsize=8.5)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")

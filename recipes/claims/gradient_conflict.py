@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from harness.options import option, recipe_options
-from harness.plots import BLUE, GREY, VERMILION, plt
+from harness.plots import GREY, SPAR, VALUE_GRADIENT, plt
 from matplotlib.figure import Figure
 from omegaconf import DictConfig
 from tensordict import TensorDictBase
@@ -47,13 +47,13 @@ def terms(loss: SPARLoss, batch: TensorDictBase) -> dict[str, Tensor]:
     data_residual = (batch["action"] - state["anchor_action"]) / loss.residual_scale
     return {
         "plain": (residual - data_residual).pow(2).mean(),
-        "trust": part_of_residual_loss(loss, batch, lsi=0.0, trust=1.0),
-        "lsi": part_of_residual_loss(loss, batch, lsi=1.0, trust=0.0),
+        "trust": part_of_actor_loss(loss, batch, lsi=0.0, trust=1.0),
+        "lsi": part_of_actor_loss(loss, batch, lsi=1.0, trust=0.0),
         "value": -mean_value(loss, state, action).mean(),
     }
 
 
-def part_of_residual_loss(loss: SPARLoss, batch: TensorDictBase, *, lsi: float, trust: float) -> Tensor:
+def part_of_actor_loss(loss: SPARLoss, batch: TensorDictBase, *, lsi: float, trust: float) -> Tensor:
     """`SPARLoss.actor_loss` with other weights of its two parts."""
     before = loss.lsi_coeff.clone(), loss.trust_coeff.clone()
     loss.lsi_coeff.fill_(lsi)
@@ -86,7 +86,7 @@ def follow(cfg: DictConfig, loss: SPARLoss, data: OfflineReplayBuffer, rows: Ten
         def value_gradient(tensordict: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
             state, _, action = rectified(loss, tensordict)
             value = mean_value(loss, state, action)
-            fit = part_of_residual_loss(loss, tensordict, lsi=0.0, trust=1.0)
+            fit = part_of_actor_loss(loss, tensordict, lsi=0.0, trust=1.0)
             return fit - cfg.alpha * (value / value.abs().mean().detach()).mean(), {}
 
         loss.actor_loss = value_gradient  # type: ignore[method-assign]
@@ -156,7 +156,7 @@ def draw(result: dict[str, Any]) -> Figure:
     figure, axes = plt.subplots(1, 2, figsize=(11.5, 4.6), sharey=True)
     for ax, (fit, label) in zip(axes, FIT.items()):
         for run, kind, colour, line in (
-            ("lsi", "lsi", BLUE, "-"), ("lsi", "value", VERMILION, "-"), ("value", "value", VERMILION, "--"),
+            ("lsi", "lsi", SPAR, "-"), ("lsi", "value", VALUE_GRADIENT, "-"), ("value", "value", VALUE_GRADIENT, "--"),
         ):  # fmt: skip
             curves = torch.tensor([curve[f"{kind}/{fit}"] for curve in result["runs"][run]])
             steps = result["runs"][run][0]["step"]

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from harness.options import option, recipe_options
-from harness.plots import BLUE, GREEN, GREY, VERMILION, plt
+from harness.plots import DATA, SPAR, plt
 from matplotlib.figure import Figure
 from omegaconf import DictConfig
 from tensordict.nn import TensorDictModule, TensorDictModuleBase
@@ -36,10 +36,10 @@ from claims.small_spar import (
 from torchrl_spar import OfflineReplayBuffer, SPARLoss
 
 STYLE = {
-    "data, from the anchor": (GREY, "-"),
-    "SPAR, from the anchor": (BLUE, "-"),
-    "data, from mid-range": (GREEN, "--"),
-    "unanchored, from mid-range": (VERMILION, "--"),
+    "data, from the anchor": (DATA, "-"),
+    "SPAR, from the anchor": (SPAR, "-"),
+    "data, from mid-range": (DATA, "--"),
+    "unanchored, from mid-range": (SPAR, "--"),
 }
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from harness.launch import summarize
 from harness.options import option, recipe_options
-from harness.plots import BLUE, GREY, ORANGE, plt
+from harness.plots import ANCHOR, DATA, SPAR, plt
 from harness.spar_options import Phase
 from matplotlib.figure import Figure
 from omegaconf import DictConfig
@@ -116,12 +116,12 @@ def draw(result: dict[str, Any]) -> Figure:
     figure, axes = plt.subplots(figsize=(9, 4.8))
     rows = result["anchors"]
     for place, row in enumerate(rows):
-        for shift, (kind, colour) in zip((-0.19, 0.19), (("anchor", ORANGE), ("spar", BLUE))):
+        for shift, (kind, colour) in zip((-0.19, 0.19), (("anchor", ANCHOR), ("spar", SPAR))):
             score = row[kind]["normalized"]
             label = {"anchor": "anchor", "spar": "SPAR on it"}[kind] if place == 0 else None
             axes.bar(place + shift, score, width=0.36, color=colour, label=label)
             axes.text(place + shift, score + 0.6, f"{score:.0f}", ha="center", fontsize=9, bbox=WHITE)
-    axes.axhline(result["data"]["normalized"], color=GREY, linestyle="--", label="data (mean return)")
+    axes.axhline(result["data"]["normalized"], color=DATA, linestyle="--", label="data (mean return)")
     axes.set_xticks(range(len(rows)), [row["anchor_trained_on"].replace(" of", "\nof") for row in rows], fontsize=9)
     axes.set(xlabel="what the anchor was trained on", ylabel="D4RL-normalised score (Hopper-v5)")
     lifted = sum(row["spar"]["normalized"] > row["anchor"]["normalized"] for row in rows)

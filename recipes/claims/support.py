@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from harness.options import option, recipe_options
-from harness.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, VERMILION, plt
+from harness.plots import DATA, OTHERS, SPAR, TD3_BC, plt
 from matplotlib.figure import Figure
 from omegaconf import DictConfig
 from rivals.batches import add_next_actions
@@ -34,15 +34,20 @@ from torchrl_spar import OfflineReplayBuffer, SPARLoss, load_offline_dataset, su
 from torchrl_spar.networks import ObservationNorm
 
 TD3BC, REBRAC, CONTROL = "TD3+BC", "ReBRAC", "TD3+BC, larger alpha"
-STYLE = {"data (held out)": GREY, "anchor": GREEN, "SPAR": BLUE, TD3BC: VERMILION, REBRAC: ORANGE, CONTROL: PURPLE}
+NAMES = ("data (held out)", "anchor", "SPAR", TD3BC, REBRAC, CONTROL)
+# The anchor's curves lie on the others'.
+STYLE = {
+    "data (held out)": (DATA, "-"), "SPAR": (SPAR, "-"), TD3BC: (TD3_BC, "-"), REBRAC: (OTHERS[0], "-"),
+    CONTROL: (TD3_BC, "--"),
+}  # fmt: skip
 
 
 @dataclass
 class Penalties:
     """ReBRAC's on hopper-medium (https://arxiv.org/abs/2305.09836)."""
 
-    actor_penalty: float = option(0.01, "Of the actor.", least=0)
-    critic_penalty: float = option(0.01, "Of the critics.", least=0)
+    actor_penalty: float = option(0.01, "Penalty of the actor.", least=0)
+    critic_penalty: float = option(0.01, "Penalty of the critics.", least=0)
 
 
 @dataclass
@@ -207,7 +212,7 @@ def measure(cfg: DictConfig) -> dict[str, Any]:
 
 
 def verdict(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    names = dict(zip(("data", "anchor", "spar", "td3bc", "rebrac", "larger_alpha"), STYLE))
+    names = dict(zip(("data", "anchor", "spar", "td3bc", "rebrac", "larger_alpha"), NAMES))
     distance, density, moved = (
         {key: [run[quantity][name] for run in runs] for key, name in names.items()}
         for quantity in ("mean_distance", "mean_log_density", "rms_from_anchor")
@@ -263,16 +268,18 @@ def draw(result: dict[str, Any]) -> Figure:
         "log_density": "log density of the action under an independent model (nats)",
     }
     for ax, (quantity, label) in zip(axes, labels.items()):
-        for name, colour in STYLE.items():
-            for place, run in enumerate(result["runs"]):
-                values = run[quantity][name]
-                share = [index / (len(values) - 1) for index in range(len(values))]
-                # The extremes would set the axis: quantiles 5 to 95 %.
-                ax.plot(values[1:-1], share[1:-1], color=colour, linewidth=1.6, label=name if place == 0 else None)
+        for name, (colour, line) in STYLE.items():
+            # The extremes would set the axis: quantiles 5 to 95 %.
+            values = torch.tensor([run[quantity][name] for run in result["runs"]])[:, 1:-1]
+            share = torch.linspace(0, 1, values.shape[1] + 2)[1:-1]
+            ax.plot(values.mean(0), share, line, color=colour, linewidth=2, label=name)
+            ax.fill_betweenx(share, values.amin(0), values.amax(0), color=colour, alpha=0.15, linewidth=0)
         ax.set_xlabel(label, fontsize=9.5)
     axes[0].set_ylabel("share of held-out states at or below")
     axes[0].legend()
     held = [row["holds"] == "yes" for row in result["findings"]]
     does = "stays" if held[2] and held[4] else "does not stay"
-    figure.suptitle(f"SPAR {does} nearer to the data than TD3+BC and ReBRAC (Hopper, a line a seed)")
+    seeds = len(result["runs"])
+    title = f"SPAR {does} nearer to the data than TD3+BC and ReBRAC"
+    figure.suptitle(f"{title} (Hopper, mean and range of {seeds} seeds)")
     return figure

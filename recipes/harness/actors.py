@@ -14,7 +14,7 @@ from harness.environment import function_at
 from torchrl_spar import InputError, load_policy
 from torchrl_spar.errors import first_line
 
-# What a policy file says of networks that are not SPAR's default ones: their kind and sizes.
+# The fact in a policy file that holds kind and sizes of networks other than SPAR's.
 FACT = "compare_network"
 # The options `policy` and `actor`.
 POLICY = "File written by save_policy, e.g. policy.pt of a run; with actor=... the weights of those networks, or null."
@@ -30,7 +30,7 @@ def read_actor(path: str | Path, device: torch.device | None = None) -> tuple[Te
     def build(facts: dict[str, Any]) -> TensorDictModuleBase | None:
         if FACT not in facts:
             return None
-        # Not earlier: they load every method.
+        # Imported only here: they load every method.
         from ablations import no_anchor
         from rivals import models
 

@@ -151,7 +151,7 @@ class Checkpoints:
     def state_dict(self) -> dict[str, Any]:
         """
         Raises:
-            NonFiniteError: for NaN or infinity in any part: a checkpoint is something to go on from.
+            NonFiniteError: for NaN or infinity in any part: no run could resume from it.
         """
         parts = {name: part.state_dict() for name, part in self.parts.items()}
         for where, tensor in named_tensors(parts):

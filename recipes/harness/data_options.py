@@ -17,8 +17,8 @@ class DataOptions:
     )
     columns: Any = option(
         None,
-        "Of a table, its columns: columns={observation:[x,v],action:[u],reward:r,episode:id}; of a LeRobot set, those "
-        "that differ from its own.",
+        "Columns of a table: columns={observation:[x,v],action:[u],reward:r,episode:id}; for a LeRobot set, only those "
+        "with other names.",
     )
     env: str | None = option(
         None,

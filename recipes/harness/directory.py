@@ -18,10 +18,10 @@ from harness.stopping import stop
 from torchrl_spar import InputError, NonFiniteError
 from torchrl_spar.errors import first_line
 
-# What makes it no other run: where it lies, the threads, evaluation beside training, checkpoints.
+# Options that may differ when a run resumes.
 FREE = ("runs", "out", "threads", "eval.background", "resume", "checkpoint.seconds")
 LOCK = ".lock"
-# Options that came later, with what runs from before them did.
+# Options that were added later, with the values that older runs had in effect.
 LATER = {"spar.members": 1, "keep_policies": 1}
 # What every run leaves in results.json.
 RESULTS = ("dataset", "env", "env_kwargs", "seed", "method", "updates")
@@ -55,7 +55,7 @@ def started(cfgs: Sequence[DictConfig], *, wait: bool = False) -> Iterator[Check
         elif all([is_finished(out, cfg) for out, cfg in zip(outs, cfgs)]):
             for out in outs:
                 print(f"{out}: finished before", flush=True)
-            remove_checkpoints(home)  # of a process that was killed right after its last result
+            remove_checkpoints(home)  # a process may have been killed right after its last result
             yield None
             return
         with stop.handled():
@@ -91,7 +91,7 @@ def claim(out: Path, *, wait: bool) -> Iterator[None]:
                 ) from None
             print(f"{out}: another process is at it, waiting", flush=True)
             fcntl.flock(file, fcntl.LOCK_EX)
-        # Who held it has removed it by now, and somebody else may hold its successor.
+        # The process that held the lock may have removed the file, and another one may hold a new file.
         if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
             break
         file.close()
@@ -106,7 +106,7 @@ def claim(out: Path, *, wait: bool) -> Iterator[None]:
 
 
 def check_new(out: Path) -> None:
-    """Refuses a directory that holds anything."""
+    """Refuses a run's directory that holds anything but a lock and unfinished files."""
     if contents(out):
         raise InputError(
             f"out={out}: exists and is not empty; resume=true resumes the run in it, "

@@ -22,7 +22,7 @@ from torchrl_spar.evaluation.protocols import d4rl_protocol
 from torchrl_spar.paths import user_path
 
 EMBEDDED = "torchrl-spar/hopper/medium-v0"
-# What env= says where there is none.
+# The value of `env` for no environment.
 NO_ENV = "none"
 LOG_OPTIONS = ("dataset", "columns", "encoder", "action_bounds", "clip_actions", "end_at_success")
 # Bounds that differ by less are the same in float32.

@@ -1,4 +1,4 @@
-"""Finished runs on one data set, for what reads several of them."""
+"""Finished runs on one data set, for scripts that read several."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from harness.environment import LOG_OPTIONS
 from torchrl_spar import InputError
 
 NEEDED = ("config.yaml", "policy.pt", "results.json")
-# Of the options and of the results, what says which data and which task a run is of.
+# The options and results that must agree: runs with other ones are of other data, or another task.
 SAME_OPTIONS = ("action_scale", *LOG_OPTIONS, "spar.loss.gamma")
 SAME_RESULTS = ("env", "env_kwargs", "rows_sha256")
 

@@ -1,4 +1,4 @@
-"""What a log alone says of a policy: its value by Fitted Q Evaluation, and its distance to the data."""
+"""What a log alone says about a policy: its value by Fitted Q Evaluation, and its distance to the data."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from torchrl_spar.training.sampling import batch_size_of
 
 # Held-out rows whose distance is taken, the rows of the other episodes it is taken to, and how many of the nearest.
 PROBES, REFERENCE, NEIGHBOURS = 1_000, 20_000, 5
-# Of the actions' standard deviation, in ranges of theirs: what varies less is not learnt, a constant one least of all.
+# The least standard deviation of an action, as a share of its range: a nearly constant one would dominate distances.
 LEAST_WIDTH = 0.01
 # Groups of equal size in which predicted and true returns are compared.
 BINS = 10
@@ -131,7 +131,7 @@ def estimate_spar(
 
 
 def fqe_options(cfg: DictConfig) -> dict[str, Any]:
-    """Of a run: FQE has the size of its own critics, and its discount where no other is asked for."""
+    """FQE's options: the run's sizes, and its discount where no other is given."""
     gamma = cfg.spar.loss.gamma if cfg.ope.get("gamma") is None else cfg.ope.gamma  # runs of old have no ope.gamma
     return {"hidden": list(cfg.spar.loss.hidden), "seed": cfg.seed, **cfg.ope, "gamma": gamma}
 

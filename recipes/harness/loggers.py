@@ -66,7 +66,7 @@ def _open(out: Path, backend: str) -> Logger:
         logger = MLFlowLogger(PROJECT, MLFLOW_SERVER or f"sqlite:///{out.resolve() / 'mlflow.db'}")
         mlflow.set_tag("mlflow.runName", str(out))
         return logger
-    # Without these a second run of a process, or of the same name, would go on with the first one's.
+    # Without these a second run of a process, or of the same name, would continue the first one's log.
     options = {
         "wandb_kwargs": {"project": PROJECT, "reinit": "create_new"},
         "trackio_kwargs": {"project": PROJECT, "resume": "never"},

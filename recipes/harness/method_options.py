@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from harness.options import unknown_option
 from torchrl_spar import InputError
 
-# What groups of a method's options hold; their functions take whole groups.
+# The options in each group of a method's options; functions take whole groups.
 GROUPS = {
     "critics": ("num", "bound", "kappa", "layer_norm"),
     "networks": ("layers", "standardised", "small_start"),

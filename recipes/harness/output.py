@@ -19,7 +19,7 @@ from torchrl_spar import InputError
 
 
 def check_unused(out: Path) -> None:
-    """Refuses a directory that holds anything."""
+    """Refuses a directory that holds anything. Runs, which may resume, have `check_new`."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"out={out}: exists and is not empty; give another directory or remove it")
 
@@ -70,7 +70,7 @@ def data_score(runs: list[dict[str, Any]]) -> str:
 class MetricLog:
     """One row a call in metrics.csv, and the same numbers to a logger if there is one.
 
-    Its state is the file's length, to which the file is cut when a run goes on from a checkpoint.
+    Its state is the length of the file, which is cut to it when a run resumes.
     """
 
     def __init__(self, out: Path, logger: RunLogger | None, columns: Iterable[str], *, go_on: bool = False) -> None:
@@ -106,7 +106,7 @@ class MetricLog:
         self.file.seek(0, os.SEEK_END)
 
     def close(self) -> None:
-        with suppress(OSError):  # of a row that could not be written, which was said
+        with suppress(OSError):  # of a row that could not be written: that error was raised
             self.file.close()
         if self.logger is not None:
             self.logger.close()

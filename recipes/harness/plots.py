@@ -19,10 +19,13 @@ plt.rcParams.update({
     "figure.constrained_layout.use": True, "axes.grid": True, "grid.alpha": 0.3, "axes.titlesize": 10,
     "legend.fontsize": 9,
 })  # fmt: skip
-# Okabe and Ito's colours: told apart by colour-blind readers, too.
-BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILION, PURPLE, GREY = (
-    "#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#666666"
+# Okabe and Ito's colours, which colour-blind readers tell apart, with Tol's olive for their yellow.
+BLACK, ORANGE, SKY, GREEN, OLIVE, BLUE, VERMILION, PURPLE, GREY = (
+    "#000000", "#E69F00", "#56B4E9", "#009E73", "#999933", "#0072B2", "#D55E00", "#CC79A7", "#666666"
 )  # fmt: skip
+# What a colour means in every figure. Other methods take those in OTHERS.
+SPAR, ANCHOR, DATA, HEAD_B, TRUST_ALONE, TD3_BC, VALUE_GRADIENT = BLUE, ORANGE, GREY, SKY, GREEN, VERMILION, PURPLE
+OTHERS = (BLACK, OLIVE)
 
 
 def save_figure(figure: Figure, path: Path, *, dpi: int = 150) -> None:
@@ -50,11 +53,11 @@ def plot_learning_curve(path: Path, curve: list[dict[str, float]], results: dict
     name = "return_mean" if None in [row["normalized"] for row in rows] else "normalized"
     figure, axes = plt.subplots(figsize=(6.4, 4.0))
     steps = [row["step"] for row in curve]
-    axes.plot(steps, [row[name] for row in curve], "-o", color=BLUE, markersize=4, label="SPAR (during training)")
-    axes.plot(steps[-1:], [results["spar"][name]], "*", color=BLUE, markersize=14, label="SPAR (final evaluation)")
-    axes.axhline(results["anchor"][name], color=VERMILION, linestyle="--", label="anchor (behaviour cloning)")
+    axes.plot(steps, [row[name] for row in curve], "-o", color=SPAR, markersize=4, label="SPAR (during training)")
+    axes.plot(steps[-1:], [results["spar"][name]], "*", color=SPAR, markersize=14, label="SPAR (final evaluation)")
+    axes.axhline(results["anchor"][name], color=ANCHOR, linestyle="--", label="anchor (behaviour cloning)")
     if results["data"][name] is not None:  # Minari's kitchen sets have no score
-        axes.axhline(results["data"][name], color=GREY, linestyle=":", label="data")
+        axes.axhline(results["data"][name], color=DATA, linestyle=":", label="data")
     axes.set(xlabel="updates", ylabel="D4RL-normalised score" if name == "normalized" else "return")
     axes.set_title(printable(f"{results['env']}, {results['dataset']}, seed {results['seed']}"))
     axes.set_ylim(bottom=min(0, *axes.get_ylim()))
@@ -66,16 +69,16 @@ def plot_log_curve(path: Path, curve: list[dict[str, float]], results: dict[str,
     """Without an environment: the critics' value and the distance to the data, over updates; FQE's estimates."""
     figure, (axes, below) = plt.subplots(2, 1, figsize=(6.4, 5.6), height_ratios=(2, 1), sharex=True)
     steps, value, spread = ([row[name] for row in curve] for name in ("step", "value", "value_std"))
-    axes.errorbar(steps, value, spread, color=BLUE, marker="o", markersize=4, label="SPAR's own critics, +- one std")
+    axes.errorbar(steps, value, spread, color=SPAR, marker="o", markersize=4, label="SPAR's own critics, +- one std")
     estimates = results["estimates"]
-    lines = {"spar": (BLUE, "SPAR, FQE"), "anchor": (VERMILION, "anchor, FQE"), "data": (GREY, "data")}
+    lines = {"spar": (SPAR, "SPAR, FQE"), "anchor": (ANCHOR, "anchor, FQE"), "data": (DATA, "data")}
     for name, (color, label) in lines.items():
         mean, low, high = (estimates[name][key] for key in ("mean", "low", "high"))
         axes.axhline(mean, color=color, linestyle="--", label=f"{label}: {mean:.4g} [{low:.4g}, {high:.4g}]")
     axes.set_ylabel(f"return discounted by {estimates['gamma']:g}")
     axes.set_title(printable(f"no environment, {results['dataset']}, seed {results['seed']}"))
     axes.legend()
-    below.plot(steps, [row["support_distance"] for row in curve], "-o", color=BLUE, markersize=4)
-    below.axhline(1, color=GREY, linestyle=":")
+    below.plot(steps, [row["support_distance"] for row in curve], "-o", color=SPAR, markersize=4)
+    below.axhline(1, color=DATA, linestyle=":")
     below.set(xlabel="updates", ylabel="distance to the data\n(held-out data: 1)")
     save_figure(figure, path)

@@ -38,7 +38,7 @@ def check_same(name: str, found: str, trained_on: str | None) -> None:
 
 
 class SameRows:
-    """The digest of a run's rows in its checkpoints: it does not go on with others."""
+    """The digest of a run's rows in its checkpoints: a run does not resume with other rows."""
 
     def __init__(self, name: str, data: OfflineReplayBuffer) -> None:
         self.name, self.digest = name, digest_of(data)

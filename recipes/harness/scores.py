@@ -60,7 +60,7 @@ class Scores:
         self.path = out / "evaluations.csv"
         self.curve: list[dict[str, Any]] = []
         self.results: dict[str, dict[str, float | None]] = {}
-        # Of the curve's points that were added and are not done: the policies.
+        # The policies of the curve's points that are not evaluated yet.
         self.pending: dict[int, dict[str, torch.Tensor]] = {}
         self.evaluator = BackgroundEvaluator() if background else InLineEvaluator()
 

@@ -31,7 +31,7 @@ class Loss:
     value_mix: float = option(
         0.0, "Share of the in-sample value in the bootstrapped one; the rest is the policy's.", least=0, most=1
     )
-    expectile: float = option(0.7, "Of the in-sample value, below 1.", above=0, most=1)
+    expectile: float = option(0.7, "Expectile of the in-sample value, below 1.", above=0, most=1)
     lmbda: float = option(1.0, "Decay of the traces along the data; 0: one-step targets.", least=0, most=1)
     cut_margin: float = option(0.1, "Advantage below which a trace is cut, in scaled returns.", least=0)
     cut_temperature: float = option(0.1, "How fast a trace falls beyond it, likewise.", above=0)
@@ -47,7 +47,7 @@ class Loss:
     candidate_dtype: str | None = option(
         None, "What the critics' hidden layers compute in while they score candidates, e.g. bfloat16; null: float32."
     )
-    temperature: float = option(0.3, "Of the candidates' weights; small is greedy.", above=0)
+    temperature: float = option(0.3, "Temperature of the candidates' weights; small is greedy.", above=0)
     evidence_scale: float | None = option(
         0.02,
         "Spread of the candidates' values, in scaled returns, at which self-imitation weighs lsi_coeff, or less where "
@@ -72,7 +72,7 @@ class SharedOptions(DataOptions):
     anchor: Phase = option(Phase(), "The behaviour policy that is cloned and frozen.")
     vae: Phase = option(Phase(), "The residuals' VAE, trained before the main phase.")
     critics: Phase = option(Phase(3_000), "The critics' warm start on the data's returns-to-go.")
-    episode_share: float = option(0.5, "Of the episodes, what each critic learns from.", above=0, most=1)
+    episode_share: float = option(0.5, "Share of the episodes that each critic learns from.", above=0, most=1)
 
 
 @dataclass
@@ -128,7 +128,7 @@ class OPE:
     warm_steps: int = option(3_000, "Gradient steps of their start on the returns-to-go.", least=0)
     num_qvalue_nets: int = option(5, "Critics.", least=1)
     held_out: float = option(0.2, "Share of the episodes that these critics do not see.", above=0, most=0.5)
-    confidence: float = option(0.95, "Of each bound of an interval.", above=0.5, most=0.999)
+    confidence: float = option(0.95, "Confidence of each bound of an interval.", above=0.5, most=0.999)
     gamma: float | None = option(
         None, "Discount of the estimated values; null: the one the policy was trained with.", least=0, most=1
     )
@@ -175,8 +175,8 @@ class Options(SharedOptions):
     ope: OPE = option(OPE(), "Off-policy evaluation, from the log alone.")
     select: str | None = option(
         None,
-        "ope: the values of anchor and policy are estimated from the log, and of the policies anchor + c * residual "
-        "the one is saved whose gain over the anchor is surest, or the anchor; null: the policy is saved as it is.",
+        "ope: estimates the values of the policies anchor + c * residual from the log, and saves the policy whose gain "
+        "over the anchor is surest, or the anchor; null: saves the policy as it is.",
         choices=("ope",),
     )
     select_from: int = option(

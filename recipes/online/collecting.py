@@ -83,7 +83,7 @@ def make_collector(
         seed: the environments' and the noise's are 1,000 times this and the numbers that follow.
         device: of the policy.
     """
-    # What later releases of TorchRL append unasked is for recurrent policies.
+    # Later releases of TorchRL append transforms for recurrent policies.
     options: dict[str, Any] = {"auto_register_policy_transforms": False}
     if cfg.backend == "ray":
         ray = {"num_cpus": cfg.workers, "include_dashboard": False, "log_to_driver": False}
@@ -92,7 +92,7 @@ def make_collector(
     workers = 1 if cfg.backend == "direct" else cfg.workers
     if cfg.backend != "direct":
         options |= {"num_collectors": workers, "sync": True}
-    # Not by the collector's set_seed: it resets the environments, and their first transitions would begin elsewhere.
+    # The collector's set_seed would reset the environments, so that their first transitions began elsewhere.
     envs = [partial(start_worker, env_id, 1_000 * seed + worker, env_kwargs) for worker in range(workers)]
     return Collector(
         envs,

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 from harness.output import write_json
-from harness.plots import BLUE, GREY, VERMILION, plt, save_figure
+from harness.plots import DATA, SPAR, TD3_BC, plt, save_figure
 
 NAMES = {"spar": "SPAR", "td3_bc": "TD3, from TD3+BC"}
-COLORS = {"spar": BLUE, "td3_bc": VERMILION}
+COLORS = {"spar": SPAR, "td3_bc": TD3_BC}
 
 
 def report(out: Path) -> None:
@@ -78,7 +78,7 @@ def describe(run: dict[str, Any]) -> str:
 
 
 def draw(path: Path, runs: list[dict[str, Any]]) -> None:
-    """A thin line a seed, a thick one for their mean."""
+    """The mean over seeds, and their range."""
     figure, axes = plt.subplots(figsize=(6.4, 4.0))
     for method in dict.fromkeys(run["method"] for run in runs):
         curves = [run["online"]["curve"] for run in runs if run["method"] == method]
@@ -86,12 +86,14 @@ def draw(path: Path, runs: list[dict[str, Any]]) -> None:
         steps = [row["step"] for row in curves[0]]
         returns = np.array([[row["return_mean"] for row in curve] for curve in curves])
         (line,) = axes.plot(steps, returns.mean(0), color=color, linewidth=2.2, label=NAMES.get(method, method))
-        axes.plot(steps, returns.T, color=line.get_color(), linewidth=0.8, alpha=0.5)
+        axes.fill_between(steps, returns.min(0), returns.max(0), color=line.get_color(), alpha=0.15, linewidth=0)
         axes.plot(0, returns[:, 0].mean(), "o", color=line.get_color(), markersize=5)
     data = mean(run["data"]["return_mean"] for run in runs)
-    axes.axhline(data, color=GREY, linestyle=":", label="the data")
+    axes.axhline(data, color=DATA, linestyle=":", label="the data")
     axes.set(xlabel="environment steps (0: the offline policy)", ylabel="return")
-    axes.set_title(f"{runs[0]['env']}, {runs[0]['dataset']}; mean and single seeds")
+    axes.set_title(
+        f"{runs[0]['env']}, {runs[0]['dataset']}; mean and range of {len({run['seed'] for run in runs})} seeds"
+    )
     axes.set_ylim(bottom=min(0, *axes.get_ylim()))
     axes.legend()
     save_figure(figure, path)

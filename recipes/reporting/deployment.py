@@ -91,7 +91,7 @@ def data_section(data: OfflineReplayBuffer, names: Sequence[str]) -> dict[str, A
 
 
 def residual_section(residual: Tensor, data: OfflineReplayBuffer, names: Sequence[str]) -> dict[str, Any]:
-    """Of each component of the action what the policy adds to the anchor's, in its units and of its range."""
+    """What the policy adds to each component of the anchor's action, in its units and as a share of its range."""
     width = (data.action_spec.space.high - data.action_spec.space.low).cpu()
     found = {}
     for name, column, whole in zip(names, residual.T.double(), width.tolist()):
@@ -198,7 +198,7 @@ def quantiles(values: Tensor) -> dict[str, float]:
 
 
 def quantile(values: Tensor, q: float) -> float:
-    """Of any number of values: torch's own takes 16 million at most."""
+    """A quantile of any number of values; torch's own takes at most 16 million."""
     if not len(values):
         return 0.0
     return values.double().kthvalue(1 + round(q * (len(values) - 1))).values.item()

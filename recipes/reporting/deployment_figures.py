@@ -7,7 +7,7 @@ import io
 from typing import Any
 
 import numpy as np
-from harness.plots import BLUE, GREY, ORANGE, VERMILION, plt
+from harness.plots import ANCHOR, BLACK, DATA, GREY, SPAR, plt
 from matplotlib.figure import Figure
 
 
@@ -29,7 +29,7 @@ def draw_residuals(residual: dict[str, Any]) -> Figure:
     for axes, (name, row) in zip(panels.flat, residual.items()):
         bound, counts = row["histogram_bound"], np.array(row["histogram"])
         edges = np.linspace(-bound, bound, len(counts) + 1)
-        axes.stairs(counts / max(1, counts.sum()), edges, fill=True, color=BLUE)
+        axes.stairs(counts / max(1, counts.sum()), edges, fill=True, color=SPAR)
         axes.axvline(0, color=GREY, linewidth=0.8)
         axes.set_title(f"action {name}".replace("$", r"\$"), fontsize=9)  # else mathematics
     for axes in panels.flat[len(residual) :]:
@@ -42,13 +42,13 @@ def draw_residuals(residual: dict[str, Any]) -> Figure:
 def draw_support(support: dict[str, Any]) -> Figure:
     """Quantiles of the distances, a bar each."""
     figure, axes = plt.subplots(figsize=(6.2, 2.0))
-    rows = {"policy": BLUE, "anchor": VERMILION, "data": GREY}
+    rows = {"policy": SPAR, "anchor": ANCHOR, "data": DATA}
     for height, (name, color) in enumerate(rows.items()):
         row = support[name]
         axes.hlines(height, row["5%"], row["95%"], color=color, linewidth=7, alpha=0.35)
         axes.hlines(height, row["25%"], row["75%"], color=color, linewidth=7, alpha=0.6)
         axes.plot(row["median"], height, "o", color=color)
-    axes.axvline(support["limit"], color=ORANGE, linestyle="--", linewidth=1)
+    axes.axvline(support["limit"], color=BLACK, linestyle="--", linewidth=1)
     axes.set_yticks(range(3), ["policy", "anchor", "held-out data"])
     axes.set_ylim(-0.6, 2.6)
     axes.set_xlabel("distance; bars: 5 to 95 % and 25 to 75 % of the states; dashed: the data's 95 %", fontsize=9)
@@ -61,7 +61,7 @@ def draw_value(estimates: dict[str, Any]) -> Figure:
     names = list(dict.fromkeys([estimates["of"], "anchor", "data"]))
     figure, axes = plt.subplots(figsize=(6.2, 0.5 * len(names) + 0.8))
     for height, name in enumerate(names):
-        value, color = estimates[name], {"anchor": VERMILION, "data": GREY}.get(name, BLUE)
+        value, color = estimates[name], {"anchor": ANCHOR, "data": DATA}.get(name, SPAR)
         axes.hlines(height, value["low"], value["high"], color=color, linewidth=7, alpha=0.35)
         axes.plot(value["mean"], height, "o", color=color)
         axes.plot(value.get("critics", []), [height] * len(value.get("critics", [])), "|", color="black")
@@ -77,7 +77,7 @@ def draw_calibration(calibration: dict[str, Any]) -> Figure:
     figure, axes = plt.subplots(figsize=(3.6, 3.2))
     both = [*calibration["predicted"], *calibration["true"]]
     axes.plot([min(both), max(both)], [min(both), max(both)], color=GREY, linestyle=":")
-    axes.plot(calibration["predicted"], calibration["true"], "o", color=BLUE)
+    axes.plot(calibration["predicted"], calibration["true"], "o", color=SPAR)
     axes.set(xlabel="predicted return-to-go", ylabel="true, held-out")
     return figure
 

@@ -71,7 +71,7 @@ def table(runs: list[Run]) -> str:
 
 
 def choices(runs: list[Run]) -> list[str]:
-    """Of each data set the method with the highest lower bound, in the mean over seeds; its regret, if scores tell."""
+    """The method with the highest lower bound (mean over seeds) on each data set; its regret, if there are scores."""
     lines = []
     for dataset, methods in sorted(by_method(runs).items()):
         bounds = {method: mean(estimate_of(run)["low"] for run in group) for method, group in methods.items()}

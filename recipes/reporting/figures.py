@@ -6,13 +6,12 @@ import math
 from pathlib import Path
 
 import numpy as np
-from harness.plots import BLUE, GREEN, GREY, VERMILION, plt, printable, save_figure
+from harness.plots import ANCHOR, GREY, OTHERS, SPAR, TD3_BC, TRUST_ALONE, VALUE_GRADIENT, plt, printable, save_figure
 
 from reporting.names import label
 from reporting.statistics import Comparison, Interval
 
-# SPAR is blue everywhere; of the others a figure of curves shows the best two.
-RIVAL_COLORS = (VERMILION, GREEN)
+COLORS = {"no_lsi": TRUST_ALONE, "td3_bc": TD3_BC, "value_gradient": VALUE_GRADIENT}
 
 
 def plot_all(comparison: Comparison, folder: Path) -> list[str]:
@@ -32,9 +31,10 @@ def plot_all(comparison: Comparison, folder: Path) -> list[str]:
 
 
 def colors(comparison: Comparison) -> dict[str, str]:
-    """Of the methods whose curves are shown: SPAR, where it is there, and the best others."""
-    shown = {comparison.reference: BLUE} if comparison.of_spar else {}
-    return shown | dict(zip(comparison.best(len(RIVAL_COLORS)), RIVAL_COLORS))
+    """The methods whose curves are shown, SPAR and the best two others, with their colours."""
+    shown = {comparison.reference: SPAR} if comparison.of_spar else {}
+    free = iter(OTHERS)
+    return shown | {name: COLORS.get(name) or next(free) for name in comparison.best(2)}
 
 
 def _intervals(intervals: dict[str, Interval], reference: str, title: str, middle: float | None = None) -> plt.Figure:
@@ -42,7 +42,7 @@ def _intervals(intervals: dict[str, Interval], reference: str, title: str, middl
     figure, axes = plt.subplots(figsize=(7.0, 1.0 + 0.36 * len(intervals)))
     names = list(intervals)[::-1]
     for height, name in enumerate(names):
-        interval, color = intervals[name], BLUE if name == reference else GREY
+        interval, color = intervals[name], SPAR if name == reference else GREY
         axes.hlines(height, interval.low, interval.high, color=color, linewidth=7, alpha=0.35)
         axes.plot(interval.point, height, "o", color=color, markersize=7)
     axes.set_yticks(range(len(names)), [label(name) for name in names])
@@ -84,9 +84,16 @@ def _curves(comparison: Comparison) -> plt.Figure:
                 (handles[label(name)],) = axes.plot(steps / 1000, center, color=color, linewidth=1.8)
                 axes.fill_between(steps / 1000, center - spread, center + spread, color=color, alpha=0.15, linewidth=0)
         if anchors := comparison.anchors(dataset):
-            handles["SPAR's anchor"] = axes.axhline(float(np.mean(anchors)), color=GREY, linestyle="--")
+            handles["SPAR's anchor"] = axes.axhline(float(np.mean(anchors)), color=ANCHOR, linestyle="--")
         axes.set(title=printable(dataset.removeprefix("minari:")), xlabel="thousand updates", ylabel="normalised score")
     for axes in panels.flat[len(comparison.datasets) :]:
         axes.remove()
-    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=4, fontsize=10, frameon=False)
+    figure.legend(
+        handles.values(),
+        handles.keys(),
+        loc="outside upper center",
+        ncols=min(4, 2 * columns),
+        fontsize=10,
+        frameon=False,
+    )
     return figure

@@ -29,7 +29,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from torchrl_spar import InputError
 
-# What runs of a method must have in common to take about as long.
+# Runs of a method that agree in these options take about as long.
 SIZES = (
     "batch_size", "spar.updates", "spar.members", "spar.compile", "spar.loss.hidden", "eval.interval", "eval.episodes",
     "eval.final_episodes", "anchor.steps", "vae.steps", "critics.steps", "method.batch_size",
@@ -42,15 +42,15 @@ class Remaining(Callback):
     """Prints what a sweep has left to do."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        # Not resolved: `method.name=${method.algorithm}` is another one for each run.
+        # Left unresolved: `method.name=${method.algorithm}` differs between runs.
         hydra: Any = OmegaConf.to_container(config.hydra, resolve=False)
         given = [f"{key}={value}" for key, value in hydra["sweeper"]["params"].items()]
         parsed = OverridesParser.create().parse_overrides([*given, *hydra["overrides"]["task"]])
-        seeds = defaultdict(list)  # what is composed takes its time, and seeds take the same
+        seeds = defaultdict(list)  # seeds share a configuration, and composing one takes time
         for job in BasicSweeper.split_arguments(parsed, None)[0]:
             (seed,) = (part for part in job if part.startswith("seed="))
             seeds[tuple(part for part in job if part != seed)].append(int(seed.removeprefix("seed=")))
-        # What is wrong with an option the sweep itself says.
+        # The sweep itself reports wrong options.
         with suppress(InputError, HydraException, OmegaConfBaseException):
             name = kwargs["config_name"]
             print(remaining((checked(compose(name, list(job)), "compare"), own) for job, own in seeds.items()))

@@ -19,8 +19,8 @@ from omegaconf import DictConfig, OmegaConf
 from torchrl_spar import InputError
 
 Run = dict[str, Any]
-# Of a run's options those that its results say already, or that change no number.
-ELSEWHERE = ("seed", "seeds", "out", "runs", "dataset", "cache", "threads", "resume", "device")
+# Options of a run that its results repeat, or that change no number.
+ELSEWHERE = ("seed", "seeds", "out", "runs", "dataset", "threads", "resume", "device")
 
 
 def read_runs(source: Path) -> list[Run]:

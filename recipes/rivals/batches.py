@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from tensordict import TensorDictBase
+from torch import Tensor
 
 from torchrl_spar import InputError, OfflineReplayBuffer
 
@@ -11,23 +14,9 @@ from torchrl_spar import InputError, OfflineReplayBuffer
 EPISODE_STEPS = 1000
 
 
-def rebuild(
-    data: OfflineReplayBuffer, rows: TensorDictBase, *, reward_shift: float | None = None, batch_size: int | None = None
-) -> OfflineReplayBuffer:
-    """A buffer of other rows; the statistics of networks stay those of the whole data set."""
-    if batch_size is not None and batch_size < 1:
-        raise InputError(f"method.batch_size={batch_size}: must be at least 1, or null")
-    return OfflineReplayBuffer(
-        rows,
-        action_spec=data.action_spec,
-        episode_returns=data.episode_returns,
-        name=data.name,
-        env_id=data.env_id,
-        env_kwargs=data.env_kwargs,
-        reward_shift=data.reward_shift if reward_shift is None else reward_shift,
-        device=data.observation_loc.device,
-        batch_size=batch_size or data.batch_size,
-    )
+def keep_rows(data: OfflineReplayBuffer, rows: TensorDictBase, keep: Tensor, **changes: Any) -> OfflineReplayBuffer:
+    """The rows to keep; the statistics of networks stay those of the whole data set."""
+    return data.with_rows(rows[keep], source_rows=data.source_rows[keep.to(data.source_rows.device)], **changes)
 
 
 def keep_best_episodes(data: OfflineReplayBuffer, share: float) -> OfflineReplayBuffer:
@@ -37,7 +26,7 @@ def keep_best_episodes(data: OfflineReplayBuffer, share: float) -> OfflineReplay
     returns = data.episode_returns
     best = returns.argsort(descending=True, stable=True)[: max(1, int(share * len(returns)))]
     rows = data[:]
-    return rebuild(data, rows[torch.isin(rows["episode"], best.to(rows["episode"].device))])
+    return keep_rows(data, rows, torch.isin(rows["episode"], best.to(rows["episode"].device)))
 
 
 def return_scale(data: OfflineReplayBuffer) -> float:
@@ -64,7 +53,7 @@ def transform_rewards(
         return data
     rows = data[:].clone()
     rows["next", "reward"] = scale * (rows["next", "reward"] - data.reward_shift) + shift
-    return rebuild(data, rows, reward_shift=shift)
+    return data.with_rows(rows, reward_shift=shift)
 
 
 def add_next_actions(data: OfflineReplayBuffer, *, batch_size: int | None = None) -> OfflineReplayBuffer:
@@ -73,6 +62,8 @@ def add_next_actions(data: OfflineReplayBuffer, *, batch_size: int | None = None
     A terminated row keeps its own action there: nothing is bootstrapped from it. `batch_size`: another one than the
     data's.
     """
+    if batch_size is not None and batch_size < 1:
+        raise InputError(f"method.batch_size={batch_size}: must be at least 1, or null")
     rows = data[:].clone(False)
     action, episode = rows["action"], rows["episode"]
     follows = torch.zeros_like(episode, dtype=torch.bool)
@@ -82,4 +73,4 @@ def add_next_actions(data: OfflineReplayBuffer, *, batch_size: int | None = None
     known = follows | rows["next", "terminated"].squeeze(-1)
     if not known.any():
         raise InputError(f"{data.name}: no step is followed by another in its episode; ReBRAC needs the next action")
-    return rebuild(data, rows[known], batch_size=batch_size)
+    return keep_rows(data, rows, known, batch_size=batch_size or data.batch_size)

@@ -69,7 +69,7 @@ class ConservativeLoss(CQLLoss):
         return squash(raw, self.low, self.high), log_prob
 
     def _values(self, state: TensorDictBase, action: Tensor, params: Any) -> Tensor:
-        """Of every critic, ``[E, *lead, B]``."""
+        """The values of every critic, ``[E, *lead, B]``."""
         out_key = self.tensor_keys.state_action_value
         return call_ensemble(self.qvalue_network, params, state, {"action": action}, out_key=out_key).squeeze(-1)
 

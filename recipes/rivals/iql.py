@@ -51,7 +51,7 @@ class InSampleLoss(IQLLoss):
 
 
 def log_likelihood(actor: Any, params: Any, batch: TensorDictBase) -> Tensor:
-    """Of the data's actions, ``[B]``, under an actor of `Networks.gaussian_actor` with these parameters."""
+    """Log likelihood of the data's actions, ``[B]``, under `Networks.gaussian_actor` with these parameters."""
     tanh, parts = actor[0][1], params.get(("module", "0", "module"))
     loc = squash(output_of_body(actor, params, batch), tanh.loc_low, tanh.loc_high)
     log_scale = parts.get(("2", "module", "state_independent_scale"))

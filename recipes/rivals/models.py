@@ -18,7 +18,7 @@ from torchrl_spar.build import DefaultNetworks
 from torchrl_spar.functional import call
 from torchrl_spar.networks import StateMLP
 
-# Of SAC's and CQL's code.
+# As in SAC's and CQL's code.
 LOG_SCALE = (-20.0, 2.0)
 
 A = TypeVar("A", bound=TensorDictModuleBase)

@@ -72,7 +72,7 @@ def test_one_infinite_reward_stops_the_updates_within_a_hundred(make_loss, stack
 
 def test_an_infinite_parameter_that_no_loss_sees_stops_them_too(make_loss):
     loss = make_loss(hidden=[8])
-    update = SPARUpdate(loss, policy_interval=1000)  # the fit, which alone reads the encoder, is not asked
+    update = SPARUpdate(loss, policy_interval=1000)  # vae_loss, which alone reads the encoder, is not called
 
     def spoil(step, batch):
         if step == 50:

@@ -94,7 +94,7 @@ def case(request, make_loss):
     return loss, Reference(loss), make_batch(12, dtype=torch.float64)
 
 
-def test_fit_loss_matches_reference(case):
+def test_vae_loss_matches_reference(case):
     loss, ref, batch = case
     torch.manual_seed(1)
     value, metadata = loss.vae_loss(batch)
@@ -152,7 +152,7 @@ def test_qvalue_loss_matches_reference(case, value_mix, gamma):
 @pytest.mark.parametrize("bound", ["lcb", "min"])
 @pytest.mark.parametrize("evidence_scale", [0.002, 0.05, 5.0])  # at the weight's ceiling, within, and at nothing
 @pytest.mark.parametrize("advantage_std", [None, 0.09, 20.0])
-def test_residual_loss_matches_reference(case, bound, candidates, evidence_scale, advantage_std):
+def test_actor_loss_matches_reference(case, bound, candidates, evidence_scale, advantage_std):
     loss, ref, batch = case
     loss.evidence_scale = evidence_scale
     if advantage_std is not None:

@@ -173,13 +173,13 @@ def small():
     return cfg, data, small_spar.fit_manifold(cfg, data, small_spar.clone_behaviour(cfg, data), cfg.critics)
 
 
-def test_parts_of_the_residual_loss_add_up_to_it(small):
+def test_parts_of_the_actor_loss_add_up_to_it(small):
     _, data, loss = small
     batch = data.sample()
     values = []
     for part in ({"lsi": 1.0, "trust": 0.0}, {"lsi": 0.0, "trust": 1.0}, {"lsi": 1.0, "trust": 1.0}):
         torch.manual_seed(0)
-        values.append(gradient_conflict.part_of_residual_loss(loss, batch, **part))
+        values.append(gradient_conflict.part_of_actor_loss(loss, batch, **part))
     assert (values[0] + values[1]).item() == pytest.approx(values[2].item(), rel=1e-5)
     assert loss.lsi_coeff == loss.trust_coeff == 1
     params = small_spar.head_parameters(loss)

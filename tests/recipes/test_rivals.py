@@ -136,6 +136,7 @@ def test_ten_percent_are_the_best_episodes():
     best = {index for index, value in enumerate(returns) if value >= 36}
     kept = keep_best_episodes(episodes(*returns), 0.1)
     assert set(kept[:]["episode"].tolist()) == best and len(kept[:]) == 3 * 4
+    assert torch.equal(kept.source_rows, kept[:]["observation"][:, 0].long() - 1)
     assert len(keep_best_episodes(episodes(*returns[:5]), 0.1)[:]) == 3
     with pytest.raises(InputError, match="share"):
         keep_best_episodes(episodes(1.0), 0.0)

@@ -11,21 +11,23 @@ from torchrl_spar.data.horizon import has_fixed_horizon
 from torchrl_spar.data.jumps import FEWEST, find_jumps, go_on, is_disordered
 from torchrl_spar.data.order import Links, are_unrelated, chained, equal_rows, find_links, is_cut
 
-# Rows that go on in no row of the data, of all: from here on no order can be told.
+# Rows are put in a new order only if it leaves at most this share of their links broken.
 MOSTLY_CUT = 0.25
-# Steps that differ in more of the rows are no count of rows, but times.
+# Repeated rows are dropped, and gaps cut episodes, only if at most this share of the rows has them. A `step` that is
+# irregular in more of the rows is a time, not a count.
 SOME_GAPS = 0.1
-# So many of the rows must go on in the next one for those that do not to tell of another episode.
+# Ids that are used again are told apart only if at least this share of the steps within an id is smooth.
 SMOOTH = 0.75
-# Times that differ by so many usual steps are no jitter of a clock.
+# Where `step` is a time, a gap is longer than this many usual steps: less is jitter of the clock.
 PAUSE = 3.0
-# Times that fall at so few of the rows, by so many steps and for so many rows, are those of a clock that is set back.
+# A clock was set back if it falls in at most this share of the rows, by more than this many usual steps, and is still
+# behind after as many rows.
 SET_BACK, STAYS = 0.01, 5
-# Of the rows, from where on times that fall are told of.
+# The loader warns if times fall in more than this share of the rows.
 FALLING = 0.9
-# Where ids are used again, this share of the stretches of rows begins at the id's first step.
+# Ids are used again for other episodes if more than this share of the stretches of rows begins at its id's first step.
 AGAIN = 0.9
-# Rows in order of their steps differ from their followers by less; where by so much more, the steps are none.
+# `step` is ignored if sorting by it makes neighbouring observations differ this many times as much.
 ROUGHER = 1.2
 
 
@@ -182,7 +184,7 @@ def _set_back(label: np.ndarray, step: np.ndarray) -> np.ndarray:
 
 
 def _told_apart(fields: dict[str, Any], label: np.ndarray, stop: np.ndarray, notes: list[str]) -> np.ndarray:
-    """Labels that differ where one is used again by rows whose observations do not go on from its earlier ones."""
+    """Labels that differ where one is used again by rows whose observations do not continue its earlier ones."""
     begins = np.concatenate([[0], 1 + np.flatnonzero(label[1:] != label[:-1])])
     last = np.append(begins[1:], len(label)) - 1
     by_label = np.argsort(label[begins], kind="stable")

@@ -119,14 +119,17 @@ class OfflineReplayBuffer(TensorDictReplayBuffer):
         self.longest_episode = longest_episode
         self.name = name
 
-    def with_rows(self, rows: TensorDictBase) -> OfflineReplayBuffer:
-        """The same data set with further entries ``[N]``, such as the anchor's actions; uniform sampling."""
+    def with_rows(self, rows: TensorDictBase, **changes: Any) -> OfflineReplayBuffer:
+        """The same data set with other entries, such as the anchor's actions; uniform sampling.
+
+        ``changes`` are arguments that differ, such as ``source_rows`` where rows are left out.
+        """
         facts = (
             "action_spec", "episode_returns", "name", "env_id", "env_kwargs", "reward_shift", "source_rows",
-            "longest_episode",
+            "longest_episode", "batch_size",
         )  # fmt: skip
         known = {name: getattr(self, name) for name in facts}
-        return OfflineReplayBuffer(rows, **known, device=rows.device, batch_size=self.batch_size)
+        return OfflineReplayBuffer(rows, **known | changes, device=rows.device)
 
 
 def load_offline_dataset(

@@ -6,7 +6,7 @@ import numpy as np
 
 
 def has_fixed_horizon(terminated: np.ndarray, truncated: np.ndarray) -> bool:
-    """Whether roll-outs go on after terminals, up to a time limit: only the timeouts are their ends.
+    """Whether roll-outs continue after terminals, up to a time limit: only timeouts end them.
 
     That holds where all timeouts are equally far apart and most terminals are followed by another one, as while a robot
     stays at its goal. After a real end the length would vary, and no second terminal would follow.

@@ -10,7 +10,7 @@ JUMP, SPREADS = 3.0, 0.6
 # Steps change most columns by less than two rows of an episode differ, and by less than several steps do. Real sets
 # reach 0.70 and 0.87; shuffled ones 1, interleaved ones below 0.6 at the lag of their number.
 DISORDER, INTERLEAVED = 0.85, 0.6
-# Rows between: as far off as the next one where streams are interleaved, half as far again in periodic motion.
+# In periodic motion, unlike in interleaved streams, the rows in between are farther off than the next one.
 BETWEEN = 1.3
 # In a shorter episode any two rows are neighbours: its rows are compared with those of all episodes.
 SHORT = 10
@@ -18,7 +18,7 @@ LAGS = 64
 # Fewer rows say nothing; more than these are not needed for the quantiles (of one lag in many, and of all).
 FEWEST, FEW, SAMPLED = 100, 2_000, 20_000
 _BLOCK = 65_536
-# Where so many episodes are told to begin, a jump to a row unlike their first ones is a contact, not a reset.
+# With at least ten known episodes, a jump to a row unlike their first rows is a contact, not a reset.
 FEWEST_BEGINS, BEGINS, ALIKE = 10, 500, 1.5
 
 

@@ -1,4 +1,4 @@
-"""What the loader tells of data that it takes, but that may not be what its owner means."""
+"""Warnings of the loader about data that it accepts, but that looks wrong."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from torchrl_spar.data.steps import Steps
 NARROW = 0.01
 # A smaller share is float32 rounding: the component is constant.
 ROUNDING = 1e-7
-# Rows that are left out are told of where they hold more than this share of the rewards, and twice their own.
+# The loader warns of rows that are left out if they hold more than this share of the rewards, and more than twice
+# their share of the rows.
 MOST_LOST = 0.05
 # A reward so many times as large as nine tenths of all that are not 0 may be a mark for a missing value.
 OUTLIER = 1e3
-# Of rows that are terminal: a mask of the rows that go on has nearly all.
+# If more than this share of the rows is terminal, the flags seem inverted: they mark the rows that are not.
 MOST_TERMINAL = 0.8
 # Numbers below this are a simulator's noise about zero.
 NOISE = 1e-12

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Where so many of the rows go on in no other row, next observations say nothing about order: they are noise, or all
-# rows are single transitions.
+# If more than this share of the rows continues in no other row, next observations say nothing about order: they are
+# noise, or all rows are single transitions.
 UNRELATED = 0.9
 # A next observation equals the following observation up to float32 rounding and this share of a column's spread.
 TOLERANCE = 1e-5
@@ -19,9 +19,9 @@ _MIX = (0x1E3779B97F4A7C15, 0x3C6EF372FE94F82B)
 
 
 class Links(NamedTuple):
-    """How ``n`` rows go on.
+    """Where ``n`` rows continue.
 
-    ``linked``: in the following row. ``successor``: the row elsewhere in which an open row goes on, -1 for none.
+    ``linked``: in the following row. ``successor``: the row elsewhere in which an open row continues, -1 for none.
     ``open``: neither linked nor at an end that is told. ``same``: the following row has the same label.
     """
 
@@ -32,12 +32,12 @@ class Links(NamedTuple):
 
     @property
     def continued(self) -> Tensor:
-        """Rows that go on elsewhere, ``[n]``."""
+        """Rows that continue elsewhere, ``[n]``."""
         return self.successor >= 0
 
 
 def find_links(observation: Tensor, following: Tensor, end: Tensor, label: Tensor | None = None) -> Links:
-    """Which row each row goes on in.
+    """The row in which each row continues.
 
     Only an open row's next observation is looked for elsewhere, and only among rows that follow none themselves; one
     that is there twice tells nothing. So states that recur do not count as order.
@@ -46,7 +46,7 @@ def find_links(observation: Tensor, following: Tensor, end: Tensor, label: Tenso
         observation: ``[n, ...]``.
         following: the next observations, likewise.
         end: rows after which an episode is told to end, bool ``[n]``.
-        label: a number for each row's episode, ``[n]``: rows go on within theirs alone.
+        label: a number for each row's episode, ``[n]``: rows continue within their own.
 
     Examples:
         >>> x = torch.tensor([[2.0], [0.0], [3.0], [1.0]])  # a shuffled episode 0, 1, 2, 3
@@ -107,7 +107,7 @@ def are_unrelated(links: Links) -> bool:
 
 
 def chained(links: Links) -> Tensor:
-    """The rows' indices, ``[n]``, so that each goes on in the following one wherever that is known.
+    """The rows' indices, ``[n]``, so that each continues in the following one wherever that is known.
 
     Examples:
         >>> x = torch.tensor([[2.0], [0.0], [3.0], [1.0]])
@@ -119,7 +119,7 @@ def chained(links: Links) -> Tensor:
     stops = (~links.linked).nonzero().squeeze(-1)
     starts = torch.cat([stops.new_zeros(1), stops[:-1] + 1])
     after = links.successor[stops]
-    piece = torch.searchsorted(starts, after)  # of a start, its own piece
+    piece = torch.searchsorted(starts, after)  # the piece that begins with the successor
     later = torch.where(after < 0, -1, piece).tolist()
     first = torch.ones(len(starts), dtype=torch.bool, device=device)
     first[piece[after >= 0]] = False

@@ -28,9 +28,9 @@ def returns_to_go(
 ) -> Tensor:
     """Discounted return from each row to the end of its episode, ``[N, 1]``.
 
-    An episode that was cut off rather than terminated goes on with the mean return-to-go of the
-    rows that lie at least three horizons, ``3 / (1 - gamma)`` steps, before such a cut. Where there are none, it is
-    that of all rows, each of which goes on likewise; with ``gamma`` 1, up to the cuts alone.
+    What follows a cut (an end that is no termination) is not in the data. It counts as the mean return-to-go of the
+    rows at least three horizons, ``3 / (1 - gamma)`` steps, before a cut; without such rows, as the mean of all rows,
+    which includes what follows their own cuts unless ``gamma`` is 1.
 
     Args:
         data: ``[N]`` rows in TED form, episodes in order; they end where :func:`episode_ends` says.

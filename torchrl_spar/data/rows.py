@@ -57,7 +57,7 @@ def parts_of(source: Any) -> Iterator[TensorDictBase]:
                 "transforms change the rows of a LazyStackStorage whenever they are read: use another storage"
             )
         try:
-            # Of storages of several dimensions it hands out a transposed copy of the structure.
+            # A storage of several dimensions hands out a transposed copy of the structure.
             in_place = transformed and source.storage.ndim == 1
             content = source[torch.arange(len(source))] if in_place else source[:]
         except Exception as err:  # its collate function's or its transforms'

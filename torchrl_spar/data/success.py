@@ -5,7 +5,7 @@ from __future__ import annotations
 from torchrl_spar.data.steps import Steps
 from torchrl_spar.errors import InputError
 
-# What the field adds to the sparse rewards of mazes: -1 for a step, 0 for the one that succeeds.
+# The field adds this to the sparse rewards of mazes: a step costs 1, the one that succeeds nothing.
 REWARD_SHIFT = -1.0
 
 

@@ -10,7 +10,7 @@ from tensordict import NestedKey, TensorDictBase, is_tensor_collection
 
 from torchrl_spar.data.arrange import arrange
 from torchrl_spar.data.order import equal_rows
-from torchrl_spar.data.rows import parts_of, valid_mask
+from torchrl_spar.data.rows import ID_KEYS, parts_of, valid_mask
 from torchrl_spar.data.sources import missing_array, readable
 from torchrl_spar.data.steps import Steps, clean, unit_bounds
 from torchrl_spar.errors import InputError
@@ -23,7 +23,7 @@ _KEYS: dict[str, tuple[NestedKey, ...]] = {
     "truncated": (("next", "truncated"),),
     "done": (("next", "done"),),
     "next_observation": (("next", "observation"),),
-    "episode": ("episode", ("collector", "traj_ids"), "traj_ids"),
+    "episode": ID_KEYS,
 }
 _OPTIONAL = ("truncated", "done", "episode")
 

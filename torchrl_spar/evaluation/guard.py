@@ -64,7 +64,7 @@ class SupportDetector(nn.Module):
         self.register_buffer("threshold", torch.tensor(threshold, dtype=offset.dtype, device=offset.device))
 
     def distance(self, observation: Tensor) -> Tensor:
-        """Of raw observations ``[*B, observation_dim]``: ``[*B]``."""
+        """The distance of raw observations ``[*B, observation_dim]`` to the data, ``[*B]``."""
         white = (self.norm(observation) @ self.weight).unflatten(-1, self.shift.shape) - self.shift
         return (white.square().sum(-1) + self.offset).amin(-1)
 

@@ -28,7 +28,7 @@ from torchrl_spar.training.progress import Progress
 from torchrl_spar.training.sampling import Batches, batch_size_of
 
 MASK = ("collector", "mask")
-# Of a trace, in half ranges of the actions.
+# Least width of a trace, in half ranges of the actions.
 LEAST_WIDTH = 1e-3
 TINY = torch.finfo(torch.float32).tiny
 

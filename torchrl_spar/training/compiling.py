@@ -20,7 +20,7 @@ def compiled(function: Callable[..., R]) -> Callable[..., R]:
     # Dynamo keeps at most eight programs of one code object, which all closures of a function share, then it is eager.
     own = FunctionType(function.__code__.replace(), function.__globals__, closure=function.__closure__)
     program = torch.compile(own)
-    # From torch 2.13 on. Else, and by default, loss and gradients are programs of their own, with autograd in between.
+    # Before torch 2.13, and by default, loss and gradients are separate programs, with autograd in between.
     if not hasattr(torch._dynamo.config, "trace_autograd_ops"):
         return program
     traced = torch._dynamo.config.patch(trace_autograd_ops=True)

@@ -19,7 +19,7 @@ from torchrl_spar.training.shift import CoherentShift
 CHECK_INTERVAL = 100
 # Checks in a row that must fail before a warning: the metrics are those of a single batch.
 PATIENCE = 5
-# Of the policy's residual to the data's: above it policies were seen to leave the data.
+# The policy's residual over the data's (rms). Above this, policies were seen to leave the data.
 RESIDUAL_RATIO_LIMIT = 0.7
 # Metrics of a batch that are checked.
 CHECKED = "pred_value", "residual_ratio"
@@ -119,7 +119,7 @@ class HealthCheck:
         reward = loss.reward_scale * rows[key]
         horizon = 1 / max(1 - float(loss.value_estimator.gamma), torch.finfo(torch.float32).tiny)
         low, high = min(0.0, float(reward.min())) * horizon, max(0.0, float(reward.max())) * horizon
-        #: Of a value, in the loss's units.
+        #: Bounds of a value, in the loss's units.
         self.value_range = low, high
         self._shift = CoherentShift(losses, replay_buffer)
         self._found: dict[str, list[int]] = {}

@@ -218,7 +218,7 @@ def fit_anchor(
 
 
 def _half_range(actor: TensorDictModuleBase, replay_buffer: ReplayBuffer, key: NestedKey) -> Tensor | float:
-    """Of the actions, ``[action_dim]``; 1 where nothing tells their bounds."""
+    """Half ranges of the actions, ``[action_dim]``; 1 where their bounds are unknown."""
     if isinstance(replay_buffer, OfflineReplayBuffer):
         space = replay_buffer.action_spec.space
         return space.high / 2 - space.low / 2

@@ -17,7 +17,7 @@ from torchrl_spar.training.sampling import ends_of
 
 # Rows in a window; ages that are looked at; windows of an age that tell what is usual, and the most that are kept.
 LENGTH, AGES, FEWEST, MOST = 32, 20, 20, 100
-# In units of the residual scale: what varies less between windows tells of rounding.
+# The least standard deviation between windows, in units of the residual scale: less is rounding.
 LEAST_STD = 0.1
 
 
@@ -73,7 +73,7 @@ class CoherentShift:
 
 
 def _windows(rows: TensorDictBase, loss: SPARLoss) -> list[Tensor]:
-    """Of each age, which rows its windows hold, ``[W, 32]``; evenly spread over the episodes."""
+    """The rows of the windows of each age, ``[W, 32]``, evenly spread over the episodes."""
     if rows.ndim > 1 or valid_mask(rows, loss.mask_keys) is not None:
         return []
     try:

@@ -40,7 +40,7 @@ class SPARUpdate:
         policy_interval: updates of the critics for one of the head (ours: 2, after TD3).
         decay_steps: updates over which both learning rates fall to zero along a cosine; constant rates by default.
         critic_share: of ``decay_steps``, in which the critics' rate (and the value network's) falls to zero. From the
-            next block on they stay as they are and are not reported; head, VAE and targets go on (ours: 0.5). With
+            next block on they stay as they are and are not reported; head, VAE and targets still move (ours: 0.5). With
             constant rates they never stop.
         compile: whether losses and gradients go through ``torch.compile``: one to three minutes to start, then faster.
         cudagraph: whether updates are captured as a CUDA graph and replayed; batches must keep their
