@@ -14,7 +14,6 @@ from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -24,6 +23,7 @@ from harness.environment import EMBEDDED
 from harness.launch import RECIPES, run_recipe
 from harness.options import option, recipe_options
 from harness.output import new_directory, write_json
+from harness.run import versions
 from harness.spar_options import Loss, Phase
 from mixing import joint_loss as mixes
 from omegaconf import DictConfig, ListConfig
@@ -154,8 +154,7 @@ def main(cfg: DictConfig) -> None:
             torch.manual_seed(seed)
             runs.append({"mix": name, "seed": seed, **train(cfg, name, deepcopy(start), networks, rows)})
             facts = {"env": ENV, "episodes": cfg.eval.final_episodes, "updates": cfg.spar.updates}
-            versions = {package: version(package) for package in ("torchrl-spar", "torch", "torchrl")}
-            write_json(out / "results.json", {**facts, "versions": versions, "runs": runs})
+            write_json(out / "results.json", {**facts, "versions": versions(), "runs": runs})
     show(runs, out)
 
 

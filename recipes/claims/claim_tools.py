@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from harness.launch import run_recipe
 from harness.output import new_directory, rounded, whole_file, write_json
+from harness.run import versions
 from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
@@ -54,7 +54,7 @@ def run_claim(
             "claim": name, **rounded(result, 5), "options": options,
             # Beside other jobs the wall shows their load, too.
             "wall_seconds": round(time.perf_counter() - start, 1), "cpu_seconds": round(time.process_time(), 1),
-            "versions": {package: version(package) for package in ("torchrl-spar", "torch", "torchrl", "tensordict")},
+            "versions": versions(),
         }  # fmt: skip
         save_small(draw(facts), out / f"{name}.png")
         write_json(out / f"{name}.json", facts)

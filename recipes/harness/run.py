@@ -19,6 +19,7 @@ from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 from tqdm import tqdm
 
+import torchrl_spar
 from harness.actors import FACT
 from harness.checkpoints import Checkpoints, P
 from harness.earlier import EarlierPolicies
@@ -32,7 +33,7 @@ from harness.same_rows import SameRows
 from harness.scores import LogScores, Scores
 from torchrl_spar import Progress, save_policy
 
-VERSIONED = ("torchrl-spar", "torch", "torchrl", "tensordict", "numpy", "gymnasium", "mujoco")
+VERSIONED = ("torch", "torchrl", "tensordict", "numpy", "gymnasium", "mujoco")
 # Updates that are made without a look at anything else, at most.
 LONGEST_BLOCK = 100
 
@@ -314,8 +315,9 @@ class MainPhase:
 
 
 def versions() -> dict[str, str]:
-    """Of what the numbers of a run depend on."""
-    return {"python": platform.python_version(), **{name: version(name) for name in VERSIONED}}
+    """Of what the numbers of a run depend on. This package may be a folder on the path, without metadata."""
+    own = {"python": platform.python_version(), "torchrl-spar": torchrl_spar.__version__}
+    return own | {name: version(name) for name in VERSIONED}
 
 
 def commit() -> str | None:

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ import torch
 from helpers import RECIPES, SHARED, SMALL, TINY, assert_one_line, compose_recipe, run, run_fresh
 from test_data import write
 
+import torchrl_spar
 from torchrl_spar import (
     BatchSampler,
     InputError,
@@ -36,6 +38,7 @@ import spar_d4rl
 from harness.environment import load
 from harness.launch import check_seeds, check_sweeps
 from harness.output import new_directory
+from harness.run import versions
 from omegaconf import OmegaConf
 from PIL import Image
 
@@ -505,3 +508,13 @@ def test_report_gives_mean_and_spread_over_seeds(tmp_path):
     (tmp_path / "empty").mkdir()
     assert_one_line(report(tmp_path / "empty", tmp_path), "empty")
     assert_one_line(report(tmp_path / "nowhere", tmp_path), "nowhere: no such folder or table")
+
+
+def test_a_package_that_is_on_the_path_alone_has_a_version(monkeypatch):
+    def version(name):
+        if name == "torchrl-spar":
+            raise PackageNotFoundError(name)
+        return "1.2"
+
+    monkeypatch.setattr("harness.run.version", version)
+    assert versions()["torchrl-spar"] == torchrl_spar.__version__ and versions()["torch"] == "1.2"
