@@ -34,6 +34,7 @@ from harness.launch import run_recipe
 from harness.options import option, recipe_options
 from harness.output import check_unused, write_json
 from harness.same_rows import check_same, digest_of
+from harness.sensor_faults import shares_of_faults
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
@@ -101,6 +102,8 @@ def guarded(
     unlike = torch.cat([actor.detector(chunk) for chunk in observation.split(COMPARED_ROWS)])
     share = unlike.double().mean().item()
     print(f"guard: the anchor acts for {share:.2%} of the {len(observation)} observations in {source['dataset']}")
+    shares = shares_of_faults(actor.detector, observation, data.observation_scale)
+    print("with wrong sensors: " + ", ".join(f"{fault} {share:.1%}" for fault, share in shares.items()))
     like = observation[~unlike]
     like = like[torch.randperm(len(like))[:COMPARED_ROWS]]
     return actor, torch.cat([like.to(norm.loc), drawn(norm, FAR)])

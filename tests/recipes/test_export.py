@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import subprocess
 import sys
 from functools import partial
@@ -19,6 +20,7 @@ from torchrl_spar import InputError, load_policy, make_anchor, mean_actor, save_
 
 pytest.importorskip("hydra")
 import export
+from harness.sensor_faults import shares_of_faults
 
 HEADS = ("residual", "latent")
 LOC, SCALE = torch.linspace(-3, 3, OBSERVATION), torch.linspace(0.2, 2, OBSERVATION)
@@ -289,3 +291,15 @@ def test_wrong_options_are_named_and_nothing_is_written(overrides, message, tmp_
         export.main(compose_recipe("export", "out=new", *overrides))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["policy.pt", "used"]
     assert (tmp_path / "used" / "policy.pt2").read_text() == "mine"
+
+
+def test_the_shares_of_wrong_sensors_are_those_of_a_calculation():
+    ramp = torch.linspace(0, 1, 2_001)
+    order = torch.randperm(len(ramp), generator=torch.Generator().manual_seed(0))
+    shares = shares_of_faults(lambda x: (x > 1).any(-1), torch.stack([ramp, ramp[order]], 1), torch.full((2,), 0.1))
+    above = 0.1 / math.sqrt(2 * math.pi)  # of one sensor that noise of 0.1 takes beyond 1: E[max(noise, 0)]
+    expected = [0.3, 0.5, 0, 0, 1 - (1 - above) ** 2]
+    assert [*shares.values()] == pytest.approx(expected, abs=0.015)
+    # Two sensors that always agree: what moves one of them shows, what exchanges them does not.
+    shares = shares_of_faults(lambda x: x[:, 0] != x[:, 1], torch.stack([ramp, ramp], 1), torch.full((2,), 0.1))
+    assert [*shares.values()] == pytest.approx([1, 1, 0, 1, 1], abs=0.001)

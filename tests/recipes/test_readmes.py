@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import build_loss, compose_recipe, run
+from helpers import SHARED, build_loss, compose_recipe, run
 
 import torchrl_spar
 
@@ -23,6 +23,7 @@ pytest.importorskip("hydra")
 import compare
 from claim import NAMES as CLAIMS
 from harness.launch import check_sweeps
+from harness.sensor_faults import shares_of_faults
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -327,6 +328,25 @@ def steps_to_score(curve: dict) -> int:
     """The first evaluation with 90 % of the last one's score."""
     scores = curve["normalized"]
     return next(step for step, score in zip(curve["step"], scores) if score >= 0.9 * scores[-1])
+
+
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [
+        ("embedded Hopper", RECIPES / "data" / "torchrl-spar" / "hopper" / "medium-v0"),
+        ("halfcheetah-medium", SHARED / "minari" / "spar" / "halfcheetah" / "medium-v0"),
+    ],
+)
+def test_what_the_guard_catches_is_what_the_readme_says(name, path):
+    if not path.exists():
+        pytest.skip("the set is not here")
+    data = torchrl_spar.load_offline_dataset(path)
+    shown = {row[0]: row[1:] for table in tables((RECIPES / "README.md").read_text()) for row in table}
+    for quantile in (0.999, 0.99):
+        detector = torchrl_spar.fit_detector(data, quantile=quantile)
+        shares = shares_of_faults(detector, data[:]["observation"], data.observation_scale)
+        for cell, share in zip(shown[f"{name}, {quantile}"], shares.values(), strict=True):
+            assert float(cell.rstrip("%")) == pytest.approx(100 * share, abs=1)
 
 
 def test_the_citation_has_the_version():

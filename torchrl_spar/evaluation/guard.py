@@ -159,7 +159,7 @@ def fit_detector(
     Raises:
         InputError: for an option out of range, other data, or data of fewer than four episodes.
 
-    Source: ours. It caught more shifted observations than one Gaussian, distances to cluster centres or to a coreset.
+    Source: ours.
 
     Examples:
         >>> from torchrl_spar import fit_detector, make_toy_data
