@@ -75,7 +75,10 @@ def run_recipe(main: Callable[[DictConfig], None], name: str, *, sweeps: Sequenc
     # Each recipe owns its output: Hydra's log files are not used, and what --multirun notes lies aside.
     own = ["hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none"]
     own += ["hydra.sweep.dir=outputs/multirun", "hydra.sweep.subdir=."]
-    sys.argv[1:] = with_overrides([quote(argument) for argument in sys.argv[1:]], own)
+    arguments = [quote(argument) for argument in sys.argv[1:]]
+    if sweeps is not None and not any(argument.startswith("-") for argument in arguments):
+        arguments.append("--multirun")  # else Hydra blames the commas for a wrong value
+    sys.argv[1:] = with_overrides(arguments, own)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here instead of being printed
     try:
         check_sweeps(sys.argv[1:], sweeps)

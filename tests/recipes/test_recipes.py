@@ -265,6 +265,12 @@ def test_wrong_options_end_in_one_line_and_write_nothing(overrides, words, tmp_p
     assert not (tmp_path / "result").exists()
 
 
+def test_a_wrong_value_is_named_beside_commas(tmp_path):
+    done = run("compare", *TINY, "seed=0,1", "eval.interval=null", cwd=tmp_path)
+    assert_one_line(done, "eval.interval=None: must be a whole number")
+    assert not os.listdir(tmp_path)
+
+
 def test_a_set_that_cannot_be_downloaded_is_named(tmp_path):
     done = run("spar_d4rl", *TINY, "dataset=minari:no/such/set-v0", "out=result", cwd=tmp_path, HF_HUB_OFFLINE="1")
     assert_one_line(done, "no/such/set-v0", "download")
