@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import torch
 from harness.launch import run_recipe
+from harness.options import help_of_loss
+from harness.spar_options import Loss
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
@@ -26,4 +28,4 @@ def main(cfg: DictConfig) -> None:
 
 if __name__ == "__main__":
     register_configs()
-    run_recipe(main, "iql_trainer")
+    run_recipe(main, "iql_trainer", more_help=f"Options of loss=spar:\n{help_of_loss(Loss)}")

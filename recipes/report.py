@@ -112,6 +112,8 @@ def _scores(run: Run) -> list[float | None]:
 
 
 if __name__ == "__main__":
+    if {"--help", "-h"} & {*sys.argv}:
+        sys.exit(print(__doc__))
     given = [argument for argument in sys.argv[1:] if not argument.startswith("table=")]
     given = [str(user_path(name)) for name in given]
     tables = [user_path(argument.removeprefix("table=")) for argument in sys.argv[1:] if argument.startswith("table=")]

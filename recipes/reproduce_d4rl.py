@@ -166,4 +166,4 @@ if __name__ == "__main__":
         sys.exit(main(sys.argv[1:]))
     except (InputError, HydraException, OmegaConfBaseException, ValueError) as err:
         known = isinstance(err, (InputError, ValueError))
-        sys.exit(f"error: {err if known else explain(err, 'compare')}")
+        sys.exit(f"error: {err if known else explain(err, 'compare', beside=DEFAULTS)}")

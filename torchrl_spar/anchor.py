@@ -10,7 +10,7 @@ from tensordict.nn import TensorDictModuleBase, TensorDictParams, dispatch
 from torch import nn
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
-from torchrl_spar.errors import InputError, check_built
+from torchrl_spar.errors import InputError, check_built, check_policy
 
 
 class FrozenAnchor(TensorDictModuleBase):
@@ -61,10 +61,7 @@ class FrozenAnchor(TensorDictModuleBase):
         exploration_type: ExplorationType = ExplorationType.DETERMINISTIC,
     ) -> None:
         super().__init__()
-        if not isinstance(actor, TensorDictModuleBase):
-            raise InputError(f"the anchor must be a TensorDictModule, not {type(actor).__name__}: wrap it in one")
-        if action_key not in actor.out_keys:
-            raise InputError(f"the anchor must write {action_key!r}; its out_keys are {actor.out_keys}")
+        check_policy("the anchor", actor, action_key)
         check_built("the anchor", actor)
         self.in_keys = list(actor.in_keys)
         # Recurrent state, read again at the next step.

@@ -17,7 +17,7 @@ from tensordict import NestedKey
 from tensordict.nn import TensorDictModule
 from torchrl.data import Bounded
 
-from torchrl_spar.errors import InputError
+from torchrl_spar.errors import InputError, check_names
 from torchrl_spar.objective import SPARLoss
 from torchrl_spar.residual import GaussianEncoder, ResidualHead, ResidualVAE, SPARActor
 
@@ -166,6 +166,7 @@ def register_configs() -> None:
 
 def _make_loss(*, gamma: float | None, **options: Any) -> SPARLoss:
     networks = {name: _built(options.pop(name)) for name in NETWORKS}
+    check_names(options, SPARLoss.__init__, _make_loss, prefix="loss.")
     if missing := [name for name, network in networks.items() if network is None and name != "value_network"]:
         raise InputError(f"loss: spar needs {', '.join(missing)}")
     actor = networks["actor_network"]
@@ -178,7 +179,8 @@ def _make_loss(*, gamma: float | None, **options: Any) -> SPARLoss:
     return loss
 
 
-def _make_actor(*, anchor: Any, head: Any, low: Any, high: Any, residual_vae: Any) -> SPARActor:
+def _make_actor(*, anchor: Any, head: Any, low: Any, high: Any, residual_vae: Any, **unknown: Any) -> SPARActor:
+    check_names(unknown, _make_actor, prefix="spar_actor.")
     if isinstance(low, (int, float)) or isinstance(high, (int, float)) or len(low) != len(high):
         raise InputError(f"low={low}, high={high}: give lists, with a number for each dimension of the action")
     bounds = [torch.tensor(list(bound), dtype=torch.get_default_dtype()) for bound in (low, high)]
@@ -187,11 +189,13 @@ def _make_actor(*, anchor: Any, head: Any, low: Any, high: Any, residual_vae: An
     return SPARActor(_built(anchor), _built(head), action_spec=spec, decoder=decoder)
 
 
-def _make_head(*, network: Any, in_keys: Any, out_keys: Any, init_scale: float) -> ResidualHead:
+def _make_head(*, network: Any, in_keys: Any, out_keys: Any, init_scale: float, **unknown: Any) -> ResidualHead:
+    check_names(unknown, _make_head, prefix="residual_head.")
     return ResidualHead(_built(network), _keys(in_keys), _keys(out_keys), init_scale=init_scale)
 
 
-def _make_vae(*, encoder_network: Any, decoder_network: Any, in_keys: Any) -> ResidualVAE:
+def _make_vae(*, encoder_network: Any, decoder_network: Any, in_keys: Any, **unknown: Any) -> ResidualVAE:
+    check_names(unknown, _make_vae, prefix="residual_vae.")
     state = _keys(in_keys) or ["observation", "anchor_action"]
     encoder, decoder = GaussianEncoder(_built(encoder_network)), _built(decoder_network)
     return ResidualVAE(

@@ -581,6 +581,22 @@ def check_critics(network: Any, count: int) -> list[TensorDictModuleBase]:
     return critics
 
 
+def check_spar_loss(name: str, *losses: Any) -> None:
+    """Refuses what is no SPARLoss.
+
+    Examples:
+        >>> check_spar_loss("loss", torch.nn.Linear(3, 1))
+        Traceback (most recent call last):
+            ...
+        torchrl_spar.errors.InputError: loss: a Linear; give the SPARLoss that make_spar_loss or pretrain returns
+    """
+    for loss in losses:
+        if not isinstance(loss, SPARLossBase):
+            raise InputError(
+                f"{name}: a {type(loss).__name__}; give the SPARLoss that make_spar_loss or pretrain returns"
+            )
+
+
 def check_shape(entry: Tensor, shape: Sequence[int], key: NestedKey) -> Tensor:
     """The entry itself; an :class:`~torchrl_spar.InputError` where it is not of this shape.
 

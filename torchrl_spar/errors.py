@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
+from torchrl.objectives.common import LossModule
 
 
 class InputError(ValueError):
@@ -97,6 +98,24 @@ def check_module(name: str, module: Any) -> None:
             f"{name}: a {type(module).__name__}; give a TensorDictModule, which names its inputs and outputs"
         )
     check_built(name, module)
+
+
+def check_policy(name: str, policy: Any, action_key: NestedKey | None = None) -> None:
+    """Refuses what is no actor, or does not write the action at this key.
+
+    Examples:
+        >>> check_policy("policy", torch.nn.Linear(3, 1))
+        Traceback (most recent call last):
+            ...
+        torchrl_spar.errors.InputError: policy: a Linear; give an actor: a TensorDictModule that writes ...
+    """
+    if not isinstance(policy, TensorDictModuleBase) or isinstance(policy, LossModule):
+        raise InputError(
+            f"{name}: a {type(policy).__name__}; give an actor: a TensorDictModule that writes the action, such as "
+            "TensorDictModule(network, ['observation'], ['action']) or a loss's actor"
+        )
+    if action_key is not None and action_key not in policy.out_keys:
+        raise InputError(f"{name}: writes {list(policy.out_keys)}, not {action_key!r}")
 
 
 def check_bool(entry: torch.Tensor, key: NestedKey) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from copy import deepcopy
 from typing import TYPE_CHECKING
 
@@ -50,7 +50,7 @@ def mean_actor(actors: Sequence[SPARActor]) -> SPARActor:
         >>> torch.allclose(mean_actor([one, other])(observation=x), mean, atol=1e-6)
         True
     """
-    if isinstance(actors, nn.Module):
+    if isinstance(actors, nn.Module) or not isinstance(actors, Iterable):
         raise InputError(f"actors: one {type(actors).__name__}; give a list of two or more")
     actors = [deepcopy(actor) for actor in actors]
     _check(actors)

@@ -72,7 +72,8 @@ class ResidualVAE(TensorDictModuleBase):
         latent_key: where the latent ``[*B, latent_dim]`` lies.
 
     Raises:
-        InputError: if the encoder does not write two entries, or a standard deviation instead of its logarithm.
+        InputError: if the encoder does not write two entries, or a standard deviation instead of its logarithm, as far
+            as its key or TorchRL's modules tell.
 
     Source: that residuals are sampled in a latent space is the paper's; the VAE is ours.
 
@@ -94,6 +95,12 @@ class ResidualVAE(TensorDictModuleBase):
         check_module("decoder", decoder)
         if len(encoder.out_keys) < 2:
             raise InputError(f"the encoder must write a mean and a log standard deviation, not {encoder.out_keys}")
+        name = str(encoder.out_keys[1])
+        if ("scale" in name or "std" in name) and "log" not in name:
+            raise InputError(
+                f"the encoder writes {encoder.out_keys[1]!r}, where the logarithm of a standard deviation belongs: put "
+                "GaussianEncoder around the network; if it is the logarithm, name it so, as 'latent_log_std'"
+            )
         if scales := [type(part).__name__ for part in encoder.modules() if isinstance(part, SCALES)]:
             raise InputError(
                 f"the encoder ends in {scales[0]}, which gives a standard deviation; its logarithm belongs there: "

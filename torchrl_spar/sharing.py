@@ -8,8 +8,15 @@ from typing import Any
 from torch import Size
 from torchrl.objectives.common import LossModule
 
+from torchrl_spar.conventions import check_spar_loss
 from torchrl_spar.errors import InputError
 from torchrl_spar.objective import SPARLoss
+
+# What the other loss needs of a network of SPAR's.
+COPIES = {
+    "qvalue_network": "copies of spar.qvalue_network, num_qvalue_nets of them",
+    "value_network": "a copy of spar.value_network",
+}
 
 
 def share_critics(spar: SPARLoss, other: LossModule) -> LossModule:
@@ -29,7 +36,7 @@ def share_critics(spar: SPARLoss, other: LossModule) -> LossModule:
         ``other``.
 
     Raises:
-        InputError: if it has no critics, or others than SPAR's.
+        InputError: if one of them is no such loss, or ``other`` has no critics, or others than SPAR's.
 
     Source: ours.
 
@@ -40,7 +47,7 @@ def share_critics(spar: SPARLoss, other: LossModule) -> LossModule:
         >>> from torchrl.data import Bounded
         >>> from torchrl.modules import MLP, ProbabilisticActor, TanhNormal, ValueOperator
         >>> from torchrl.objectives import IQLLoss, SoftUpdate
-        >>> from torchrl_spar import make_spar_loss, share_critics
+        >>> from torchrl_spar import make_spar_loss, make_toy_data, share_critics
         >>> spar = make_spar_loss(3, Bounded(-1, 1, (2,)), hidden=[8])
         >>> body = torch.nn.Sequential(MLP(3, 4, num_cells=[8]), NormalParamExtractor())
         >>> gaussian = TensorDictModule(body, ["observation"], ["loc", "scale"])
@@ -52,9 +59,16 @@ def share_critics(spar: SPARLoss, other: LossModule) -> LossModule:
         >>> _ = share_critics(spar, iql)
         >>> both = torch.nn.ModuleList([spar, iql])  # its parameters() gives shared ones once
         >>> optimizer, updater = torch.optim.Adam(both.parameters(), lr=3e-4), SoftUpdate(spar, tau=0.01)
+        >>> batch = make_toy_data().sample()
+        >>> losses = [*spar(batch).items(), *iql(batch).items()]
+        >>> sum(value for name, value in losses if name.startswith("loss_")).backward()
+        >>> optimizer.step(); updater.step()
         >>> iql.qvalue_network_params is spar.qvalue_network_params
         True
     """
+    check_spar_loss("spar", spar)
+    if not isinstance(other, LossModule):
+        raise InputError(f"other: a {type(other).__name__}; give a loss of TorchRL's, such as IQLLoss")
     names = ["qvalue_network"]
     if spar.has_value and "value_network_params" in other._modules:
         names.append("value_network")
@@ -65,7 +79,7 @@ def share_critics(spar: SPARLoss, other: LossModule) -> LossModule:
         if (found := _shapes(params)) != (needed := _shapes(spar.network_params(name))):
             raise InputError(
                 f"{name}: the parameters of {type(other).__name__} differ from SPAR's, {found} from {needed}; "
-                "give it copies of spar.qvalue_network, num_qvalue_nets of them"
+                f"give it {COPIES[name]}"
             )
     for name in names:
         setattr(other, f"{name}_params", spar.network_params(name))

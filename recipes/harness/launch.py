@@ -34,20 +34,23 @@ RESERVED = {"id", "render_mode", *inspect.signature(evaluate).parameters}
 ARGUMENTS = tuple(sys.argv[1:])
 
 
-def run_recipe(main: Callable[[DictConfig], None], name: str, *, sweeps: Sequence[str] | None = None) -> None:
+def run_recipe(
+    main: Callable[[DictConfig], None], name: str, *, sweeps: Sequence[str] | None = None, more_help: str = ""
+) -> None:
     """Runs `main` under Hydra. An `InputError` ends in one line and an exit code, in a sweep after the other runs.
 
     Args:
         main: of the recipe.
         name: of its options.
         sweeps: the options of which commas give several runs; None allows all.
+        more_help: what `--help` says after the configuration.
     """
     if {"--help", "-h"} & {*sys.argv}:
         about = inspect.getdoc(sys.modules["__main__"]) or ""
         if name in OPTIONS:
             print_help(name, about)
         else:
-            print(f"{about}\n\n{(RECIPES / 'config' / f'{name}.yaml').read_text()}")
+            print(f"{about}\n\n{(RECIPES / 'config' / f'{name}.yaml').read_text()}\n{more_help}")
         return
 
     has_options = name in OPTIONS
@@ -60,10 +63,10 @@ def run_recipe(main: Callable[[DictConfig], None], name: str, *, sweeps: Sequenc
             expand_home(plain)
             check_seeds(plain)
             main(plain)
-        except InputError as err:
+        except (InputError, HydraException) as err:
             if HydraConfig.get().mode == RunMode.MULTIRUN:
                 raise  # which Hydra keeps until all runs are done
-            print(f"error: {err}", file=sys.stderr)
+            print(f"error: {explain(err, name)}", file=sys.stderr)
             sys.exit(2)
         except Stopped as err:
             if "resume" not in cfg:
@@ -85,7 +88,7 @@ def run_recipe(main: Callable[[DictConfig], None], name: str, *, sweeps: Sequenc
         with stop.handled():
             hydra.main(version_base=None, config_path=str(RECIPES / "config"), config_name=name)(guarded)()
     except (InputError, HydraException, OmegaConfBaseException) as err:
-        print(f"error: {err if isinstance(err, InputError) else explain(err, name)}", file=sys.stderr)
+        print(f"error: {explain(err, name)}", file=sys.stderr)
         sys.exit(2)
     except Stopped as err:  # between runs, or where there is nothing to go on with
         print(err, file=sys.stderr)

@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
 from dataclasses import field, fields, is_dataclass
 from importlib import import_module
+from inspect import signature
 from typing import Any, TypeVar, get_type_hints
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
-from torchrl_spar import InputError
+from torchrl_spar import InputError, SPARLoss
 from torchrl_spar.errors import suggestion
 
 T = TypeVar("T")
@@ -90,18 +91,26 @@ def walk(options: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
                 yield from walk(kinds[entry.name], f"{prefix}{entry.name}.")
 
 
-def explain(err: BaseException, name: str) -> str:
-    """One line for what Hydra or OmegaConf found wrong with the options of a recipe."""
+def explain(err: BaseException, name: str, *, beside: Iterable[str] = ()) -> str:
+    """One line for what is wrong with the options of a recipe, which may have others `beside` Hydra's."""
     cause: BaseException | None = err
-    while cause is not None and not isinstance(cause, OmegaConfBaseException):
+    while cause is not None and not isinstance(cause, (InputError, OmegaConfBaseException)):
         cause = cause.__cause__
+    if isinstance(cause, InputError):  # of what Hydra instantiates, too
+        return str(cause)
     known = {path: kind for path, _, kind in walk(OPTIONS[name])} if name in OPTIONS else {}
     option = str(getattr(cause, "full_key", None) or "").split("[")[0]
     if isinstance(cause, ValidationError) and option in known:
         return f"{option}={cause.value}: must be {_describe(known[option])}"
     if isinstance(cause, (AttributeError, KeyError)) and option and option not in known:
-        return unknown_option(option, known)
+        return unknown_option(option, [*(known or _beside(cause, option)), *beside])
     return " ".join(str(err).split())
+
+
+def _beside(err: OmegaConfBaseException, option: str) -> list[str]:
+    """The options where this one was looked for, of a configuration that no dataclass of ours describes."""
+    prefix = option[: option.rfind(".") + 1]
+    return [f"{prefix}{name!s}" for name in err.parent_node] if isinstance(err.parent_node, DictConfig) else []
 
 
 def unknown_option(name: str, known: Iterable[str]) -> str:
@@ -117,9 +126,20 @@ def print_help(name: str, about: str) -> None:
         value: Any = default
         for part in path.split("."):
             value = value[part]
-        shown = "" if is_dataclass(kind) else f"={_text(value)}"
-        limits = _limits(entry.metadata)
-        print(f"  {path}{shown}\n      {entry.metadata['meaning']}{limits and f' Must be {limits}.'}")
+        shown = path if is_dataclass(kind) else f"{path}={_text(value)}"
+        print(f"  {shown}\n      {_meaning(entry)}")
+
+
+def help_of_loss(options: Any) -> str:
+    """Every keyword of SPARLoss with its default; with meaning and range where the dataclass `options` has it."""
+    meanings = {entry.name: f"\n      {_meaning(entry)}" for entry in fields(options)}
+    keywords = [each for each in signature(SPARLoss).parameters.values() if each.kind is each.KEYWORD_ONLY]
+    return "\n".join(f"  loss.{each.name}={_text(each.default)}{meanings.get(each.name, '')}" for each in keywords)
+
+
+def _meaning(entry: Any) -> str:
+    limits = _limits(entry.metadata)
+    return f"{entry.metadata['meaning']}{limits and f' Must be {limits}.'}"
 
 
 def _refuse_unknown(cfg: Any, options: Any, prefix: str = "") -> None:

@@ -10,7 +10,7 @@ from dataclasses import fields
 
 import pytest
 import torch
-from helpers import compose_recipe
+from helpers import RECIPES, assert_one_line, compose_recipe, run
 from tensordict import TensorDict
 
 from torchrl_spar import SPARLoss
@@ -105,11 +105,33 @@ def test_partial_loss_takes_the_trainers_networks():
         ("models.actor.low=[2]", "low < high"),
         ("models.actor.low=-2", r"low=-2, high=\[2.0\]: give lists"),
         ("models.actor.low=[-2,-2]", r"low=\[-2, -2\], high=\[2.0\]: give lists"),
+        ("+loss.kapa=1", "loss.kapa: no such option, did you mean loss.kappa?"),
+        ("+loss.gama=0.9", "loss.gama: no such option, did you mean loss.gamma?"),
+        ("+models.actor.hed=1", "spar_actor.hed: no such option, did you mean spar_actor.head?"),
+        (
+            "+models.actor.head.init_scal=1",
+            "residual_head.init_scal: no such option, did you mean residual_head.init_scale",
+        ),
+        ("+models.residual_vae.in_key=1", "residual_vae.in_key: no such option, did you mean residual_vae.in_keys?"),
     ],
 )
 def test_a_wrong_option_is_named(option, message):
     with pytest.raises(hydra.errors.InstantiationException, match=message):
         instantiate(compose(*SPAR, option).loss)
+
+
+@pytest.mark.parametrize("option", ["+loss.kapa=1", "loss.kapa=1"])
+def test_the_recipe_names_an_unknown_option_in_one_line(option):
+    done = run("iql_trainer", "loss=spar", option, cwd=RECIPES)
+    assert_one_line(done, "loss.kapa: no such option, did you mean loss.kappa?")
+    assert "Error executing job" not in done.stderr
+
+
+def test_the_recipes_help_has_every_option_of_the_loss():
+    done = run("iql_trainer", "--help", cwd=RECIPES)
+    assert done.returncode == 0 and "\n  loss.kappa=1\n      Standard deviations that" in done.stdout
+    for name, keyword in inspect.signature(SPARLoss).parameters.items():
+        assert (f"\n  loss.{name}=" in done.stdout) == (keyword.kind is keyword.KEYWORD_ONLY), name
 
 
 def test_import_needs_no_hydra():

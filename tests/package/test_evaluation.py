@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import multiprocessing
+import operator
 import os
 import signal
 import threading
@@ -210,9 +211,8 @@ def test_errors_of_the_other_process_surface_here(evaluator):
     locked.lock = threading.Lock()
     with pytest.raises(InputError, match=r"evaluation 5: .*pickle"):
         evaluator.submit(5, locked, "Pendulum-v1")
-    broken = policy()
-    broken.module = nn.Identity()  # a bug, not an input: keeps its traceback
-    broken.out_keys = ["nothing"]
+    # A bug, not an input: it keeps its traceback.
+    broken = TensorDictModule(operator.itemgetter("nothing"), ["observation"], ["action"])
     evaluator.submit(6, broken, "Pendulum-v1", episodes=1)
     with pytest.raises(RuntimeError, match=r"(?s)evaluation 6 .*Traceback"):
         evaluator.drain()

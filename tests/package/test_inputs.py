@@ -21,8 +21,11 @@ from torchrl.modules import MLP, ProbabilisticActor, ValueOperator
 from torchrl.objectives import BCLoss
 
 from torchrl_spar import (
+    BackgroundEvaluator,
     BatchSampler,
     FQELoss,
+    FrozenAnchor,
+    GuardedActor,
     HealthCheck,
     InputError,
     ResidualHead,
@@ -33,20 +36,27 @@ from torchrl_spar import (
     StackedSPARLoss,
     chunk_actions,
     estimate_value,
+    evaluate,
     fit_anchor,
     fit_critics,
+    fit_detector,
     fit_fqe,
+    fit_fqe_each,
     fit_vae,
     load_offline_dataset,
     load_policy,
     make_anchor,
+    make_member,
     make_spar_loss,
+    mean_actor,
     measure_residual_scale,
+    normalized_score,
     pretrain,
     residual_family,
     returns_to_go,
     save_policy,
     select_policy,
+    share_critics,
     with_anchor_actions,
     with_member_weights,
     with_value_targets,
@@ -65,6 +75,10 @@ def critic(inputs: int | None = OBSERVATION + ACTION) -> ValueOperator:
 
 def linear(inputs: int, outputs: int, **options) -> TensorDictModule:
     return TensorDictModule(nn.Linear(inputs, outputs, **options), ["observation"], ["action"])
+
+
+def acts(observation: torch.Tensor) -> torch.Tensor:
+    return observation[..., :ACTION]
 
 
 def episodes(count: int = 8, steps: int = 10) -> TensorDict:
@@ -322,12 +336,58 @@ FUNCTIONS = {
     "HealthCheck": HealthCheck,
     "chunk_actions": lambda loss, buffer: chunk_actions(buffer, 2),
 }
+OF_LOSS = FUNCTIONS.keys() - {"fit_anchor", "chunk_actions"}
 READS = {
     "action": set(FUNCTIONS) - {"with_member_weights", "HealthCheck"},
     "observation": set(FUNCTIONS) - {"with_member_weights", "HealthCheck", "chunk_actions", "measure_residual_scale"},
     REWARD: {"fit_critics", "with_value_targets", "BatchSampler", "HealthCheck", "chunk_actions"},
     "next": set(FUNCTIONS) - {"fit_anchor"},
 }
+
+
+@pytest.mark.parametrize("kind", ["Linear", "SPARActor", "BCLoss", "FQELoss", "NoneType", "tuple"])
+def test_what_is_no_loss(kind):
+    buffer, actor = buffer_of(episodes()), linear(OBSERVATION, ACTION)
+    wrong = {
+        "Linear": nn.Linear(3, 3), "SPARActor": build_loss(hidden=[8]).actor, "BCLoss": BCLoss(actor),
+        "FQELoss": FQELoss(actor, critic()), "NoneType": None, "tuple": (build_loss(hidden=[8]), buffer),
+    }[kind]  # fmt: skip
+    others = {
+        "SPARUpdate": lambda loss, buffer: SPARUpdate(loss), "make_member": lambda *first: make_member(*first, seed=1),
+        "StackedSPARLoss": lambda loss, buffer: StackedSPARLoss([loss]),
+        "share_critics": lambda loss, buffer: share_critics(loss, BCLoss(actor)),
+    }  # fmt: skip
+    for name, function in {**{name: FUNCTIONS[name] for name in OF_LOSS}, **others}.items():
+        culprit = "TensorDictReplayBuffer" if (name, kind) == ("HealthCheck", "tuple") else kind
+        with pytest.raises(InputError, match=f"(loss|losses|spar): a {culprit}; give the SPARLoss"):
+            function(wrong, buffer)
+
+
+def test_what_shares_no_critics():
+    with pytest.raises(InputError, match="other: a Linear; give a loss of TorchRL's"):
+        share_critics(build_loss(hidden=[8]), nn.Linear(3, 3))
+
+
+@pytest.mark.parametrize("kind", ["TensorDict", "str", "list", "NoneType"])
+def test_what_is_no_buffer(kind):
+    wrong = {"TensorDict": episodes(), "str": "log.npz", "list": [episodes()], "NoneType": None}[kind]
+    loss, actor = build_loss(hidden=[8]), linear(OBSERVATION, ACTION)
+    others = {
+        "pretrain": lambda loss, data: pretrain(data), "fit_detector": lambda loss, data: fit_detector(data),
+        "make_member": lambda *first: make_member(*first, seed=1),
+        "estimate_value": lambda loss, data: estimate_value(None, data),
+        "fit_fqe": lambda loss, data: fit_fqe(actor, data),
+    }  # fmt: skip
+    message = f"^a {kind}; give the replay buffer that load_offline_dataset returns: call that first$"
+    for function in {**FUNCTIONS, **others}.values():
+        with pytest.raises(InputError, match=message):
+            function(loss, wrong)
+
+
+@pytest.mark.parametrize("function", [pretrain, fit_detector])
+def test_a_buffer_of_torchrls_is_to_be_loaded_where_its_statistics_are_read(function):
+    with pytest.raises(InputError, match=r"^a TensorDictReplayBuffer; give the .*load_offline_dataset returns"):
+        function(buffer_of(episodes()))
 
 
 @pytest.mark.parametrize("key", READS)
@@ -454,6 +514,64 @@ def test_cloning_names_an_actor_of_another_size():
         fit_anchor(linear(OBSERVATION, 1), buffer_of(episodes()), steps=1)
     with pytest.raises(InputError, match="the actor cannot take the data"):
         fit_anchor(linear(4, ACTION), buffer_of(episodes()), steps=1)
+
+
+@pytest.mark.parametrize("kind", ["Linear", "SPARLoss", "function"])
+def test_what_is_no_actor(kind):
+    data, loss, good = load_offline_dataset(episodes(), batch_size=8), build_loss(hidden=[8]), linear(5, ACTION)
+    wrong, detector = {"Linear": nn.Linear(5, 3), "SPARLoss": loss, "function": acts}[kind], fit_detector(data)
+    late = {**SMALL, "warm_steps": 10**9}  # it is told before anything is fitted
+    calls = [
+        lambda: evaluate(wrong, "Pendulum-v1"), lambda: fit_anchor(wrong, data), lambda: FrozenAnchor(wrong),
+        lambda: make_spar_loss(data, anchor=wrong), lambda: FQELoss(wrong, critic()),
+        lambda: GuardedActor(wrong, detector), lambda: GuardedActor(loss.actor, detector, wrong),
+        lambda: estimate_value(wrong, data, **late), lambda: fit_fqe(wrong, data, **late),
+        lambda: fit_fqe_each({"one": good, "other": wrong}, data, **late),
+        lambda: select_policy({"one": wrong}, data, anchor=good, **late),
+        lambda: select_policy({"one": good}, data, anchor=wrong, **late),
+    ]  # fmt: skip
+    if kind != "function":  # which load_policy takes, and which does not pickle
+        calls += [lambda: load_policy("never.pt", policy=wrong)]
+    if kind != "SPARLoss":
+        calls += [lambda: save_policy(wrong, "never.pt")]
+    for call in calls:
+        with pytest.raises(InputError, match=f": a {kind}; give an actor: a TensorDictModule that writes the action"):
+            call()
+    with pytest.raises(InputError, match=f"actor: a {kind} has no residual; give a SPARActor"):
+        residual_family({"one": loss.actor, "other": wrong})
+
+
+def test_an_actor_that_writes_no_action():
+    policy, data = TensorDictModule(nn.Linear(3, 1), ["observation"], ["torque"]), load_offline_dataset(episodes())
+    for call in (
+        lambda: evaluate(policy, "Pendulum-v1"),
+        lambda: fit_anchor(policy, data),
+        lambda: FrozenAnchor(policy),
+    ):
+        with pytest.raises(InputError, match=r"writes \['torque'\], not 'action'"):
+            call()
+
+
+def test_a_background_evaluation_refuses_what_is_no_actor_where_it_is_submitted():
+    with BackgroundEvaluator() as evaluator, pytest.raises(InputError, match="policy: a Linear; give an actor"):
+        evaluator.submit("step 1", nn.Linear(3, 1), "Pendulum-v1")
+
+
+def test_one_where_several_belong_and_other_neighbours():
+    data, loss = load_offline_dataset(episodes(), batch_size=8), build_loss(hidden=[8])
+    for call, message in (
+        (lambda: StackedSPARLoss(loss), "losses: one SPARLoss; give a list"),
+        (lambda: mean_actor(loss.actor), "actors: one SPARActor; give a list"),
+        (lambda: mean_actor(None), "actors: one NoneType; give a list"),
+        (lambda: fit_fqe_each(loss.actor, data, **SMALL), "policies: a SPARActor; give policies by name"),
+        (lambda: fit_fqe(loss.actor, data, qvalue_network=nn.Linear(8, 1), **SMALL), "qvalue_network: one critic"),
+        (lambda: fit_fqe(loss.actor, data, start=loss, **SMALL), "start='SPARLoss': must be an FQELoss"),
+        (lambda: GuardedActor(loss.actor, None), "detector=None: must be what fit_detector returns"),
+        (lambda: returns_to_go(data, 0.9), r"data: a OfflineReplayBuffer; give rows as a TensorDict, .*buffer\[:\]"),
+        (lambda: normalized_score(data.env_id, 1.0), "no D4RL reference returns are known for None"),
+    ):
+        with pytest.raises(InputError, match=message):
+            call()
 
 
 def test_what_is_no_policy():

@@ -392,7 +392,7 @@ def critic_of(inputs):
 def test_what_is_no_data_no_option_or_no_critic_is_named():
     data = log_of(torch.rand(200, 1))
     for call, words in (
-        (lambda: estimate_value(numpy_controller(), data[:]), "a TensorDict; give a replay buffer"),
+        (lambda: estimate_value(numpy_controller(), data[:]), "a TensorDict; give the replay buffer"),
         (lambda: estimate_value(None, data, slice_len=3), "slice_len: nothing is fitted"),
         (lambda: estimate_value(None, data, held_out=2.0), "held_out=2.0"),
         (lambda: fit_fqe(numpy_controller(), data, qvalue_network=[critic_of(7)]), "cannot take"),

@@ -293,7 +293,7 @@ def test_wrong_options_are_named(options):
 
 def test_networks_that_do_not_fit_are_named():
     critic = ValueOperator(Critic(), in_keys=["observation", "action"])
-    with pytest.raises(InputError, match="actor_network must be a TensorDictModule, not Linear"):
+    with pytest.raises(InputError, match="actor_network: a Linear; give an actor"):
         FQELoss(nn.Linear(2, 2), critic)
     with pytest.raises(InputError, match="none of what the actor writes"):
         FQELoss(TensorDictModule(nn.Linear(OBSERVATION, ACTION), ["observation"], ["torque"]), critic)

@@ -75,13 +75,13 @@ def make_loss(**options) -> SPARLoss:
     return SPARLoss(make_actor(make_anchor()), make_critics(), make_vae(), **options)
 
 
-def make_iql(critics: list[nn.Module]) -> IQLLoss:
+def make_iql(critics: list[nn.Module], value: nn.Module | None = None) -> IQLLoss:
     gaussian = nn.Sequential(Joined(OBSERVATION, 2 * ACTION), NormalParamExtractor())
     actor = ProbabilisticActor(
         TensorDictModule(gaussian, ["observation"], ["loc", "scale"]),
         in_keys=["loc", "scale"], distribution_class=TanhNormal,
     )  # fmt: skip
-    value = ValueOperator(Joined(OBSERVATION, 1), in_keys=["observation"])
+    value = ValueOperator(value or Joined(OBSERVATION, 1), in_keys=["observation"])
     options = {"num_qvalue_nets": len(critics), "loss_function": "l2", "deactivate_vmap": True}
     loss = IQLLoss(actor, critics, value, **options)
     loss.make_value_estimator(gamma=0.99)
@@ -181,10 +181,15 @@ def test_shared_critics_have_the_sum_of_both_gradients_in_one_unit(value_mix):
 
 def test_what_cannot_be_shared_is_named():
     spar = make_loss()
-    with pytest.raises(InputError, match=r"qvalue_network: the parameters of IQLLoss differ"):
+    with pytest.raises(InputError, match=r"qvalue_network: the parameters of IQLLoss differ .*copies of spar.qvalue_n"):
         share_critics(spar, make_iql(make_critics(2)))
     with pytest.raises(InputError, match=r"differ"):
         share_critics(spar, make_iql(make_critics(4, outputs=2)))
+    value = ValueOperator(Joined(OBSERVATION, 1), in_keys=["observation"])
+    mixed = SPARLoss(make_actor(make_anchor()), make_critics(), make_vae(), value, value_mix=0.5)
+    wider = make_iql(make_critics(), value=MLP(OBSERVATION, 1, num_cells=[8]))
+    with pytest.raises(InputError, match=r"value_network: .*IQLLoss differ .*give it a copy of spar.value_network$"):
+        share_critics(mixed, wider)
     with pytest.raises(InputError, match="with a TensorDict"):
         iql = share_critics(spar, make_iql([deepcopy(spar.qvalue_network) for _ in range(4)]))
         batch = make_batch(4)
@@ -209,6 +214,19 @@ def test_a_scale_in_the_place_of_a_log_std_is_refused():
     encoder = TensorDictModule(network, [*STATE, "residual"], ["latent_loc", "latent_log_std"])
     with pytest.raises(InputError, match=r"NormalParamExtractor, .*GaussianEncoder"):
         ResidualVAE(encoder, make_vae().decoder)
+
+
+@pytest.mark.parametrize("key", ["latent_scale", "std", ("latent", "scale")])
+def test_a_key_of_a_scale_in_the_place_of_a_log_std_is_refused(key):
+    def named(key):
+        network = GaussianEncoder(Joined(OBSERVATION + 2 * ACTION, 2 * LATENT))
+        encoder = TensorDictModule(network, [*STATE, "residual"], ["latent_loc", key])
+        return ResidualVAE(encoder, make_vae().decoder)
+
+    with pytest.raises(InputError, match=r"the encoder writes .*logarithm of a standard deviation.*GaussianEncoder"):
+        named(key)
+    for logarithm in ("latent_log_scale", ("latent", "logstd")):
+        assert named(logarithm).out_keys[1] == logarithm
 
 
 def test_a_list_of_another_length_is_named():

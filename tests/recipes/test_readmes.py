@@ -150,14 +150,36 @@ def test_the_example_trains_a_policy(short):
     assert not torch.equal(policy(observation=observation), anchor(observation=observation))
 
 
-def test_the_example_of_own_networks_trains_them(short, monkeypatch):
+@pytest.fixture
+def own_networks(short, monkeypatch):
+    """Runs the package's example of own networks, and what goes on from it."""
     for name in ("fit_anchor", "fit_vae", "fit_critics"):
         monkeypatch.setattr(torchrl_spar, name, partial(getattr(torchrl_spar, name), steps=3))
-    own = blocks((ROOT / "torchrl_spar" / "README.md").read_text(), "python")[-1]
-    names = short(own)
+    own, *others = blocks((ROOT / "torchrl_spar" / "README.md").read_text(), "python")[-4:]
+    return lambda *chosen: short("".join([own, *(others[i] for i in chosen)]))
+
+
+def test_the_example_of_own_networks_trains_them(own_networks):
+    names = own_networks()
     loss, batch = names["loss"], names["data"].sample()
     assert torch.equal(loss.anchor(batch.clone())["action"], names["anchor"](batch.clone())["action"])
     assert all(value.isfinite().all() for value in loss(batch).values())
+
+
+@pytest.mark.parametrize("example", [1, 2], ids=["separate", "shared"])
+def test_the_examples_beside_iql_train_both(own_networks, example):
+    start, names = own_networks(0), own_networks(0, example)
+    moved = {
+        (loss, network): not (
+            names[loss]._modules[f"{network}_params"].data == start[loss]._modules[f"{network}_params"].data
+        ).all()
+        for loss in ("loss", "iql")
+        for network in ("actor_network", "qvalue_network", "target_qvalue_network")
+    }
+    assert all(moved.values()), moved
+    loss, iql = names["loss"], names["iql"]
+    assert (iql.qvalue_network_params is loss.qvalue_network_params) == (example == 2)
+    assert torch.equal(loss.reward_scale, start["loss"].reward_scale) and loss.reward_scale != 1
 
 
 def test_a_log_becomes_a_policy_in_its_units(short):

@@ -492,6 +492,12 @@ def report(folder, cwd):
     return run("report", folder, cwd=cwd)
 
 
+def test_report_tells_how_it_is_used(tmp_path):
+    for flag in ("--help", "-h"):
+        done = report(flag, tmp_path)
+        assert done.returncode == 0 and "python recipes/report.py" in done.stdout and not done.stderr
+
+
 def test_report_gives_mean_and_spread_over_seeds(tmp_path):
     for seed, score in ((0, 10.0), (1, 30.0)):
         row = {"normalized": score}

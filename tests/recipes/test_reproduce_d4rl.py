@@ -126,8 +126,8 @@ def test_what_would_train_something_else_is_refused(option, message):
 
 
 def test_an_unknown_option_is_named_before_files_are_looked_for():
-    done = run("reproduce_d4rl", "task=pen-human", cwd=RECIPES)
-    assert_one_line(done, "task: no such option, did you mean")
+    done = run("reproduce_d4rl", "tsks=pen-human", cwd=RECIPES)
+    assert_one_line(done, "tsks: no such option, did you mean tasks?")
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])

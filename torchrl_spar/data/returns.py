@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from tensordict import NestedKey, TensorDictBase
+from tensordict import NestedKey, TensorDictBase, is_tensor_collection
 from torch import Tensor
 
 from torchrl_spar.data.order import find_links, is_cut
@@ -58,6 +58,8 @@ def returns_to_go(
         tensor([[1.5000],
                 [1.0000]])
     """
+    if not is_tensor_collection(data):
+        raise InputError(f"data: a {type(data).__name__}; give rows as a TensorDict, of a replay buffer by buffer[:]")
     if not 0 <= gamma <= 1:
         raise InputError(f"gamma={gamma}: must be between 0 and 1")
     if "steps_to_next_obs" in data.keys():

@@ -18,6 +18,21 @@ MASK_KEYS: tuple[NestedKey, ...] = ("mask", ("collector", "mask"))
 ID_KEYS: tuple[NestedKey, ...] = ("episode", ("collector", "traj_ids"), "traj_ids")
 
 
+def check_buffer(data: Any, kind: type[ReplayBuffer] = ReplayBuffer) -> None:
+    """Refuses what is no replay buffer, or none of this kind.
+
+    Examples:
+        >>> check_buffer("log.npz")
+        Traceback (most recent call last):
+            ...
+        torchrl_spar.errors.InputError: a str; give the replay buffer that load_offline_dataset returns: call that first
+    """
+    if not isinstance(data, kind):
+        raise InputError(
+            f"a {type(data).__name__}; give the replay buffer that load_offline_dataset returns: call that first"
+        )
+
+
 def under_next(key: NestedKey) -> NestedKey:
     """The key of the following state.
 
@@ -111,11 +126,11 @@ def rows_of(replay_buffer: ReplayBuffer, mask_keys: Sequence[NestedKey] = MASK_K
     """All valid rows ``[N]`` of a buffer; ``"episode"`` tells sequences apart where there are any.
 
     Args:
-        replay_buffer: of any kind that :func:`parts_of` takes.
+        replay_buffer: with any storage that :func:`parts_of` takes.
         mask_keys: of the masks that tell padding.
 
     Raises:
-        InputError: likewise, or if nothing is left.
+        InputError: likewise, for what is no buffer, or if nothing is left.
 
     Examples:
         >>> from tensordict import TensorDict
@@ -127,6 +142,7 @@ def rows_of(replay_buffer: ReplayBuffer, mask_keys: Sequence[NestedKey] = MASK_K
         >>> rows["x"], rows["episode"]
         (tensor([0, 1, 3, 4, 5]), tensor([0, 0, 1, 1, 1]))
     """
+    check_buffer(replay_buffer)
     parts = [_on_its_device(part) for part in parts_of(replay_buffer)]
     if len(parts) == 1 and parts[0].ndim == 1 and valid_mask(parts[0], mask_keys) is None:
         return parts[0]
@@ -171,6 +187,7 @@ def whole_of(replay_buffer: ReplayBuffer) -> TensorDictBase:
         >>> whole_of(buffer).shape
         torch.Size([5])
     """
+    check_buffer(replay_buffer)
     parts = list(parts_of(replay_buffer))
     if len(parts) > 1:
         return rows_of(replay_buffer)

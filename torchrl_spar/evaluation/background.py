@@ -18,7 +18,7 @@ import torch
 from tensordict.nn import TensorDictModuleBase
 from torchrl.envs.utils import exploration_type, set_exploration_type
 
-from torchrl_spar.errors import InputError
+from torchrl_spar.errors import InputError, check_policy
 from torchrl_spar.evaluation.rollouts import evaluate
 
 # The exit code of a process that has come upon this class again while it read the script.
@@ -74,8 +74,9 @@ class BackgroundEvaluator:
             **env_kwargs: as for :func:`evaluate`.
 
         Raises:
-            InputError: if the policy does not pickle, or the process is gone.
+            InputError: if the policy is none or does not pickle, or the process is gone.
         """
+        check_policy("policy", policy, "action")
         try:
             request = pickle.dumps((exploration_type(), (policy, env_id, episodes, seed), env_kwargs))
         except (pickle.PicklingError, AttributeError, TypeError) as err:

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torchrl.data import ReplayBuffer
 
 from torchrl_spar.data.buffer import OfflineReplayBuffer
-from torchrl_spar.errors import InputError, check_options
+from torchrl_spar.data.rows import check_buffer
+from torchrl_spar.errors import InputError, check_options, check_policy
 from torchrl_spar.networks import ObservationNorm
 from torchrl_spar.ope.fit import episodes_of, split_episodes
 from torchrl_spar.residual import SPARActor
@@ -85,7 +86,7 @@ class GuardedActor(TensorDictModuleBase):
         anchor: the policy to fall back to; None for the actor's own.
 
     Raises:
-        InputError: if there is no anchor, or it does not write the action.
+        InputError: if actor, detector or anchor is none, or the anchor does not write the action.
 
     Source: ours; falling back to the behaviour where the data says too little is SPIBB's idea
     (https://arxiv.org/abs/1712.06924).
@@ -104,12 +105,13 @@ class GuardedActor(TensorDictModuleBase):
         self, actor: TensorDictModuleBase, detector: nn.Module, anchor: TensorDictModuleBase | None = None
     ) -> None:
         super().__init__()
+        check_policy("actor", actor)
+        check_options((callable(detector), "detector", detector, "what fit_detector returns, or a function"))
         anchor = actor.anchor if anchor is None and isinstance(actor, SPARActor) else anchor
         if anchor is None:
             raise InputError(f"a guard falls back to an anchor, and {type(actor).__name__} has none: give anchor=...")
         self.action_key = getattr(actor, "action_key", "action")
-        if self.action_key not in anchor.out_keys:
-            raise InputError(f"the anchor writes {anchor.out_keys}, not the policy's {self.action_key!r}")
+        check_policy("anchor", anchor, self.action_key)
         self.actor, self.detector, self.anchor = actor, detector, anchor
         self.in_keys = list(dict.fromkeys([*actor.in_keys, *anchor.in_keys, "observation"]))
         self.out_keys = [*actor.out_keys, "fallback"]
@@ -171,8 +173,7 @@ def fit_detector(
         (0 < quantile <= 1, "quantile", quantile, "above 0, at most 1"),
         (num_gaussians >= 1, "num_gaussians", num_gaussians, "at least 1"),
     )
-    if not isinstance(data, OfflineReplayBuffer):
-        raise InputError(f"a detector needs data as load_offline_dataset returns it, not {type(data).__name__}")
+    check_buffer(data, OfflineReplayBuffer)
     norm = ObservationNorm(data.observation_loc, data.observation_scale).cpu()
     others, held = split_episodes(episodes_of(data, 0.0).select("observation", "episode").cpu(), held_out, seed)
     order = torch.randperm(len(others), generator=torch.Generator().manual_seed(seed))[:ROWS]

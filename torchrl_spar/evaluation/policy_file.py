@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 from tensordict.nn import TensorDictModuleBase
-from torchrl.objectives.common import LossModule
 
 from torchrl_spar.build import rebuild_actor
-from torchrl_spar.errors import InputError, check_device, first_line
+from torchrl_spar.errors import InputError, check_device, check_policy, first_line
 from torchrl_spar.mean_actor import unchecked_mean
 from torchrl_spar.objective import SPARLoss
 from torchrl_spar.paths import user_path
@@ -53,7 +52,7 @@ def save_policy(policy: SPARLoss | TensorDictModuleBase, path: str | os.PathLike
         (True, {'env': 'Toy-v0'})
     """
     policy = policy.actor if isinstance(policy, SPARLoss) else policy
-    _check_actor(policy)
+    check_policy("policy", policy)
     for name, value in policy.state_dict().items():
         if not isinstance(value, torch.Tensor):
             raise InputError(f"the policy's state holds {name!r}, a {type(value).__name__}; only tensors are saved")
@@ -119,7 +118,7 @@ def load_policy(
     path = user_path(path)
     check_device(device)
     if isinstance(policy, torch.nn.Module) or not (policy is None or callable(policy)):
-        _check_actor(policy)
+        check_policy("policy", policy)
     if not path.is_file():
         raise InputError(f"{path}: no such policy file")
     try:
@@ -151,11 +150,6 @@ def load_policy(
         return built.to(device or "cpu").eval(), facts
     except (RuntimeError, TypeError, KeyError, AttributeError, EOFError, OSError, pickle.UnpicklingError) as err:
         raise InputError(f"{path}: damaged, or not a policy file: {first_line(err)}") from None
-
-
-def _check_actor(policy: Any) -> None:
-    if not isinstance(policy, TensorDictModuleBase) or isinstance(policy, LossModule):
-        raise InputError(f"policy: a {type(policy).__name__}; give an actor (a TensorDictModule), or save a SPARLoss")
 
 
 def rebuild_policy(architecture: dict[str, Any]) -> SPARActor:

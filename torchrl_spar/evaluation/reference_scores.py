@@ -79,7 +79,7 @@ def reference_returns(env_id: str) -> tuple[float, float]:
         >>> reference_returns("AdroitHandDoor-v1")
         (-56.512833, 2880.5693)
     """
-    if task := _task_of(env_id):
+    if isinstance(env_id, str) and (task := _task_of(env_id)):  # a log's env_id is None
         return _REFERENCE_RETURNS[task]
     raise InputError(
         f"no D4RL reference returns are known for {env_id!r}, so its score cannot be normalised: "

@@ -11,7 +11,7 @@ import torch
 from tensordict.nn import TensorDictModuleBase
 
 from torchrl_spar.data.observations import flatten_observation
-from torchrl_spar.errors import InputError
+from torchrl_spar.errors import InputError, check_policy
 from torchrl_spar.evaluation.environments import make_env
 from torchrl_spar.evaluation.fast_policy import action_function
 
@@ -49,9 +49,9 @@ def evaluate(
         Returns in the environment's reward units, float64 ``[episodes]``.
 
     Raises:
-        InputError: if ``episodes`` is below 1, the environment is missing or does not end, the policy does not accept
-            its observations or its actions do not fit, or the policy reads more than the observation (a recurrent one
-            its state).
+        InputError: if ``episodes`` is below 1, the policy is none, the environment is missing or does not end, the
+            policy does not accept its observations or its actions do not fit, or the policy reads more than the
+            observation (a recurrent one its state).
 
     Source: ours.
 
@@ -63,6 +63,7 @@ def evaluate(
     """
     if episodes < 1:
         raise InputError(f"episodes={episodes}: at least one episode is needed")
+    check_policy("policy", policy, "action")
     if more := [key for key in policy.in_keys if key != "observation"]:
         raise InputError(
             f"the policy reads {more}, and evaluate gives it the observation alone; "

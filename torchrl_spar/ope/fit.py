@@ -19,7 +19,7 @@ from torchrl_spar.build import HIDDEN, DefaultNetworks
 from torchrl_spar.data.buffer import OfflineReplayBuffer
 from torchrl_spar.data.returns import episode_ends, returns_to_go
 from torchrl_spar.data.rows import rows_of
-from torchrl_spar.errors import InputError, check_options, first_line
+from torchrl_spar.errors import InputError, check_options, check_policy, first_line
 from torchrl_spar.ope.fqe_loss import FQELoss
 from torchrl_spar.ope.many_policies import StackedFQELoss
 from torchrl_spar.training.asking import actions_of
@@ -139,13 +139,18 @@ def fit_fqe_each(
         torch.Size([5, 10])
     """
     batch_size = batch_size_of(data)
-    if isinstance(qvalue_network, TensorDictModuleBase):
+    if not isinstance(policies, Mapping):
+        raise InputError(f"policies: a {type(policies).__name__}; give policies by name, or one to fit_fqe")
+    for name, policy in policies.items():
+        check_policy(_called(name, policies), policy)
+    if isinstance(qvalue_network, torch.nn.Module) and not isinstance(qvalue_network, torch.nn.ModuleList):
         raise InputError("qvalue_network: one critic; give a list, whose length is the number of critics")
     is_fixed = exploration_type is ExplorationType.DETERMINISTIC
     check_options(
         (len(policies) > 0, "policies", policies, "one at least"),
         (is_fixed or len(policies) == 1, "exploration_type", exploration_type, "DETERMINISTIC for several policies"),
         (num_qvalue_nets >= 1, "num_qvalue_nets", num_qvalue_nets, "at least 1"),
+        (start is None or isinstance(start, FQELoss), "start", type(start).__name__, "an FQELoss"),
         (0 <= gamma <= 1, "gamma", gamma, "between 0 and 1"),
         (1 <= slice_len <= batch_size, "slice_len", slice_len, f"between 1 and the batch size {batch_size}"),
         (0 <= target_rate <= 1, "target_rate", target_rate, "between 0 and 1"),
@@ -165,7 +170,7 @@ def fit_fqe_each(
         loss.make_value_estimator(gamma=gamma)
         keep = list(dict.fromkeys([*loss.in_keys, "return_to_go", "episode", "steps_to_next_obs"]))
         train, held = (part.select(*keep, strict=False) for part in parts)
-        who = "the policy" if len(policies) == 1 else f"the policy {name!r}"
+        who = _called(name, policies)
         for part in (train, held):
             _add_policy_actions(who, loss, part, is_fixed)
         trains.append(train)
@@ -200,6 +205,10 @@ def fit_fqe_each(
         _fit("loss_qvalue", stack.qvalue_loss, stack.qvalue_network_params, drawn, steps, lr, progress, report)
         stack.copy_back()
     return fits
+
+
+def _called(name: str, policies: Mapping[str, TensorDictModuleBase]) -> str:
+    return "the policy" if len(policies) == 1 else f"the policy {name!r}"
 
 
 def _size_of_actions(data: ReplayBuffer, actions: Tensor) -> Tensor:

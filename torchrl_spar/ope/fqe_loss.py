@@ -21,7 +21,7 @@ from torchrl.envs.utils import ExplorationType
 from torchrl_spar.anchor import FrozenAnchor
 from torchrl_spar.conventions import Conventions, check_critics, masked_mean
 from torchrl_spar.data.rows import under_next
-from torchrl_spar.errors import InputError, check_options
+from torchrl_spar.errors import InputError, check_options, check_policy
 from torchrl_spar.functional import call, call_ensemble
 
 
@@ -139,8 +139,7 @@ class FQELoss(Conventions):
             (loss_function in ("l1", "l2", "smooth_l1"), "loss_function", loss_function, "l1, l2 or smooth_l1"),
             (reward_scale > 0, "reward_scale", reward_scale, "positive"),
         )
-        if not isinstance(actor_network, TensorDictModuleBase):
-            raise InputError(f"actor_network must be a TensorDictModule, not {type(actor_network).__name__}")
+        check_policy("actor_network", actor_network)
         read, written = critics[0].in_keys, actor_network.out_keys
         action_key = next((key for key in written if key in read), None)
         if action_key is None:

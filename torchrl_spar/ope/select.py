@@ -12,7 +12,7 @@ from torch import Tensor
 from torchrl.data import ReplayBuffer
 from torchrl.envs.utils import ExplorationType
 
-from torchrl_spar.errors import InputError, check_options
+from torchrl_spar.errors import InputError, check_options, check_policy
 from torchrl_spar.ope.estimate import (
     EpisodeTerms,
     ValueEstimate,
@@ -69,10 +69,11 @@ def residual_family(
         >>> sorted(residual_family(make_spar_loss(3, Bounded(-1, 1, (2,))).actor, [0.5, 1]))
         ['c=0.5', 'c=1']
     """
-    if not isinstance(actor, (SPARActor, Mapping)):
-        raise InputError(f"actor: a {type(actor).__name__} has no residual; give a SPARActor, or several by name")
     family: dict[str, TensorDictModuleBase] = {}
-    actors = {"": actor} if isinstance(actor, SPARActor) else {f" of {name}": each for name, each in actor.items()}
+    actors = {f" of {name}": each for name, each in actor.items()} if isinstance(actor, Mapping) else {"": actor}
+    for each in actors.values():
+        if not isinstance(each, SPARActor):
+            raise InputError(f"actor: a {type(each).__name__} has no residual; give a SPARActor, or several by name")
     for scale in scales:
         check_options((0 <= scale <= 1, "scales", scale, "between 0 and 1"))
         for suffix, each in actors.items():
@@ -146,6 +147,8 @@ def select_policy(
         check_densities(anchor, *candidates.values(), behaviour)
         options.setdefault("exploration_type", ExplorationType.RANDOM)
     policies = {"anchor": anchor, **candidates}
+    for name, policy in policies.items():
+        check_policy(f"the policy {name!r}", policy)  # before anything is fitted
     terms, start = evaluate_each(policies, data, behaviour=behaviour, seed=seed, **options)
     name, gains, values = choose(terms, confidence=confidence, draws=draws, seed=seed)
     members = {name: estimates_of_critics(each) for name, each in terms.items()}

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 from torchrl.data import ReplayBuffer
 
+from torchrl_spar.conventions import check_spar_loss
 from torchrl_spar.data.rows import under_next, whole_of
 from torchrl_spar.errors import InputError, NonFiniteError, check_present
 from torchrl_spar.objective import SPARLoss
@@ -108,11 +109,10 @@ class HealthCheck:
     """
 
     def __init__(self, losses: SPARLoss | Sequence[SPARLoss], replay_buffer: ReplayBuffer) -> None:
-        losses = [losses] if isinstance(losses, SPARLoss) else list(losses)
+        losses = list(losses) if isinstance(losses, Iterable) else [losses]
         if not losses:
             raise InputError("losses: none given; give the loss that is trained, or its members")
-        if wrong := [type(loss).__name__ for loss in losses if not isinstance(loss, SPARLoss)]:
-            raise InputError(f"losses: a {wrong[0]}; give the SPARLoss that is trained, or its members")
+        check_spar_loss("losses", *losses)
         loss = losses[0]
         rows, key = whole_of(replay_buffer), under_next(loss.tensor_keys.reward)
         check_present(rows, [key])

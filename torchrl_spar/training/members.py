@@ -11,6 +11,7 @@ import torch
 from tensordict import TensorDictBase
 from torchrl.data import ReplayBuffer, TensorDictReplayBuffer
 
+from torchrl_spar.conventions import check_spar_loss
 from torchrl_spar.errors import InputError, check_options
 from torchrl_spar.objective import SPARLoss
 from torchrl_spar.training.pretrain import NO_OPTIONS, Report, check_options_of, fit_critics, with_own_episodes
@@ -70,8 +71,7 @@ def make_member(
         >>> policy(observation=torch.zeros(3)).shape
         torch.Size([2])
     """
-    if not isinstance(loss, SPARLoss):
-        raise InputError(f"loss: a {type(loss).__name__}; give the SPARLoss that was pre-trained")
+    check_spar_loss("loss", loss)
     is_whole = isinstance(seed, Integral) and not isinstance(seed, bool)
     check_options((is_whole and 0 <= seed < 2**63, "seed", seed, "a whole number from 0 to 2**63 - 1"))
     seed = int(seed)

@@ -18,11 +18,11 @@ from torchrl.modules import TanhModule
 from torchrl.objectives import BCLoss
 
 from torchrl_spar.build import make_anchor, make_spar_loss
-from torchrl_spar.conventions import masked_mean
+from torchrl_spar.conventions import check_spar_loss, masked_mean
 from torchrl_spar.data.buffer import OfflineReplayBuffer
 from torchrl_spar.data.returns import returns_to_go
-from torchrl_spar.data.rows import rows_of, valid_mask
-from torchrl_spar.errors import InputError, check_names, check_options, check_present
+from torchrl_spar.data.rows import check_buffer, rows_of, valid_mask
+from torchrl_spar.errors import InputError, check_names, check_options, check_policy, check_present
 from torchrl_spar.objective import SPARLoss
 from torchrl_spar.training.asking import actions_of
 from torchrl_spar.training.compiling import check_compiler
@@ -87,7 +87,7 @@ def pretrain(
         (:func:`~torchrl_spar.with_member_weights`) and their first targets (:func:`~torchrl_spar.with_value_targets`).
 
     Raises:
-        InputError: for an unknown or impossible option, or data that lacks an entry.
+        InputError: for an unknown or impossible option, or data that is not loaded or lacks an entry.
         NonFiniteError: within 100 steps of a loss or parameter that is NaN or infinite.
 
     Source: the order of the phases is ours.
@@ -99,6 +99,7 @@ def pretrain(
         >>> "loss_qvalue" in SPARUpdate(loss)(rows.sample())
         True
     """
+    check_buffer(data, OfflineReplayBuffer)
     progress = progress or Progress()
 
     def part(name: str, phase: Mapping[str, Any], fit: Callable[..., Any]) -> dict[str, Any]:
@@ -189,6 +190,7 @@ def fit_anchor(
         >>> bool((actor(observation=rows["observation"]) - rows["action"]).abs().mean() < 0.1)
         True
     """
+    check_policy("actor", actor, "action")
     loss = cloning_loss(actor)
     key, writes_action_alone = loss.tensor_keys.action, {*actor.out_keys} == {loss.tensor_keys.action}
     unit = _half_range(actor, replay_buffer, key)
@@ -323,6 +325,8 @@ def fit_critics(
         True
     """
     is_spar = isinstance(loss, SPARLoss)
+    if not all(hasattr(loss, name) for name in ("qvalue_regression", "value_mix")):  # which the recipes' rivals have
+        check_spar_loss("loss", loss)
     data = rows_of(replay_buffer, loss.mask_keys) if is_spar else rows_of(replay_buffer)
     returns = data.get("return_to_go", None)
     if returns is None:
@@ -392,6 +396,7 @@ def measure_residual_scale(loss: SPARLoss, replay_buffer: ReplayBuffer) -> Tenso
         >>> measure_residual_scale(make_spar_loss(data), data).shape
         torch.Size([2])
     """
+    check_spar_loss("loss", loss)
     action_key, anchor_key = loss.tensor_keys.action, loss.tensor_keys.anchor_action
     data = rows_of(replay_buffer, loss.mask_keys)
     check_present(data, [action_key])

@@ -11,9 +11,10 @@ import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
 from torchrl.data import ImmutableDatasetWriter, RandomSampler, ReplayBuffer, TensorDictReplayBuffer, TensorStorage
 
+from torchrl_spar.conventions import check_spar_loss
 from torchrl_spar.data.buffer import OfflineReplayBuffer
 from torchrl_spar.data.returns import episode_ends
-from torchrl_spar.data.rows import under_next, valid_mask, whole_of
+from torchrl_spar.data.rows import check_buffer, under_next, valid_mask, whole_of
 from torchrl_spar.errors import InputError, check_options, check_present
 from torchrl_spar.objective import SPARLoss
 from torchrl_spar.training.asking import actions_of
@@ -53,6 +54,7 @@ def with_anchor_actions(loss: SPARLoss, replay_buffer: ReplayBuffer) -> TensorDi
         >>> with_anchor_actions(make_spar_loss(data), data).sample()["next", "anchor_action"].shape
         torch.Size([8, 2])
     """
+    check_spar_loss("loss", loss)
     anchor, keys = loss.anchor, loss.tensor_keys
     optional = (keys.member_weight, keys.priority_weight, keys.value_target, keys.advantage_std, *loss.mask_keys)
     rows = whole_of(replay_buffer).select(*loss.in_keys, *BESIDE, *optional, strict=False)
@@ -99,6 +101,7 @@ def with_value_targets(loss: SPARLoss, replay_buffer: ReplayBuffer) -> TensorDic
         ...         rows = with_value_targets(loss, rows)
         ...     losses = loss(rows.sample())
     """
+    check_spar_loss("loss", loss)
     rows = whole_of(replay_buffer)
     if not has_trajectories(loss, replay_buffer):
         raise InputError("targets along trajectories need lmbda > 0 and rows [N] of single steps, without a mask")
@@ -174,6 +177,7 @@ def with_member_weights(
         >>> rows["member_weight"].shape, rows["member_weight"].sum(-1).unique()
         (torch.Size([32, 4]), tensor([4.]))
     """
+    check_spar_loss("loss", loss)
     check_options((0 < share <= 1, "share", share, "above 0, at most 1"))
     rows, members = whole_of(replay_buffer), loss.num_qvalue_nets
     count = max(1, round(share * members))
@@ -224,8 +228,7 @@ def _fixed_buffer(rows: TensorDictBase, like: ReplayBuffer) -> TensorDictReplayB
 
 def batch_size_of(replay_buffer: ReplayBuffer) -> int:
     """Rows in a batch, which TorchRL's buffers may leave open."""
-    if not isinstance(replay_buffer, ReplayBuffer):
-        raise InputError(f"a {type(replay_buffer).__name__}; give a replay buffer, as load_offline_dataset returns it")
+    check_buffer(replay_buffer)
     if replay_buffer.batch_size is None:
         raise InputError("the replay buffer has no batch_size: build it with batch_size=...")
     return replay_buffer.batch_size
@@ -233,6 +236,7 @@ def batch_size_of(replay_buffer: ReplayBuffer) -> int:
 
 def batches_of(replay_buffer: ReplayBuffer) -> Batches:
     """What a fit reads of a buffer: uniform batches drawn in blocks, or what a sampler of another kind gives."""
+    check_buffer(replay_buffer)
     plain = type(replay_buffer) in (OfflineReplayBuffer, TensorDictReplayBuffer)
     plain = plain and type(replay_buffer.storage) is TensorStorage and type(replay_buffer.sampler) is RandomSampler
     if plain and not len(replay_buffer.transform) and replay_buffer.batch_size is not None:
@@ -302,6 +306,7 @@ class BatchSampler(Iterator[TensorDictBase]):
         seed: int,
         target_interval: int | None = 2_000,
     ) -> None:
+        check_spar_loss("loss", loss)
         keys = loss.tensor_keys
         check_options(
             (target_interval is None or target_interval >= 1, "target_interval", target_interval, "at least 1, or None")

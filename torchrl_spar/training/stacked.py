@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from copy import deepcopy
 
 import torch
@@ -10,6 +10,7 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 from torch.func import vmap
 
+from torchrl_spar.conventions import check_spar_loss
 from torchrl_spar.errors import InputError
 from torchrl_spar.objective import SPARLoss
 
@@ -25,7 +26,8 @@ class StackedSPARLoss:
         losses: the losses; not changed until :meth:`copy_back`.
 
     Raises:
-        InputError: if there are none, or they differ in their options, or train head B's decoder jointly.
+        InputError: if there are none, one is no SPARLoss, or they differ in their options, or train head B's decoder
+            jointly.
 
     Source: ours.
 
@@ -48,8 +50,11 @@ class StackedSPARLoss:
     """
 
     def __init__(self, losses: Sequence[SPARLoss]) -> None:
+        if not isinstance(losses, Iterable):
+            raise InputError(f"losses: one {type(losses).__name__}; give a list of SPARLosses")
         if not losses:
             raise InputError("losses: give at least one to stack")
+        check_spar_loss("losses", *losses)
         if len({repr(sorted(_options(loss).items())) for loss in losses}) != 1:
             raise InputError("the losses to stack differ in their options")
         first = losses[0]

@@ -13,6 +13,7 @@ from tensordict.nn import CudaGraphModule
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from torchrl_spar.conventions import check_spar_loss
 from torchrl_spar.errors import InputError, check_options
 from torchrl_spar.objective import SPARLoss
 from torchrl_spar.training.compiling import check_compiler
@@ -74,6 +75,8 @@ class SPARUpdate:
         compile: bool = False,
         cudagraph: bool = False,
     ) -> None:
+        if not isinstance(loss, StackedSPARLoss):
+            check_spar_loss("loss", loss)
         trained = {"loss_qvalue": _leaves(loss.network_params("qvalue_network"))}
         device = trained["loss_qvalue"][0].device
         check_options(
