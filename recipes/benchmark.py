@@ -74,7 +74,9 @@ class Options:
         False,
         "Also the update through torch.compile (minutes to compile; needs a C++ compiler, on a GPU Triton).",
     )
-    peers: bool = option(True, "Also the same update in JAX, where it is installed (extra `peers`).")
+    peers: bool = option(
+        True, "Also compare.py's IQL and TD3+BC, and SPAR's update in JAX, where it is installed (extra `peers`)."
+    )
     load_steps: int = option(
         1_000_000, "Steps of the Minari set that is written and read; 0 leaves loading out.", least=0
     )
@@ -109,8 +111,8 @@ def main(cfg: DictConfig) -> None:
         results["evaluation"] = measure_evaluation(cfg, device)
         if cfg.stage_steps:
             rate = results["evaluation"]["steps_per_second"]
-            startup = results["import_seconds"][IMPORTED[-1]]
-            results["stages"] = {"start-up": startup, **measure_stages(cfg.stage_steps, rate, compile=cfg.compile)}
+            imported = results["import_seconds"][IMPORTED[-1]]
+            results["stages"] = {"import": imported, **measure_stages(cfg.stage_steps, rate, compile=cfg.compile)}
     if cfg.load_steps:
         results["load"] = measure_loading(cfg.load_steps)
         results["load_short_episodes"] = measure_loading(cfg.load_steps, episode_length=125)
@@ -140,7 +142,7 @@ def measure_updates(cfg: DictConfig, device: torch.device) -> dict[str, Any]:
         "torchrl_td3bc": (torchrl_td3bc(data, cfg.hidden, device), 1),
         "sampling": (data.sample, 1),
     }
-    for name in ("iql", "td3_bc"):
+    for name in ("iql", "td3_bc") if cfg.peers else ():
         for compile in (False, True)[: 1 + cfg.compile]:
             contender = rival(name, data, cfg.hidden, device, compile=compile), BLOCK
             contenders[f"compare_{name}" + "_compiled" * compile] = contender

@@ -196,13 +196,18 @@ def compare(policy: TensorDictModuleBase, observation: Tensor, calls: dict[str, 
     expected = as_tuple(policy(observation=observation))
     branches = branches_of(policy, expected)
     table = Table("", "ms", *branches, title="One observation a call, median")
-    one = observation[:1]
+    if isinstance(policy, GuardedActor):
+        table.add_row("without the guard", milliseconds(lambda x: policy.actor(observation=x), observation[:1]))
     for name, act in {"the policy itself": lambda x: policy(observation=x), **calls}.items():
-        seconds = median(timeit.repeat(partial(act, one), number=1, repeat=TIMED_CALLS))
         found = as_tuple(act(observation))
         off = [off_by(name, found, expected, rows) for rows in branches.values()]
-        table.add_row(name, f"{1e3 * seconds:.3f}", *(f"{most:.1e}" for most in off))
+        table.add_row(name, milliseconds(act, observation[:1]), *(f"{most:.1e}" for most in off))
     return table
+
+
+def milliseconds(act: Act, observation: Tensor) -> str:
+    """Of a call, in the median."""
+    return f"{1e3 * median(timeit.repeat(partial(act, observation), number=1, repeat=TIMED_CALLS)):.3f}"
 
 
 def branches_of(policy: TensorDictModuleBase, outputs: tuple[Tensor, ...]) -> dict[str, Tensor]:

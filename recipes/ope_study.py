@@ -231,10 +231,10 @@ def parts(
     for first in range(0, len(names), GROUP):
         group = {name: policies[name] for name in names[first : first + GROUP]}
         file = home / f"{first}-{first + len(group)}.pt"
-        if file.is_file():
-            part = torch.load(file, weights_only=True)
+        part = torch.load(file, weights_only=True) if file.is_file() else None
+        if part is not None:
             check_same(home.parent, asked, part["options"])
-        else:
+        if part is None or part["terms"].keys() != group.keys():  # an earlier version's, with fewer families
             began = process_time()
             terms = {name: tuple(each) for name, each in evaluate_group(group).items()}
             seconds = process_time() - began

@@ -582,7 +582,7 @@ def check_critics(network: Any, count: int) -> list[TensorDictModuleBase]:
 
 
 def check_spar_loss(name: str, *losses: Any) -> None:
-    """Refuses what is no SPARLoss.
+    """Refuses anything but a SPARLoss; a compiled one is one, too.
 
     Examples:
         >>> check_spar_loss("loss", torch.nn.Linear(3, 1))
@@ -591,7 +591,7 @@ def check_spar_loss(name: str, *losses: Any) -> None:
         torchrl_spar.errors.InputError: loss: a Linear; give the SPARLoss that make_spar_loss or pretrain returns
     """
     for loss in losses:
-        if not isinstance(loss, SPARLossBase):
+        if not isinstance(getattr(loss, "_orig_mod", loss), SPARLossBase):
             raise InputError(
                 f"{name}: a {type(loss).__name__}; give the SPARLoss that make_spar_loss or pretrain returns"
             )

@@ -101,7 +101,7 @@ def check_module(name: str, module: Any) -> None:
 
 
 def check_policy(name: str, policy: Any, action_key: NestedKey | None = None) -> None:
-    """Refuses what is no actor, or does not write the action at this key.
+    """Refuses anything but an actor that writes the action at this key; a compiled one is one, too.
 
     Examples:
         >>> check_policy("policy", torch.nn.Linear(3, 1))
@@ -109,7 +109,8 @@ def check_policy(name: str, policy: Any, action_key: NestedKey | None = None) ->
             ...
         torchrl_spar.errors.InputError: policy: a Linear; give an actor: a TensorDictModule that writes ...
     """
-    if not isinstance(policy, TensorDictModuleBase) or isinstance(policy, LossModule):
+    has_keys = isinstance(policy, torch.nn.Module) and hasattr(policy, "in_keys") and hasattr(policy, "out_keys")
+    if not has_keys or isinstance(getattr(policy, "_orig_mod", policy), LossModule):
         raise InputError(
             f"{name}: a {type(policy).__name__}; give an actor: a TensorDictModule that writes the action, such as "
             "TensorDictModule(network, ['observation'], ['action']) or a loss's actor"

@@ -95,8 +95,9 @@ class ResidualVAE(TensorDictModuleBase):
         check_module("decoder", decoder)
         if len(encoder.out_keys) < 2:
             raise InputError(f"the encoder must write a mean and a log standard deviation, not {encoder.out_keys}")
-        name = str(encoder.out_keys[1])
-        if ("scale" in name or "std" in name) and "log" not in name:
+        name = encoder.out_keys[1] if isinstance(encoder.out_keys[1], str) else encoder.out_keys[1][-1]
+        is_log = "log" in name or "ln" in name or any(isinstance(part, GaussianEncoder) for part in encoder.modules())
+        if ("scale" in name or "std" in name) and not is_log:
             raise InputError(
                 f"the encoder writes {encoder.out_keys[1]!r}, where the logarithm of a standard deviation belongs: put "
                 "GaussianEncoder around the network; if it is the logarithm, name it so, as 'latent_log_std'"

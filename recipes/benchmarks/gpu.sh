@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# What is to be known of a GPU, within nine minutes: tests, speed, one short job. Each part has its own limit and log.
+# What we want to know about a GPU, within nine minutes: tests, speed, one short job. Each part has its own limit and log.
 #
 #   bash recipes/benchmarks/gpu.sh OUT              # DEVICE=cpu: the same at small sizes, to try the script
 #
-# OUT gets parts.txt (each part's exit status and seconds), the measured speeds as JSON, and all logs and the job's
-# files in all.tgz. Wheels in ./.whl are installed first, for a machine without a registry; else the environment is
+# After each part OUT has its exit status and seconds in parts.txt, the measured speeds as JSON and the logs in logs.tgz;
+# in the end the job's files in job.tgz. The script fails if a part did. Wheels in ./.whl are installed first, for a machine without a registry; else the environment is
 # taken as it is. PYTHON names another interpreter than python3.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
@@ -27,20 +27,27 @@ else
   job+=" seeds=[0,1,2,3,4,5,6,7] spar.members=1 spar.updates=6000 anchor.steps=500 vae.steps=500 critics.steps=300 eval.interval=3000"
 fi
 
-keep() { # also where the script is cut off
-  cp "$work"/*.json "$work/parts.txt" "$out" 2>/dev/null
-  tar -czf "$out/all.tgz" -C "$work" --exclude=site .
+keep() { # after each part, as nobody asks a killed script
+  cp "$work"/*.json "$out" 2>/dev/null
+  tar -czf "$out/logs.tgz" -C "$work" --exclude=site --exclude=job .
+}
+leave() {
+  keep
+  [ -d "$work/job" ] && tar -czf "$out/job.tgz" -C "$work" --exclude=checkpoints job
   rm -rf "$work"
 }
-trap keep EXIT
+trap leave EXIT
+: > "$out/parts.txt"
 
 part() { # NAME SECONDS COMMAND: goes on to the next part whatever becomes of this one
-  local start=$SECONDS left=$((540 * slack - SECONDS)) limit=$((slack * $2)) status=0
+  local start=$SECONDS left=$((540 * slack - SECONDS)) limit=$((slack * $2)) status=skipped
   limit=$((limit < left ? limit : left))
   if [ "$limit" -gt 0 ]; then
-    timeout --kill-after=5 "$limit" bash -c "$3" > "$work/$1.log" 2>&1 || status=$?
+    timeout --kill-after=5 "$limit" bash -c "$3" > "$work/$1.log" 2>&1
+    status=$?
   fi
-  echo "$1: exit $status, $((SECONDS - start)) of $limit s" | tee -a "$work/parts.txt"
+  echo "$1: exit $status, $((SECONDS - start)) of $limit s" | tee -a "$out/parts.txt"
+  keep
 }
 
 # Without dependencies: what .whl lacks, the machine has, and its torch stays.
@@ -52,3 +59,4 @@ part jax 70 "$benchmark seeds=null out=$work/jax.json"
 part job 75 "$job"
 part compiled 100 "$benchmark seeds=$several compile=true peers=false out=$work/compiled.json"
 tail -n 40 "$work"/*.log
+! grep -v "exit 0," "$out/parts.txt"

@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class EarlierPolicies:
-    """What training has changed, at `count` evaluations of the curve, evenly spaced; not at the last one."""
+    """What training has changed, at all but the last of `count` evenly spaced evaluations of the curve."""
 
     def __init__(self, cfg: DictConfig, count: int) -> None:
         points = [*range(cfg.eval.interval, cfg.spar.updates, cfg.eval.interval), cfg.spar.updates]

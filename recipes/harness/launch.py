@@ -134,6 +134,8 @@ def check_sweeps(arguments: Sequence[str], sweeps: Sequence[str] | None) -> None
     for override in overrides:
         name = override.key_or_group
         is_swept = override.is_sweep_override() and not name.startswith("hydra")
+        if is_swept and name == "method" and names and "${method." not in names[-1]:
+            raise InputError(f"method.name={names[-1]}: all methods would have this name; give one method")
         if is_swept and name not in sweeps and not any(f"${{{name}}}" in each for each in names):
             raise InputError(
                 f"{name}: one value at a time, with a runs=... of its own; commas are for {', '.join(sweeps)}, and for "

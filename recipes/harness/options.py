@@ -7,14 +7,14 @@ from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
 from dataclasses import field, fields, is_dataclass
 from importlib import import_module
-from inspect import signature
 from typing import Any, TypeVar, get_type_hints
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
-from torchrl_spar import InputError, SPARLoss
+from torchrl_spar import InputError
+from torchrl_spar.configs import NETWORKS, SPARLossConfig
 from torchrl_spar.errors import suggestion
 
 T = TypeVar("T")
@@ -131,10 +131,10 @@ def print_help(name: str, about: str) -> None:
 
 
 def help_of_loss(options: Any) -> str:
-    """Every keyword of SPARLoss with its default; with meaning and range where the dataclass `options` has it."""
+    """Every option of `loss: spar` with its default; with meaning and range where the dataclass `options` has it."""
     meanings = {entry.name: f"\n      {_meaning(entry)}" for entry in fields(options)}
-    keywords = [each for each in signature(SPARLoss).parameters.values() if each.kind is each.KEYWORD_ONLY]
-    return "\n".join(f"  loss.{each.name}={_text(each.default)}{meanings.get(each.name, '')}" for each in keywords)
+    given = [each for each in fields(SPARLossConfig) if each.name not in NETWORKS and not each.name.startswith("_")]
+    return "\n".join(f"  loss.{each.name}={_text(each.default)}{meanings.get(each.name, '')}" for each in given)
 
 
 def _meaning(entry: Any) -> str:

@@ -7,10 +7,10 @@ import platform
 import subprocess
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, cast
 
@@ -210,7 +210,7 @@ class Run:
         save_policy(self.as_saved(self.deployed), self.out / "policy.pt", **facts)
 
     def as_saved(self, policy: TensorDictModuleBase) -> TensorDictModuleBase:
-        """What is written of a policy; itself by default."""
+        """The policy in the form that is saved; as it is by default."""
         return policy
 
     def draw(self, results: dict[str, Any]) -> None:
@@ -315,9 +315,12 @@ class MainPhase:
 
 
 def versions() -> dict[str, str]:
-    """Of what the numbers of a run depend on. This package may be a folder on the path, without metadata."""
-    own = {"python": platform.python_version(), "torchrl-spar": torchrl_spar.__version__}
-    return own | {name: version(name) for name in VERSIONED}
+    """The versions of what a run uses. This package may be a folder on the path, without metadata."""
+    found = {"python": platform.python_version(), "torchrl-spar": torchrl_spar.__version__}
+    for name in VERSIONED:
+        with suppress(PackageNotFoundError):  # claims without an environment need no MuJoCo
+            found[name] = version(name)
+    return found
 
 
 def commit() -> str | None:

@@ -168,7 +168,7 @@ def checks(facts: dict[str, Any]) -> list[dict[str, Any]]:
             gain["low"] > 0,
             f"estimated gain {gain['mean']:.4g}, at least {gain['low']:.4g} ({estimates['confidence']:.0%} confidence)",
         ),
-        check("all critics of the evaluation agree on that", ahead == critics, f"{ahead} of {critics} critics do"),
+        check("all critics of the evaluation agree on that", 0 < ahead == critics, f"{ahead} of {critics} critics do"),
         check(
             "the policy stays where the log has data",
             far <= FAR_SHARE,

@@ -55,7 +55,7 @@ def table(runs: list[Run]) -> str:
     for dataset, methods in sorted(by_method(runs).items()):
         of_data = [run["estimates"]["data"] for run in next(iter(methods.values()))]
         lines.append(row(dataset, "the data", *_values(of_data), "1.00", ""))
-        anchored = [run for group in methods.values() for run in group if "anchor" in run["estimates"]]
+        anchored = anchored_runs(methods)
         if anchored:
             values = _values([run["estimates"]["anchor"] for run in anchored])
             distance = _distance([run["anchor"] for run in anchored])
@@ -68,6 +68,12 @@ def table(runs: list[Run]) -> str:
     note = f"Values: returns discounted by {gamma:g} a step, estimated from the log by FQE (number of seeds)."
     note += " Critics agree: by how many of FQE's critics, of all seeds, the policy is better than SPAR's anchor."
     return "\n".join([*lines, "", note])
+
+
+def anchored_runs(methods: dict[str, list[Run]]) -> list[Run]:
+    """One run a seed that has an anchor; all methods with one have the same."""
+    groups = [group for method, group in methods.items() if method != "no_anchor"]
+    return [*{run["seed"]: run for group in groups for run in group if "anchor" in run["estimates"]}.values()]
 
 
 def choices(runs: list[Run]) -> list[str]:
@@ -119,7 +125,7 @@ def _distance(results: list[dict[str, Any]]) -> str:
 
 def _agreement(runs: list[Run], anchored: list[Run]) -> str:
     """Over all runs whose policy is no anchor. A rival is compared with the anchor of SPAR's run with its seed."""
-    anchors = {run["seed"]: run["estimates"]["anchor"] for run in reversed(anchored)}
+    anchors = {run["seed"]: run["estimates"]["anchor"] for run in anchored}
     counts = [
         agreement(estimate_of(run), run["estimates"].get("anchor", anchors.get(run["seed"], {})))
         for run in runs

@@ -132,6 +132,7 @@ def test_the_recipes_help_has_every_option_of_the_loss():
     assert done.returncode == 0 and "\n  loss.kappa=1\n      Standard deviations that" in done.stdout
     for name, keyword in inspect.signature(SPARLoss).parameters.items():
         assert (f"\n  loss.{name}=" in done.stdout) == (keyword.kind is keyword.KEYWORD_ONLY), name
+    assert "\n  loss.gamma=" in done.stdout and "_target_" not in done.stdout.partition("Options of loss=spar")[2]
 
 
 def test_import_needs_no_hydra():

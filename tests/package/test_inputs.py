@@ -48,6 +48,7 @@ from torchrl_spar import (
     make_anchor,
     make_member,
     make_spar_loss,
+    make_toy_data,
     mean_actor,
     measure_residual_scale,
     normalized_score,
@@ -641,3 +642,24 @@ def test_options_of_evaluation_that_give_no_interval():
         select_policy({"one": make_anchor(data)}, data, anchor=make_anchor(data), draws=1)
     with pytest.raises(InputError, match="qvalue_network: one critic; give a list"):
         fit_fqe(make_anchor(data), data, qvalue_network=critic())
+
+
+def test_compiled_losses_and_actors_are_taken_as_before():
+    data = make_toy_data()
+    loss = make_spar_loss(data, hidden=[8], joint_vae=False)
+    compiled, actor = torch.compile(loss, backend="eager"), torch.compile(loss.actor, backend="eager")
+    found, expected = (with_anchor_actions(each, data)[:] for each in (compiled, loss))
+    assert (found["anchor_action"] == expected["anchor_action"]).all()
+    before = loss.actor_network_params["head"].data.clone()
+    SPARUpdate(compiled, policy_interval=1)(data.sample())
+    assert not (loss.actor_network_params["head"].data == before).all()
+    guarded = GuardedActor(actor, fit_detector(data), loss.anchor)
+    assert guarded(observation=data[:4]["observation"])[0].shape == data[:4]["action"].shape
+    with pytest.raises(InputError, match="policy: a OptimizedModule; give an actor"):
+        save_policy(compiled, "policy.pt")
+
+
+def test_policies_in_a_module_dict_are_policies_by_name():
+    data = make_toy_data()
+    policies = nn.ModuleDict({name: make_anchor(data) for name in ("one", "other")})
+    assert [*fit_fqe_each(policies, data, warm_steps=1, steps=1, slice_len=4, hidden=[4])] == ["one", "other"]

@@ -218,15 +218,20 @@ def test_a_scale_in_the_place_of_a_log_std_is_refused():
 
 @pytest.mark.parametrize("key", ["latent_scale", "std", ("latent", "scale")])
 def test_a_key_of_a_scale_in_the_place_of_a_log_std_is_refused(key):
-    def named(key):
-        network = GaussianEncoder(Joined(OBSERVATION + 2 * ACTION, 2 * LATENT))
-        encoder = TensorDictModule(network, [*STATE, "residual"], ["latent_loc", key])
+    class Halves(torch.nn.Module):
+        def forward(self, *inputs):
+            return torch.cat(inputs, -1)[..., : 2 * LATENT].chunk(2, -1)
+
+    def named(key, network=None):
+        encoder = TensorDictModule(network or Halves(), [*STATE, "residual"], ["latent_loc", key])
         return ResidualVAE(encoder, make_vae().decoder)
 
     with pytest.raises(InputError, match=r"the encoder writes .*logarithm of a standard deviation.*GaussianEncoder"):
         named(key)
-    for logarithm in ("latent_log_scale", ("latent", "logstd")):
+    for logarithm in ("latent_log_scale", ("latent", "logstd"), "ln_std", ("rescaled", "rho")):
         assert named(logarithm).out_keys[1] == logarithm
+    # GaussianEncoder gives the logarithm, whatever it is called.
+    assert named(key, GaussianEncoder(Joined(OBSERVATION + 2 * ACTION, 2 * LATENT))).out_keys[1] == key
 
 
 def test_a_list_of_another_length_is_named():

@@ -61,7 +61,7 @@ def test_benchmark_writes_its_keys(tmp_path, monkeypatch):
     assert {"steps_per_second", "bare_gymnasium"} <= set(results["evaluation"])
     assert "rows_per_second" in results["load"] and results["machine"]
     assert results["checkpoint"]["bytes"] > 0 and 0 < results["checkpoint"]["share_of_run"] < 1
-    phases = {"start-up", "loading", "anchor", "vae", "critics", "targets", "updates", "updates of the head alone"}
+    phases = {"import", "loading", "anchor", "vae", "critics", "targets", "updates", "updates of the head alone"}
     assert {*phases, "evaluation"} <= set(results["stages"]) and min(results["stages"].values()) > 0
     with pytest.raises(InputError, match="exists; give another file"):
         benchmark.main(compose_recipe("benchmark", *options))

@@ -302,4 +302,8 @@ def test_the_shares_of_wrong_sensors_are_those_of_a_calculation():
     assert [*shares.values()] == pytest.approx(expected, abs=0.015)
     # Two sensors that always agree: what moves one of them shows, what exchanges them does not.
     shares = shares_of_faults(lambda x: x[:, 0] != x[:, 1], torch.stack([ramp, ramp], 1), torch.full((2,), 0.1))
-    assert [*shares.values()] == pytest.approx([1, 1, 0, 1, 1], abs=0.001)
+    assert [*shares.values()] == pytest.approx([1, 1, 0, 1, 1], abs=0.002)
+    # Not all at once: a detector's distances take memory. One sensor has no other to be exchanged with.
+    sizes = []
+    one = shares_of_faults(lambda x: sizes.append(len(x)) or x[:, 0] > 2, ramp.unsqueeze(1), torch.ones(1))
+    assert max(sizes) <= 1_000 and list(one) == [fault for fault in shares if "swapped" not in fault]

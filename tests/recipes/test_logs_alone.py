@@ -430,6 +430,19 @@ def test_the_table_of_logs_has_what_the_files_have(tmp_path, capsys):
     assert "| 15 +- 0 (2) | 1.25 |  |" in shown and "| 4 of 6 |" in shown and "| 0 of 6 |" in shown
 
 
+def test_the_anchor_counts_once_a_seed(tmp_path, capsys):
+    """SPAR and its ablations share it; no_anchor has none of them."""
+    write_runs(tmp_path, VALUES)
+    for seed in (0, 1):
+        facts = json.loads((tmp_path / f"spar-{seed}-None" / "results.json").read_text())
+        for method, anchor in (("no_lsi", 11.0), ("no_anchor", 99.0)):
+            facts["method"], facts["estimates"]["anchor"]["mean"] = method, anchor
+            (tmp_path / f"{method}-{seed}").mkdir()
+            (tmp_path / f"{method}-{seed}" / "results.json").write_text(json.dumps(facts))
+    report.main(tmp_path)
+    assert "| a | SPAR's anchor | 11 +- 0 (2) | 9 +- 0 (2) |" in capsys.readouterr().out
+
+
 def test_a_table_of_spar_alone_is_printed_only(tmp_path, capsys):
     write_runs(tmp_path, {"spar": VALUES["spar"]})
     report.main(tmp_path)

@@ -333,6 +333,9 @@ def test_what_could_not_be_used_is_refused_before_any_work(recipe, options, word
 def test_several_values_of_an_option_need_directories_of_their_own(tmp_path):
     check_sweeps(["method=bc,spar", "seed=range(0,3)", "spar.loss.hidden=[8,8]"], compare.SWEEPS)
     check_sweeps(["spar.loss.kappa=0.5,1", "method.name=spar-${spar.loss.kappa}"], compare.SWEEPS)
+    check_sweeps(["method=spar,iql", "method.name=x-${method.algorithm}"], compare.SWEEPS)
+    with pytest.raises(InputError, match=r"method\.name=.*: all methods would have this name"):
+        check_sweeps(["method=spar,iql", "seed=0,1", "method.name=x-${seed}"], compare.SWEEPS)
     with pytest.raises(InputError, match=r"spar\.updates: one value at a time"):
         both = ["spar.loss.kappa=0.5,1", "spar.updates=1,2", "method.name=spar-${spar.loss.kappa}"]
         check_sweeps(both, compare.SWEEPS)

@@ -19,7 +19,7 @@ ID_KEYS: tuple[NestedKey, ...] = ("episode", ("collector", "traj_ids"), "traj_id
 
 
 def check_buffer(data: Any, kind: type[ReplayBuffer] = ReplayBuffer) -> None:
-    """Refuses what is no replay buffer, or none of this kind.
+    """Refuses anything but a replay buffer of this kind.
 
     Examples:
         >>> check_buffer("log.npz")

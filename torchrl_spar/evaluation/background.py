@@ -74,7 +74,7 @@ class BackgroundEvaluator:
             **env_kwargs: as for :func:`evaluate`.
 
         Raises:
-            InputError: if the policy is none or does not pickle, or the process is gone.
+            InputError: if the policy is not an actor or does not pickle, or the process is gone.
         """
         check_policy("policy", policy, "action")
         try:

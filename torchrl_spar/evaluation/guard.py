@@ -86,7 +86,8 @@ class GuardedActor(TensorDictModuleBase):
         anchor: the policy to fall back to; None for the actor's own.
 
     Raises:
-        InputError: if actor, detector or anchor is none, or the anchor does not write the action.
+        InputError: if actor or anchor is not an actor, the detector is not a function, or the anchor does not write
+            the action.
 
     Source: ours; falling back to the behaviour where the data says too little is SPIBB's idea
     (https://arxiv.org/abs/1712.06924).

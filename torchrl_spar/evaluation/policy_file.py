@@ -35,7 +35,7 @@ def save_policy(policy: SPARLoss | TensorDictModuleBase, path: str | os.PathLike
         **facts: plain values kept beside the weights, e.g. ``env="Hopper-v5"``.
 
     Raises:
-        InputError: if the policy is none, a fact is no plain value, or the file cannot be written.
+        InputError: if the policy is not an actor, a fact is no plain value, or the file cannot be written.
 
     Source: ours.
 

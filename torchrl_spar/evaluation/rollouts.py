@@ -49,8 +49,8 @@ def evaluate(
         Returns in the environment's reward units, float64 ``[episodes]``.
 
     Raises:
-        InputError: if ``episodes`` is below 1, the policy is none, the environment is missing or does not end, the
-            policy does not accept its observations or its actions do not fit, or the policy reads more than the
+        InputError: if ``episodes`` is below 1, the policy is not an actor, the environment is missing or does not end,
+            the policy does not accept its observations or its actions do not fit, or the policy reads more than the
             observation (a recurrent one its state).
 
     Source: ours.

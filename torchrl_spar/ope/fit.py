@@ -139,7 +139,7 @@ def fit_fqe_each(
         torch.Size([5, 10])
     """
     batch_size = batch_size_of(data)
-    if not isinstance(policies, Mapping):
+    if not isinstance(policies, (Mapping, torch.nn.ModuleDict)):
         raise InputError(f"policies: a {type(policies).__name__}; give policies by name, or one to fit_fqe")
     for name, policy in policies.items():
         check_policy(_called(name, policies), policy)

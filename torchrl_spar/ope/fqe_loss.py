@@ -56,7 +56,7 @@ class FQELoss(Conventions):
         use_prioritized_weights: see TorchRL's losses.
 
     Raises:
-        InputError: for an option out of range, an actor that is none, or a batch that lacks an entry.
+        InputError: for an option out of range, what is not an actor, or a batch that lacks an entry.
 
     Source: FQE, Le et al. 2019 (https://arxiv.org/abs/1903.08738); targets along the data, Harutyunyan et al. 2016
     (https://arxiv.org/abs/1602.04951); the shape of the traces is ours.

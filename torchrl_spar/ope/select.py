@@ -133,7 +133,7 @@ def select_policy(
     if isinstance(candidates, SPARActor):
         anchor = candidates.anchor if anchor is None else anchor
         candidates = residual_family(candidates)
-    if not isinstance(candidates, Mapping):
+    if not isinstance(candidates, (Mapping, torch.nn.ModuleDict)):
         raise InputError(f"candidates: a {type(candidates).__name__}; give a SPARActor, or policies by name")
     if anchor is None or not candidates:
         raise InputError("select_policy needs at least one candidate, and with a mapping anchor=... to fall back to")
