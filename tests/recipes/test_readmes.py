@@ -289,6 +289,12 @@ def test_the_figures_of_off_policy_evaluation_are_the_studies():
     assert f"at most 5 points by the highest value ({missed_on(missed)})" in prose
     missed = [name for name, found in studies.items() if found["safe_choice"]["worse_than_anchor"]]
     assert f"below its anchor ({missed_on(missed)})" in prose
+    runs = sum(len(found["safe_choice"]["runs"]) for found in studies.values())
+    assert f"by more than 3 points**, in {runs} runs on the four sets" in prose and len(studies) == 4
+    peer, rows = studies["embedded"]["d3rlpy"], studies["embedded"]["rows"]
+    own = np.mean([abs(row["value"] - row["true_value"]) for row in rows])
+    assert f"ranks with {peer['spearman']:.2f}; its mean error is {peer['mean_absolute_error']:.0f}" in prose
+    assert f"where ours is {own:.0f}" in prose and peer["steps"] == 10_000
     missed = [name for name, found in studies.items() if found["safe_choice"]["gain_kept"] < 0.8]
     assert f"80 % of the possible gain kept ({missed_on(missed)})" in prose
 
